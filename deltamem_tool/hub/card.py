@@ -30,8 +30,8 @@ END = "<!-- /deltamem -->"
 TAGS = ("delta-mem", "associative-memory", "arxiv:2605.12357")
 DATASET = "deltamem-"  # prefix of the names of deltamem's tasks in a model-index
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-_SPACE = re.compile(r"\[Talk to it in your browser\]\((\S+)\)")  # as the template links it
-_TOY = "The backbone is a toy of 767 words: it shows the mechanism, and nothing else."
+_SPACE = re.compile(r"\[Talk to it in your browser\]\((\S+)\)")  # the link that the template writes
+_TOY = "The backbone is a toy model with a vocabulary of 767 words. It only demonstrates the mechanism."
 _WRITTEN = {
     "token": "written at every token",
     "message": "written at the end of every message",
@@ -55,7 +55,7 @@ def write_card(
     """Write the card of the repository `repo_id`.
 
     Args:
-        contents: of the repository after the push.
+        contents: contents of the repository after the push.
         repo_id: `owner/name`.
         base: the base model under its public name.
         old: the existing card; its metadata and all text outside the generated block are kept.
@@ -180,9 +180,9 @@ def _template() -> Template:
 
 def _base(base: Base) -> str:
     if base.name is None:
-        return "a base model that is not named here"
+        return "a base model that is not named"
     if base.name == BACKBONE:
-        return "the small backbone that deltamem-tool ships"
+        return "the small backbone included in deltamem-tool"
     link = f"https://huggingface.co/{_hub_id(base.name)}"
     if base.name == smollm2.BUILTIN_NAME:
         return f"[{smollm2.NAME}]({link}) as a GGUF file in 4 bits"
@@ -247,11 +247,11 @@ def _onnx(manifest: Manifest | None) -> str:
     if manifest.quantize != "none":
         parts.append(manifest.quantize)
     if manifest.max_abs_diff is not None:
-        parts.append(f"differs from PyTorch by {manifest.max_abs_diff:.0e} at most")
+        parts.append(f"differs from PyTorch by at most {manifest.max_abs_diff:.0e}")
     return ", ".join(parts)
 
 
 def _cell(value: Any) -> str:
-    """Text for a cell of a Markdown table, where a bar would end it."""
+    """Return text for a cell of a Markdown table, which a bar would end."""
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -61,7 +61,7 @@ def test_a_margin_is_compared_with_whole_intervals(folders):
 
 def test_the_same_questions_are_paired(folders):
     found = compare(folders / "a", folders / "b" / "evaluation.json")
-    assert not found.unpaired and found.notes == ["paired by question, 40 of them"]
+    assert not found.unpaired and found.notes == ["paired by question (40 questions)"]
     state = row_of(found, "state")
     assert (state.a[0], state.b[0], state.mean) == (0.75, 0.875, 0.125) and state.histories == 20
     # 5 histories gained one question: of the signs of 5, all are alike in 2 of 32 patterns.
@@ -94,9 +94,9 @@ def test_gains_may_differ_by_more_than_1(tmp_path):
 
 def test_other_questions_are_not_paired(folders):
     found = compare(folders / "a", folders / "others")
-    assert found.unpaired == "they asked other questions" and found.to_json()["paired"] is False
+    assert found.unpaired == "they asked different questions" and found.to_json()["paired"] is False
     assert (
-        any("independent samples" in note for note in found.notes) and "B does not say how it was done" in found.notes
+        any("independent samples" in note for note in found.notes) and "B does not record how it was run" in found.notes
     )
     state = row_of(found, "state")
     assert state.p_value is None and state.mean == 0.125
@@ -127,7 +127,7 @@ def test_records_that_are_not_those_of_the_figures_are_not_used(folders, tmp_pat
     folder = kept(tmp_path / "b", evaluated(better, QUESTIONS))
     records = folder / RECORDS_FILE
     lines = records.read_text().splitlines(keepends=True)
-    says = "do not give the figures"
+    says = "do not match evaluation.json"
     if change == "missing":
         records.write_text("".join(lines[1:]))
     elif change == "edited":
@@ -139,7 +139,7 @@ def test_records_that_are_not_those_of_the_figures_are_not_used(folders, tmp_pat
     else:
         settings = folder / "settings.json"
         settings.write_text(settings.read_text().replace("a" * 64, "c" * 64))
-        says = "of another evaluation"
+        says = "belong to another evaluation"
     found = compare(folders / "a", folder)
     assert says in found.unpaired and row_of(found, "state").p_value is None
 
@@ -165,8 +165,8 @@ def test_what_cannot_be_compared_is_refused(folders, tmp_path):
         (changed("task.json", task="recall"), "different tasks: places and recall"),
         (changed("metric.json", metric="f1"), "different metrics"),
         (changed("protocol.json", protocol="full"), "different protocols.*has no records"),
-        (changed("run.json", run={"options": 3}), "lacks figures"),
-        (changed("differences.json", differences={"donor_state": {"mean": "1"}}), "lacks figures"),
+        (changed("run.json", run={"options": 3}), "is incomplete"),
+        (changed("differences.json", differences={"donor_state": {"mean": "1"}}), "is incomplete"),
         (tmp_path, "There is no evaluation.json in it"),
         (tmp_path / "nowhere", "no such file or folder"),
     ):

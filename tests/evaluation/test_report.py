@@ -158,7 +158,7 @@ def test_long_texts_are_cut_and_few_histories_have_no_p(tmp_path):
     long = "word " * 1000
     folder = reported(tmp_path / "long", evaluated(answer=long, questions=8))
     text = (folder / "index.html").read_text()
-    assert len(text) < 300_000 and f"{len(long) - MAX_SHOWN:,} characters more" in text and long not in text
+    assert len(text) < 300_000 and f"{len(long) - MAX_SHOWN:,} more characters" in text and long not in text
     assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["answer"] == long
     row = next(row for row in page_of(folder).rows if row[0] == "zero state" and row[-1] == "4")
     assert row[2] == "–"  # of so few histories there is no p

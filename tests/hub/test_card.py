@@ -39,7 +39,7 @@ def test_what_is_known_is_said(contents):
         "| update rule | no_lambda |",
         'deltamem.load("someone/memory")',
         'OnnxModel("someone/memory")',
-        "differs from PyTorch by 1e-05 at most",
+        "differs from PyTorch by at most 1e-05",
         "| steps | 40 |",
         "| data | someone/talks |",
         "| | 1 fact | 4 facts |",
@@ -49,7 +49,7 @@ def test_what_is_known_is_said(contents):
         "* *donor state*: another's",
         "* the state adds 0.20 ± 0.04 over donor state",
         "`deltamem eval someone/memory --task recall --set 'facts=[1,4]'`",
-        "## Limits",
+        "## Limitations",
     ):
         assert said in text, said
 
@@ -72,7 +72,7 @@ def test_metadata_is_the_hubs(contents, tmp_path):
 def test_what_is_not_known_is_not_said(tmp_path):
     alone = read_contents(adapter_folder(tmp_path / "adapter"))
     text = card(alone)
-    assert "How it was trained" not in text and "OnnxModel" not in text and "None was pushed with it" in text
+    assert "## Training" not in text and "OnnxModel" not in text and "No evaluation was pushed" in text
     assert metadata_load(_written(tmp_path, text)).keys().isdisjoint({"license", "datasets", "model-index"})
     builtin = card(alone, base=Base("builtin:backbone", None))
     assert "base_model" not in metadata_load(_written(tmp_path, builtin)) and "767 words" in builtin

@@ -120,7 +120,7 @@ def test_an_evaluation_goes_with_its_adapter(as_writer, adapter, onnx):
     push(adapter, REPO, onnx=onnx, license="mit")
     (adapter / "evaluation.json").unlink()
     pushed = push(adapter, REPO)
-    assert kinds(pushed)["evaluation.json"] == "deleted" and "None was pushed with it" in pushed.card
+    assert kinds(pushed)["evaluation.json"] == "deleted" and "No evaluation was pushed" in pushed.card
 
 
 def test_only_what_an_export_writes_is_sent(as_writer, onnx):

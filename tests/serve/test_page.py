@@ -65,7 +65,7 @@ def test_a_conversation_is_in_view_until_a_new_one_is_begun(user, server):
     assert versions(server, "carl") == 2
     user.press("New conversation")
     expect(user.answers).to_have_count(0)
-    expect(user.page.get_by_text("what was said before is in the memory alone")).to_be_visible()
+    expect(user.page.get_by_text("Earlier ones are only in the memory")).to_be_visible()
     assert NAME in user.say(ASK)
 
 
@@ -132,7 +132,7 @@ def test_saved_forgotten_and_loaded(user, server, tmp_path):
     assert stored(server, "gina") is not None
     user.press("Forget")
     user.page.get_by_role("dialog").get_by_role("button", name="Forget").click()
-    user.sees("Forgotten, with 1 version.")
+    user.sees("Forgotten: 1 version deleted.")
     assert stored(server, "gina") is None
     assert NAME not in user.say(ASK)
 
@@ -192,7 +192,7 @@ def test_a_server_with_keys_asks_for_one(browser, shipped, tmp_path):
     keys = ApiKeys([(tenant, hashlib.sha256(f"key-{tenant}".encode()).hexdigest()) for tenant in ("one", "two")])
     with serving(shipped, tmp_path, keys=keys) as server, using(browser, server.url) as user:
         user.page.goto(server.url)
-        user.sees("This server asks for an API key.")
+        user.sees("This server requires an API key.")
         expect(user.words).to_be_hidden()
         user.page.get_by_label("API key").fill("key-three")
         user.press("Use")
@@ -268,7 +268,7 @@ def test_an_answer_is_stopped(user, server, monkeypatch):
     expect(user.answers.nth(1).locator("p")).to_have_text("And so")
     expect(user.button("Undo")).to_be_disabled()
     user.press("Stop")
-    user.sees("Stopped. The memory is as it was.")
+    user.sees("Stopped. The memory has not changed.")
     expect(user.words).to_have_value(TELL_ANOTHER)
     expect(user.answers).to_have_count(1)
     expect(user.button("Undo")).to_be_enabled()
@@ -289,7 +289,7 @@ def test_another_memory_is_opened_while_one_answers(user, server, monkeypatch):
         expect(user.answers).to_have_count(1)
         expect(user.button("Forget")).to_be_disabled()
         user.press("Stop")
-        user.sees("Stopped. The memory is as it was.")
+        user.sees("Stopped. The memory has not changed.")
     expect(user.words).to_have_value("")
     assert ANOTHER in user.say(ASK)
     assert stored(server, "paul") is None and versions(server, "olga") == 2

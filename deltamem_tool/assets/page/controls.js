@@ -1,4 +1,4 @@
-// What a page says above all else, and the buttons and fields that every page has.
+// The notice at the top of a page, and the buttons and fields that every page has.
 
 import { byId, element } from "./dom.js";
 import { addressOf } from "./open.js";
@@ -10,7 +10,7 @@ export function notice(text, kind = "note") {
   byId("notice").replaceChildren(element("p", { className: kind, textContent: text }), close);
 }
 
-// Gives a function that does its action for a button; `failed` shows what went wrong.
+// Returns a function that turns an action into an event handler. `failed` shows errors.
 export const guardedBy = (failed) => (action) => async (event) => {
   event?.preventDefault();
   clearNotice();
@@ -28,13 +28,13 @@ export function saveAs(name, bytes) {
   URL.revokeObjectURL(address);
 }
 
-// Connects each button of `actions`, by its id, and the fields; `load` is given the file that was chosen.
+// Connects the buttons in `actions`, by id, and the fields. `load` is called with the chosen file.
 export function connect(guarded, { send, load, ...actions }) {
   for (const [id, action] of Object.entries(actions)) byId(id).onclick = guarded(action);
   byId("load").onclick = () => byId("file").click();
   byId("file").onchange = guarded(async () => {
     const [file] = byId("file").files;
-    byId("file").value = ""; // or the same file could not be chosen again
+    byId("file").value = ""; // so that the same file can be chosen again
     await load(file);
   });
   byId("composer").onsubmit = guarded(send);

@@ -1,4 +1,4 @@
-// Elements. Text is only ever text: nothing that a model or a user said is read as HTML.
+// Helpers for elements. Text stays text: nothing from a model or a user is parsed as HTML.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -11,7 +11,7 @@ export function element(tag, properties = {}, ...children) {
 const TIME = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 export const timeOf = (seconds) => TIME.format(new Date(seconds * 1000));
 
-// Resolves to whether the dialog's question was answered with yes.
+// Resolves to whether the user confirmed the dialog.
 export function confirmed(dialog) {
   dialog.returnValue = "";
   dialog.showModal();

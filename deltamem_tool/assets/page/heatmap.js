@@ -1,9 +1,9 @@
-// A layer's states as a heat map: one pixel an entry, which the style sheet enlarges. Rows are values, columns are keys.
+// Draws a layer's states as a heat map: one pixel per entry, enlarged by the style sheet. Rows are values, columns are keys.
 
 const GAP = 1; // pixels between two heads
-const WIDEST = 64; // pixels in which heads are side by side
+const WIDEST = 64; // maximum width in pixels at which heads are drawn in one row
 
-// The colours of −1, 0 and 1 as the style sheet has them for the light or the dark scheme.
+// The colours of −1, 0 and 1, as the style sheet defines them for the light or the dark scheme.
 export function colours(element) {
   const style = getComputedStyle(element);
   return ["--negative", "--zero", "--positive"].map((name) =>
@@ -11,7 +11,7 @@ export function colours(element) {
   );
 }
 
-// Draws on `canvas`; an entry of size `limit` has the full colour.
+// Draws on `canvas`. Entries with the absolute value `limit` get the full colour.
 export function draw(canvas, { heads, rank, values }, limit, [negative, zero, positive]) {
   const columns = heads * (rank + GAP) <= WIDEST ? heads : Math.ceil(Math.sqrt(heads));
   canvas.width = columns * (rank + GAP) - GAP;

@@ -1,16 +1,17 @@
-// A memory's states, and what the last turn changed in them: for each a heat map a layer.
+// Shows a memory's states and what the last turn changed in them, with one heat map per layer.
 
 import { byId, element } from "./dom.js";
 import { colours, draw } from "./heatmap.js";
 import { difference, largestOf, normOf, statesOf } from "./states.js";
 
-const CELL = 8; // the largest size of an entry in pixels
+const CELL = 8; // maximum size of an entry in pixels
 const picture = byId("picture");
 const [nowPart, changePart] = picture.children;
-let drawings = []; // the canvases, with what is drawn on them
+let drawings = []; // the canvases with their states
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
-// `memory` as the library reads it, or null. `former` is the one before, null for zeros, or undefined where none is kept.
+// `memory` is a memory as the library reads it, or null. `former` is the one before it: null for zeros, undefined if it is
+// not kept.
 export function showLayers(memory, former) {
   picture.hidden = memory === null;
   drawings = [];

@@ -1,17 +1,17 @@
-// The conversation as it is shown.
+// Shows the conversation.
 
 import { byId, element } from "./dom.js";
 
 const log = byId("log");
-const NEAR = 40; // pixels from the end within which the log follows the answer
+const NEAR = 40; // the log follows the answer if it is scrolled to within this many pixels of the end
 
-// Shows a conversation from its start, below a note if there is one. `about` says what became of a turn.
+// Shows a conversation from its start, with a note above it if there is one. `about` is the remark below a turn.
 export function show(turns, note) {
   log.replaceChildren(...(note === null ? [] : [element("li", { className: "note", textContent: note })]));
   for (const { user, answer, about } of turns) add(user).finish(answer, about);
 }
 
-// A turn whose answer is to come.
+// Adds a turn whose answer is still to come.
 export function add(user) {
   log.querySelector(".note")?.remove();
   const text = element("p");

@@ -1,4 +1,4 @@
-// Which memory is open: the address says it, so that a reload and the button Back lead to it.
+// The open memory. It is part of the address, so that a reload and the Back button lead to it.
 
 const DEFAULT_NAME = "me";
 

@@ -1,10 +1,10 @@
-// The states of a memory as the heat maps take them.
+// The states of a memory, as the heat maps need them.
 
-// [{ layer, heads, rank, values }] in the order of the layers; `values` has H * R * R numbers, of the first conversation.
+// [{ layer, heads, rank, values }] in layer order. `values` has the H * R * R numbers of the first conversation.
 export const statesOf = ({ shape: { heads, rank }, states }) =>
   [...states].map(([layer, values]) => ({ layer, heads, rank, values: values.subarray(0, heads * rank * rank) }));
 
-// What was added to `before`; null for zeros.
+// The difference between two lists of states; `before` is null for zeros.
 export function difference(after, before) {
   if (before === null) return after;
   return after.map((state, layer) => ({

@@ -60,10 +60,11 @@ class Row:
     """B minus A.
 
     Args:
-        condition: whose scores, or over which the state adds what `is_gain` says.
-        group: None is all questions.
-        p_value, histories: None where it is not paired.
-        margin: what the difference has to exceed to matter.
+        condition: the condition whose scores are compared; with `is_gain`, the one over which the gain of the state is
+            compared.
+        group: name of the group; None for all questions.
+        p_value, histories: None if the comparison is not paired.
+        margin: size that a difference has to exceed to matter.
     """
 
     condition: str
@@ -81,7 +82,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The condition in words, or what the state adds to it."""
+        """The condition in words, or the gain of the state over it."""
         return f"state over {in_words(self.condition)}" if self.is_gain else in_words(self.condition)
 
     @property
@@ -114,12 +115,12 @@ class Comparison:
     """B minus A.
 
     Args:
-        unpaired: why it could not be done question by question; empty if it was.
-        groups: those that both have.
-        differing: settings, as (heading, name, A's, B's).
-        alone: what one has and the other lacks.
+        unpaired: why questions could not be paired; empty if they were.
+        groups: groups that both have.
+        differing: settings that differ, as (heading, name, A's, B's).
+        alone: conditions and groups that only one has, as remarks.
         rows: by condition; all questions first, if both have the same groups, then group by group.
-        gains: what the state adds to each other condition, B's minus A's, over all questions.
+        gains: gain of the state over each other condition, B's minus A's, over all questions.
     """
 
     a: EvaluationFile
@@ -140,16 +141,16 @@ class Comparison:
     def notes(self) -> list[str]:
         """Remarks that are needed to read the differences."""
         if self.unpaired:
-            notes = [f"not paired by question, since {self.unpaired}: means are compared, as of independent samples"]
+            notes = [f"not paired by question, since {self.unpaired}: means are compared as independent samples"]
         else:
-            notes = [f"paired by question, {sum(self.a.result['questions'])} of them"]
+            notes = [f"paired by question ({sum(self.a.result['questions'])} questions)"]
         if not self.overall:
-            notes.append("their groups are not the same, so that nothing is said of all questions")
+            notes.append("their groups differ, so there is no comparison over all questions")
         silent = [label for label, one in (("A", self.a), ("B", self.b)) if "run" not in one.result]
-        return [*notes, *(f"{label} does not say how it was done" for label in silent), *self.alone]
+        return [*notes, *(f"{label} does not record how it was run" for label in silent), *self.alone]
 
     def verdict(self) -> list[str]:
-        """Return the differences as sentences: over all questions or else by group, then what the state adds."""
+        """Return the differences as sentences: over all questions or else by group, then the gain of the state."""
         return [row.in_words for row in [*(self.overall or self.rows), *self.gains]]
 
     @property
@@ -189,13 +190,13 @@ def compare(a: str | Path, b: str | Path, margin: float | None = None) -> Compar
     """Compare two reports.
 
     Args:
-        a: a folder, or its `evaluation.json`.
+        a: folder of a report, or its `evaluation.json`.
         b: likewise.
-        margin: what a difference has to exceed to matter.
+        margin: size that a difference has to exceed to matter.
 
     Raises:
-        ConfigError: `margin` is not one.
-        DataError: one cannot be read, or a difference between them would mean nothing.
+        ConfigError: `margin` is not valid.
+        DataError: a report cannot be read, or the two measure different things.
     """
     check_margin(margin)
     first, second = read_report(expand_user(a)), read_report(expand_user(b))
@@ -224,7 +225,7 @@ def read_report(place: Path) -> EvaluationFile:
     file = place / EVALUATION_FILE if place.is_dir() else place
     if not file.is_file():
         why = f"There is no {EVALUATION_FILE} in it." if place.is_dir() else "There is no such file or folder."
-        raise DataError(f"{place} is not a report.", why, "Use a folder that `deltamem eval --report` wrote.")
+        raise DataError(f"{place} is not a report.", why, "Use a folder written by `deltamem eval --report`.")
     result, folder = read_evaluation(file), file.parent
     if not all((folder / name).is_file() for name in (RECORDS_FILE, SETTINGS_FILE)):
         return EvaluationFile(place, result, {}, "", f"{place} has no records")
@@ -234,8 +235,8 @@ def read_report(place: Path) -> EvaluationFile:
         raise DataError(f"{folder / SETTINGS_FILE} is damaged.", f"{error}.", "Evaluate again.") from error
     records = _by_condition(read_records(folder / RECORDS_FILE), result)
     if not isinstance(about, dict) or any(about.get(name) != result[name] for name in ("task", "protocol", "adapter")):
-        return EvaluationFile(place, result, {}, "", f"the records in {folder} are of another evaluation")
-    missing = "" if _agree(records, result) else f"the records in {folder} do not give the figures of {EVALUATION_FILE}"
+        return EvaluationFile(place, result, {}, "", f"the records in {folder} belong to another evaluation")
+    missing = "" if _agree(records, result) else f"the records in {folder} do not match {EVALUATION_FILE}"
     return EvaluationFile(place, result, {} if missing else records, str(about.get(ITEMS, "")), missing)
 
 
@@ -274,7 +275,7 @@ def _unpaired(a: EvaluationFile, b: EvaluationFile) -> str:
     """Return why questions cannot be paired; empty if they can."""
     if a.missing or b.missing:
         return a.missing or b.missing
-    return "" if a.items and a.items == b.items else "they asked other questions"
+    return "" if a.items and a.items == b.items else "they asked different questions"
 
 
 def _check_alike(a: EvaluationFile, b: EvaluationFile, unpaired: str) -> None:
@@ -287,7 +288,7 @@ def _check_alike(a: EvaluationFile, b: EvaluationFile, unpaired: str) -> None:
         if a.result[name] != b.result[name]:
             raise DataError(
                 f"{a.place} and {b.place} have different {name}s: {a.result[name]} and {b.result[name]}.",
-                "Their figures measure different things.",
+                "Their results measure different things.",
                 f"Compare evaluations with the same {name}.",
             )
     if unpaired and a.result["protocol"] != b.result["protocol"]:

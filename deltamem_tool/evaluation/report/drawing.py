@@ -1,4 +1,4 @@
-"""Draw scores and differences as figures, for a file or as SVG for a page."""
+"""Plot scores and differences, for a file or as SVG for a page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deltamem_tool.evaluation.scoring.statistics import Interval
 from deltamem_tool.io.pictures import printable
 
 INK, GRID, PAPER = "#222222", "#cccccc", "#ffffff"
-# State and ceiling stand out; the controls share the bottom of the plot, so their marks differ.
+# The state and the full context stand out. The controls lie together at the bottom of the plot: their markers differ.
 _STYLE: dict[str, dict[str, Any]] = {
     STATE: {"color": "#0b6e4f", "marker": "o", "linewidth": 2.5},
     "full_context": {"color": "#555555", "marker": "s", "linestyle": "--"},
@@ -34,7 +34,7 @@ _STYLE: dict[str, dict[str, Any]] = {
     "static": {"color": "#6f4e37", "marker": "p"},
     "bm25": {"color": "#8c6d46", "marker": "D", "linestyle": ":"},
 }
-# Conditions that are not named above take these in turn.
+# Used in turn for conditions that are not named above.
 _OTHERS: tuple[dict[str, Any], ...] = (
     {"color": "#b0307c", "marker": "P"},
     {"color": "#2a8c9e", "marker": "*"},
@@ -42,7 +42,7 @@ _OTHERS: tuple[dict[str, Any], ...] = (
     {"color": "#9c5a2b", "marker": ">"},
     {"color": "#5a5fcf", "marker": "h"},
 )
-# A colour on a dark page, by the one on a light page: the same hue, lighter.
+# Colours on a dark page, by the colour on a light page: the same hue, lighter.
 DARK = {
     "#0b6e4f": "#3fd09b",
     "#555555": "#b4bac2",
@@ -60,12 +60,12 @@ DARK = {
     "#9c5a2b": "#de9a66",
     "#5a5fcf": "#989df5",
 }
-_ROW_INCHES = 0.17  # of one condition in a group, where groups have no order
-_NARROW = 26  # characters of a group's name in a line
+_ROW_INCHES = 0.17  # height of one condition in a group, if groups are listed
+_NARROW = 26  # characters per line of a name
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each condition is drawn: the same in every picture where it has a style of its own."""
+    """Return the plot style of each condition. A condition with its own style looks the same in every plot."""
     strangers = [name for name in names if name not in _STYLE]
     return {name: _STYLE.get(name) or _OTHERS[strangers.index(name) % len(_OTHERS)] for name in names}
 
@@ -73,17 +73,17 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def scores_figure(
     metric: str, groups: Sequence[str], rows: Mapping[str, Sequence[Interval]], title: str = "", narrow: bool = False
 ) -> Figure:
-    """The mean of each condition by group, with its interval.
+    """Plot the mean of each condition by group, with its interval.
 
-    Groups that begin with rising numbers, such as "4 facts", are an axis; others are listed, since a line from one to
-    the next would mean nothing.
+    Groups whose names begin with increasing numbers, such as "4 facts", form an axis. Other groups are listed, because
+    a line between them would have no meaning.
 
     Args:
-        metric: its name.
-        groups: their names.
-        rows: an interval a group, by condition.
-        title: above the figure.
-        narrow: for a phone.
+        metric: name of the metric.
+        groups: names of the groups.
+        rows: one interval per group, by condition.
+        title: title above the figure.
+        narrow: whether the figure is for a phone.
     """
     with _look():
         if _rising(groups):
@@ -97,18 +97,18 @@ def scores_figure(
             _dots(axes, metric, groups, rows)
         axes.set_title(printable(title), fontsize=11)
         axes.grid(alpha=0.6, linewidth=0.6)
-        place: Any = "outside lower center" if narrow else "outside right center"  # beside the curves, not on them
+        place: Any = "outside lower center" if narrow else "outside right center"  # beside the curves
         figure.legend(loc=place, fontsize=9, ncols=2 if narrow else 1, frameon=False)
     return figure
 
 
 def differences_figure(label: str, differences: Mapping[str, Mapping[str, float]], narrow: bool = False) -> Figure:
-    """A difference with its interval by condition; a hollow mark is one that chance could have made.
+    """Plot the difference of each condition with its interval; a hollow mark is not distinguishable from 0.
 
     Args:
-        label: of the axis.
+        label: label of the axis.
         differences: `mean`, `low`, `high` and `clear`, by condition.
-        narrow: for a phone.
+        narrow: whether the figure is for a phone.
     """
     with _look():
         figure = _figure(4.9 if narrow else 8, 1.0 + 0.34 * len(differences))
@@ -127,7 +127,7 @@ def differences_figure(label: str, differences: Mapping[str, Mapping[str, float]
 
 
 def losses_figure(losses: Sequence[tuple[int, float]]) -> Figure:
-    """(step, loss) pairs as a curve."""
+    """Plot (step, loss) pairs as a curve."""
     with _look():
         figure = _figure(7, 4.2)
         axes = figure.subplots()
@@ -139,23 +139,23 @@ def losses_figure(losses: Sequence[tuple[int, float]]) -> Figure:
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """To stand inside a page, whose ink and dark colours it takes; its text is text.
+    """Convert a figure to SVG to embed in a page. It uses the page's colours, and its text stays text.
 
     Args:
-        figure: what is drawn.
-        name: begins all its ids, of which a page must not have one twice.
-        title: is read out instead of the picture.
-        description: is read out after the title.
+        figure: the figure.
+        name: prefix of all ids, which must be unique in a page.
+        title: read out by screen readers instead of the picture.
+        description: read out after the title.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has other fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has other fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' id="', f' id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)  # as wide as the page lets it
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)  # the page decides the width
     text = text.replace(INK, "currentColor").replace(GRID, "var(--line)").replace(PAPER, "var(--paper)")
     for colour in DARK:
         text = text.replace(colour, f"var(--plot-{colour[1:]})")
@@ -171,7 +171,7 @@ def _look() -> Iterator[None]:
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     look: dict[Any, Any] = {name: INK for name in inked}
     look |= {"grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False}
-    look["text.parse_math"] = False  # a $ in a group's name is a dollar
+    look["text.parse_math"] = False  # a $ in a group's name is not math
     with matplotlib.rc_context(look):
         yield
 
@@ -183,7 +183,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _rising(groups: Sequence[str]) -> bool:
-    """Whether the names begin with numbers, each larger than the one before."""
+    """Return whether the names begin with increasing numbers."""
     matches = [re.match(r"\d+", group) for group in groups]
     numbers = [int(one[0]) for one in matches if one]
     return len(numbers) == len(groups) > 1 and numbers == sorted(set(numbers))
@@ -202,7 +202,7 @@ def _curves(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, S
 
 
 def _dots(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Sequence[Interval]]) -> None:
-    """Conditions below each other within their group."""
+    """Plot the conditions below each other within their group."""
     for at, (name, style) in enumerate(styles(list(rows)).items()):
         means, lows, highs = zip(*rows[name], strict=True)
         places = [group + (at + 1) / (len(rows) + 1) for group in range(len(groups))]
@@ -219,10 +219,10 @@ def _dots(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Seq
 
 
 def _label(name: str, width: int = _NARROW) -> str:
-    """In lines, with question marks for what no font has, such as half a surrogate pair."""
+    """Wrap a name. Text that no font has, such as half of a surrogate pair, becomes question marks."""
     return fill(printable(in_words(name)), width)
 
 
 def _are_shares(rows: Mapping[str, Sequence[Interval]]) -> bool:
-    """Whether all of it lies between 0 and 1, as right answers in a hundred do and log-probabilities do not."""
+    """Return whether all values lie between 0 and 1, like shares of correct answers and unlike log-probabilities."""
     return all(0 <= figure <= 1 for row in rows.values() for one in row for figure in one)

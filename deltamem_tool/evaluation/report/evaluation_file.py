@@ -25,29 +25,29 @@ if TYPE_CHECKING:
 
 EVALUATION_FILE = "evaluation.json"
 FORMAT, FORMAT_VERSION = "deltamem-evaluation", 1
-_ENDS = ("mean", "low", "high")  # of a difference
-_PARTS = ("options", "mechanism", "versions")  # of `run`, that a reader shows
-_AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
+_ENDS = ("mean", "low", "high")  # fields of a difference
+_PARTS = ("options", "mechanism", "versions")  # sections of `run` that readers show
+_AGAIN = "Create it with `deltamem eval ADAPTER --out evaluation.json`."
 
 
 def write_evaluation(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Write what `evaluation_json` gave, whole or not at all."""
+    """Write the result of `evaluation_json`, completely or not at all."""
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def evaluation_json(
     evaluation: Evaluation, adapter: str, arguments: Sequence[str], run: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What the file holds.
+    """Return the content of the file.
 
-    `scores` has `[mean, low, high]` by condition, a group an entry, `overall` one of all questions; `other_scores` and
-    `other_metrics` have the same of the metrics that do not decide.
+    `scores` has a list of `[mean, low, high]` by condition, one per group. `overall` has `[mean, low, high]` over all
+    questions by condition. `other_scores` and `other_metrics` have the same for the other metrics.
 
     Args:
-        evaluation: what `evaluate` returned.
-        adapter: the fingerprint of what was evaluated.
-        arguments: what `deltamem eval` takes for the same questions.
-        run: how it was done, as `run_json` says.
+        evaluation: the result of `evaluate`.
+        adapter: fingerprint of the evaluated adapter.
+        arguments: arguments with which `deltamem eval` asks the same questions.
+        run: how the evaluation was run, as returned by `run_json`.
     """
     metric, *others = evaluation.metrics
     names = [condition.name for condition in evaluation.conditions]
@@ -81,13 +81,13 @@ def evaluation_json(
 
 
 def _differences(evaluation: Evaluation, group: str | None) -> dict[str, Any]:
-    """Of the state to each of the others."""
+    """Return the differences between the state and each other condition."""
     differences = {name: evaluation.difference(evaluation.metrics[0], name, group) for name in evaluation.others}
     return {name: {**asdict(one), **_beside_margin(one, evaluation.margin)} for name, one in differences.items()}
 
 
 def _beside_margin(one: Difference, margin: float | None) -> dict[str, str]:
-    """Nothing where no margin was stated, or there are too few histories to tell."""
+    """Return the position relative to the margin; empty without a margin, or with too few histories for a test."""
     if margin is None or one.histories < FEWEST:
         return {}
     return {"beside_margin": beside_margin(one.low, one.high, margin)}
@@ -104,10 +104,10 @@ def _perplexities(evaluation: Evaluation, condition: str) -> list[float]:
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
-    """What `evaluation_json` gave.
+    """Read what `write_evaluation` wrote.
 
     Raises:
-        DataError: the file is something else, of a newer format, or a figure is missing.
+        DataError: the file is not an evaluation, has a newer format, or lacks a result.
     """
     try:
         result = read_json(file)
@@ -119,12 +119,12 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         update = update_command(result.get("deltamem_version"))
         raise DataError(f"{file} has a newer format.", "", f"Update deltamem-tool: {update}")
     if not _is_whole(result):
-        raise DataError(f"{file} lacks figures of an evaluation.", "", _AGAIN)
+        raise DataError(f"{file} is incomplete.", "It lacks results of the evaluation.", _AGAIN)
     return result
 
 
 def _is_whole(result: dict[str, Any]) -> bool:
-    """Whether a reader, such as the model card, finds all that it shows."""
+    """Return whether the file has everything that readers, such as the model card, show."""
     texts = [result.get(name) for name in ("adapter", "task", "protocol", "metric")]
     groups, conditions, scores = result.get("groups"), result.get("conditions"), result.get("scores")
     if not isinstance(groups, list) or not isinstance(conditions, dict) or not isinstance(scores, dict):

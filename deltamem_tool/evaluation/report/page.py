@@ -1,4 +1,4 @@
-"""Write the folder of a report: an HTML page, the same in Markdown, and the figures as JSON, next to the records."""
+"""Write the folder of a report: an HTML page, the same in Markdown, and the results as JSON, next to the records."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ PAGE_FILE, MARKDOWN_FILE = "index.html", "report.md"
 FILES = {
     PAGE_FILE: "this page",
     MARKDOWN_FILE: "the same in Markdown",
-    EVALUATION_FILE: "all figures",
-    RECORDS_FILE: "every question and answer, a line each",
-    SETTINGS_FILE: "what the records are of",
+    EVALUATION_FILE: "all results",
+    RECORDS_FILE: "every question and answer, one per line",
+    SETTINGS_FILE: "the settings behind the records",
 }
-SAMPLE_GROUPS = 8  # of which the page shows answers
+SAMPLE_GROUPS = 8  # maximum number of groups with answers on the page
 
 
 def check_folder(folder: Path) -> None:
-    """Raise where a report cannot be written into `folder`, or would replace what no report has left there.
+    """Check that a report can be written into `folder` and would only replace files of an earlier report.
 
     Raises:
         DeltaMemError: the folder cannot be written, or holds files of another program.
     """
     check_writable(folder / PAGE_FILE)
     if (folder / SETTINGS_FILE).is_file():
-        return  # of a report, or of records; whether of this one is seen when it is opened
+        return  # a report or records; whether they belong to this evaluation is checked when they are opened
     report_files = [name for name in FILES if (folder / name).exists()]
     if report_files:
         problem = f"{folder} holds {' and '.join(report_files)} from something else."
-        raise DataError(problem, "A report would replace what is there.", "Choose another folder.")
+        raise DataError(problem, "A report would overwrite it.", "Choose another folder.")
 
 
 def write_report(folder: Path, result: Mapping[str, Any], records: Sequence[Record]) -> None:
-    """Write all but the records, which are there: the page last, when what it leads to is there.
+    """Write all files except for the records, which exist already. The page, which links the others, comes last.
 
     Args:
-        folder: has the records.
-        result: as `evaluation_json` gives it.
-        records: what is in the folder.
+        folder: folder that has the records.
+        result: the result of `evaluation_json`.
+        records: the records in the folder.
     """
     known = _known(result, records)
     write_evaluation(folder / EVALUATION_FILE, result)
@@ -84,7 +84,10 @@ def _known(result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, An
 
 
 def _sample(result: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Of each group, the question that the first condition, the state if it is there, answered best, and worst."""
+    """Return the questions that the first condition answered best and worst in each group.
+
+    The first condition is the state, unless it was left out.
+    """
     metric, first = result["metric"], next(iter(result["conditions"]))
     by_item: dict[str, list[Record]] = {}
     for record in records:
@@ -116,7 +119,7 @@ def _scores_plot(result: Mapping[str, Any]) -> dict[str, str]:
     def draw(narrow: bool) -> Figure:
         return scores_figure(result["metric"], result["groups"], rows, narrow=narrow)
 
-    return both_widths("scores", draw, "Scores by condition and group", f"Of all questions: {means}.")
+    return both_widths("scores", draw, "Scores by condition and group", f"Over all questions: {means}.")
 
 
 def _differences_plot(result: Mapping[str, Any]) -> dict[str, str]:
@@ -130,9 +133,9 @@ def _differences_plot(result: Mapping[str, Any]) -> dict[str, str]:
     def draw(narrow: bool) -> Figure:
         return differences_figure(f"state minus the other, {in_words(result['metric'])}", differences, narrow)
 
-    return both_widths("differences", draw, "What the state adds", "; ".join(result["verdict"]))
+    return both_widths("differences", draw, "Gain from the state", "; ".join(result["verdict"]))
 
 
 def both_widths(name: str, draw: Callable[[bool], Figure], title: str, description: str) -> dict[str, str]:
-    """A figure for a wide page and for a phone, of which the page shows one."""
+    """Draw a figure for wide pages and one for phones; the page shows the one that fits."""
     return {kind: svg(draw(kind == "narrow"), f"{name}-{kind}", title, description) for kind in ("wide", "narrow")}

@@ -1,4 +1,4 @@
-"""The settings of an evaluation as rows of text, to list on a page and to compare two evaluations."""
+"""Turn the settings of an evaluation into rows of text, to list them on a page and to compare two evaluations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from deltamem_tool.evaluation.conditions import in_words
 
-COST = "Cost"  # a part of the settings: what a run has taken
+COST = "Cost"  # the part of the settings with the time and tokens that a run took
 
 
 def settings(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """All that `evaluation.json` says of how it was done, as readable rows under headings."""
+    """Return all settings in `evaluation.json` as readable rows under headings."""
     common = {name: result[name] for name in ("task", "protocol", "metric", "seed")}
     run = result.get("run") or {}
     parts = {
@@ -32,15 +32,15 @@ def _cost(cost: Mapping[str, Any] | None) -> dict[str, Any]:
     if cost is None:
         return {}
     asked, answers = cost["asked"], cost["answers"]
-    earlier = "" if asked == answers else f" (the other {answers - asked:,} were there from an earlier run)"
+    earlier = "" if asked == answers else f" (the other {answers - asked:,} came from an earlier run)"
     return {
-        "time": f"{cost['seconds']:,.0f} s for {asked:,} answers{earlier}, the model's loading not counted",
-        "prompts": f"{cost['prompt_tokens']:,} tokens in all; histories that were written are not counted",
+        "time": f"{cost['seconds']:,.0f} s for {asked:,} answers{earlier}, without loading the model",
+        "prompts": f"{cost['prompt_tokens']:,} tokens in total, without the histories written into the memory",
     }
 
 
 def readable(value: Any) -> str:
-    """A value in words."""
+    """Return a value as readable text."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -20,7 +20,7 @@ _DPI = 140
 
 
 def score_table(evaluation: Evaluation, metric: str | None = None) -> Table:
-    """One metric, by default the first: a row a condition and a column a group."""
+    """Return a table of one metric, by default the first, with one row per condition and one column per group."""
     metric = metric or evaluation.metrics[0]
     counts = {
         group: len(evaluation.scores(metric, evaluation.conditions[0].name, group)[0]) for group in evaluation.groups
@@ -28,7 +28,7 @@ def score_table(evaluation: Evaluation, metric: str | None = None) -> Table:
     table = Table(title=f"{escape(evaluation.task)}, protocol {evaluation.protocol}: {in_words(metric)}, 95 % interval")
     table.add_column("", style="bold", overflow="fold")
     for group in evaluation.groups:
-        # Folded: many groups on a narrow screen must not cut a figure.
+        # Fold, so that numbers stay complete if many groups share a narrow screen.
         table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right", overflow="fold")
     for condition in evaluation.conditions:
         estimates = [evaluation.estimate(metric, condition.name, group) for group in evaluation.groups]
@@ -46,7 +46,7 @@ def _cell(metric: str, estimate: Estimate) -> str:
 
 
 def plot_scores(evaluation: Evaluation, path: Path) -> None:
-    """Draw the first metric by group, in the format that the name `path` says."""
+    """Plot the first metric by group, in the format given by the extension of `path`."""
     metric, rows = evaluation.metrics[0], {}
     for condition in evaluation.conditions:
         estimates = [evaluation.estimate(metric, condition.name, group) for group in evaluation.groups]
@@ -56,5 +56,5 @@ def plot_scores(evaluation: Evaluation, path: Path) -> None:
 
 
 def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
-    """Draw (step, loss) pairs, in the format that the name `path` says."""
+    """Plot (step, loss) pairs, in the format given by the extension of `path`."""
     write_picture(losses_figure(losses), path, _DPI)

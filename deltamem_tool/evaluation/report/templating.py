@@ -18,9 +18,9 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]<>|&])")
 
 
 def rendered(template: str, **known: Any) -> bytes:
-    """Render a template of this package in UTF-8.
+    """Render a template of this package as UTF-8.
 
-    What no encoding can hold, such as half a surrogate pair, is a question mark.
+    Text that cannot be encoded, such as half of a surrogate pair, becomes a question mark.
     """
     return _environment().get_template(template).render(version=__version__, **known).encode(errors="replace")
 
@@ -47,12 +47,12 @@ def _environment() -> Environment:
 
 
 def short(text: str) -> str:
-    """As much as a page shows of it."""
+    """Return the text, truncated to the length that a page shows."""
     if len(text) <= MAX_SHOWN:
         return text
-    return f"{text[:MAX_SHOWN]} … ({len(text) - MAX_SHOWN:,} characters more)"
+    return f"{text[:MAX_SHOWN]} … ({len(text) - MAX_SHOWN:,} more characters)"
 
 
 def cell(text: Any) -> str:
-    """In Markdown: in a table a bar would end the cell, and nothing is markup."""
+    """Escape text for a cell of a Markdown table: no bar ends the cell, and nothing is markup."""
     return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))

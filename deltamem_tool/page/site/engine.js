@@ -1,7 +1,7 @@
-// The model in its thread, for the page.
+// Calls the model, which runs in a worker thread.
 
 const WORKER = new URL("worker.js", document.baseURI).href;
-// What may be run: the page's own two scripts for threads.
+// Only the page's two worker scripts may run.
 const scripts = globalThis.trustedTypes?.createPolicy("deltamem", { createScriptURL }) ?? { createScriptURL };
 const SERVICE = new URL("service.js", document.baseURI).href;
 const blob = URL.createObjectURL(new Blob([`import ${JSON.stringify(WORKER)};`], { type: "text/javascript" }));
@@ -11,7 +11,7 @@ function createScriptURL(url) {
   throw new TypeError(`${url} is not a script of this page`);
 }
 
-/** An error of the model's: what failed, why, and what to do next. */
+/** An error from the model's thread: what failed, why, and what to do next. */
 export class EngineError extends Error {
   constructor({ name, message, what, why, next }) {
     super(what === null ? message : [what, why, next].filter(Boolean).join(" "));
@@ -20,7 +20,7 @@ export class EngineError extends Error {
   }
 }
 
-// By a blob, the thread has the policy of this page: it cannot fetch from elsewhere either.
+// A worker from a blob inherits the policy of this page, so it cannot fetch from other hosts either.
 const worker = new Worker(scripts.createScriptURL(blob), { type: "module" });
 const waiting = new Map();
 let calls = 0;
@@ -33,12 +33,12 @@ worker.onmessage = ({ data: { id, progress, result, error } }) => {
   else reject(new EngineError(error));
 };
 worker.onerror = (event) => {
-  const message = `The model's thread has failed: ${event.message ?? "it could not be loaded"}`;
+  const message = `The model's thread failed: ${event.message ?? "it could not be loaded"}`;
   for (const { reject } of waiting.values()) reject(new EngineError({ name: "Error", message, what: null }));
   waiting.clear();
 };
 
-/** Has `call` of worker.js done; what it tells meanwhile goes to `report`. */
+/** Run `call` of worker.js. Its progress is passed to `report`. */
 export function ask(call, argument, report = () => {}) {
   const id = ++calls;
   return new Promise((resolve, reject) => {
@@ -47,6 +47,6 @@ export function ask(call, argument, report = () => {}) {
   });
 }
 
-/** Keeps the page for visits without a network; where the browser does not let it, there are none. */
+/** Cache the page for offline visits, if the browser allows it. */
 export const keepOffline = () =>
   navigator.serviceWorker?.register(scripts.createScriptURL(SERVICE)).catch((error) => console.info(error.message));

@@ -1,9 +1,9 @@
-// The list of this model's memories.
+// The list of memories of this model.
 
 import { byId, element, timeOf } from "./dom.js";
 import { addressOf } from "./open.js";
 
-/** Shows the list, and marks the memory that is open, which need not be stored yet. */
+/** Show the list and mark the open memory, which may not be stored yet. */
 export async function showList(store, current) {
   const stored = await store.list();
   const all = stored.some(({ name }) => name === current) ? stored : [{ name: current }, ...stored];

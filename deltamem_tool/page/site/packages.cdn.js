@@ -1,10 +1,10 @@
-// In place of packages.js where the packages come from a CDN: only the files that were tested are run. Import maps, which
-// could say so too, do not reach a thread. The page keeps them as it keeps the model, for visits without a network.
+// Replaces packages.js if the packages come from a CDN, and only runs the files that were tested. An import map could check
+// them too, but does not apply to workers. The files are cached like the model, for offline visits.
 
 import { FetchError } from "./errors.js";
 import { fetchedFrom } from "./folder.js";
 
-const FILES = {}; // written here when the page is made: address, size and SHA-256 by name
+const FILES = {}; // filled in by `deltamem page`: address, size and SHA-256 by name
 const MAX_BYTES = 2 ** 24;
 const read = fetchedFrom(import.meta.url, { cache: "deltamem-model", expected: FILES });
 

@@ -1,4 +1,4 @@
-// In place of the library's own: the same packages, from the files beside it.
+// Replaces the library's packages.js: the same packages, from files of the page.
 
 export const jinja = () => import("../runtime/jinja.js");
 export const tokenizers = () => import("../runtime/tokenizers.min.mjs");

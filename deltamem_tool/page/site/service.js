@@ -1,6 +1,6 @@
-// Keeps the page's own files for visits without a network. The model and its runtime are kept by the page itself.
+// Caches the page's own files for offline visits. The page itself caches the model and its runtime.
 
-const SHELL = []; // written here when the page is made
+const SHELL = []; // filled in by `deltamem page`
 const VERSION = "";
 const PREFIX = `deltamem-page ${registration.scope} `;
 const CACHE = PREFIX + VERSION;
@@ -8,7 +8,7 @@ const CACHE = PREFIX + VERSION;
 addEventListener("install", (event) => {
   const requests = SHELL.map((path) => new Request(path, { cache: "no-cache" }));
   const kept = caches.open(CACHE).then((cache) => cache.addAll(requests));
-  event.waitUntil(kept.then(() => skipWaiting())); // the next visit has the new page, whole as this one is by now
+  event.waitUntil(kept.then(() => skipWaiting())); // this page is loaded completely; the next visit gets the new one
 });
 
 addEventListener("activate", (event) => {

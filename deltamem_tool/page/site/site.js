@@ -1,4 +1,4 @@
-// The page: which memory is open, the conversation with it, and what the buttons do. Memories are in IndexedDB.
+// The page: the open memory, the conversation with it, and the buttons. Memories are stored in IndexedDB.
 
 import { connect, guardedBy, notice, saveAs } from "./controls.js";
 import { byId, confirmed } from "./dom.js";
@@ -12,19 +12,19 @@ import { showList } from "./memories.js";
 import { openName } from "./open.js";
 
 const words = byId("words");
-const told = new BroadcastChannel("deltamem"); // to the other tabs: which memory has changed
+const told = new BroadcastChannel("deltamem"); // tells the other tabs which memory has changed
 
 let store;
 let adapter;
 let answering = false;
-// What this tab knows of each memory: { stored, unstored, turns: [{ user, answer, about }] }. `unstored` are the bytes of
-// what could not be stored, or null.
+// What this tab knows about each memory: { stored, unstored, turns: [{ user, answer, about }] }. `unstored` is the memory
+// file that could not be stored, or null.
 const talks = new Map();
 
 const talk = () => talks.get(openName());
 const versionOf = (stored) => stored?.version ?? 0;
 
-// What went wrong --------------------------------------------------------------------------------------------------
+// Errors ----------------------------------------------------------------------------------------------------------
 
 function failed(error) {
   const isExpected = error instanceof DeltaMemError || (error instanceof EngineError && error.isExpected);
@@ -34,14 +34,14 @@ function failed(error) {
 
 const guarded = guardedBy(failed);
 
-// One tab after the other: what one writes, the next one goes on from.
+// Tabs take turns: each continues from what the previous one wrote.
 const alone = (name, action) =>
   navigator.locks ? navigator.locks.request(`deltamem ${adapter} ${name}`, action) : action();
 
-// Showing ---------------------------------------------------------------------------------------------------------
+// Display ---------------------------------------------------------------------------------------------------------
 
 function show() {
-  if (talk() === undefined) return; // it is being opened
+  if (talk() === undefined) return; // it is still being opened
   const { stored, unstored } = talk();
   const bytes = unstored ?? stored?.bytes;
   const version = unstored ? "not stored" : `version ${versionOf(stored)}`;
@@ -59,12 +59,12 @@ function show() {
 function showTalk() {
   const { stored, turns } = talk();
   const note = stored
-    ? "A new conversation: what was said before is in the memory alone."
+    ? "This is a new conversation. Earlier ones are only in the memory."
     : "This memory is empty. Tell it something, reload the page, and ask.";
   log.show(turns, turns.length ? null : note);
 }
 
-// Reads the open memory, and the list, anew. A conversation goes on from what another tab has made of the memory.
+// Reloads the open memory and the list. If another tab has changed the memory, the conversation continues from that.
 async function refresh() {
   const name = openName();
   const stored = await store.get(name);
@@ -115,7 +115,7 @@ async function send() {
     shown.remove();
     if (name === openName()) words.value = user;
     if (error.name !== "AbortError") throw error;
-    notice("Stopped. The memory is as it was.");
+    notice("Stopped. The memory has not changed.");
   } finally {
     answering = false;
     show();
@@ -123,7 +123,7 @@ async function send() {
   }
   told.postMessage(name);
   await showList(store, openName());
-  if (name === openName() && !shown.isShown) showTalk(); // another memory was opened meanwhile, and this one again
+  if (name === openName() && !shown.isShown) showTalk(); // the user opened another memory and came back
 }
 
 async function answered(name, user, shown) {
@@ -137,7 +137,7 @@ async function answered(name, user, shown) {
   try {
     known.stored = await store.put(name, said.bytes, versionOf(known.stored));
     known.unstored = null;
-    navigator.storage?.persist?.(); // or a browser that is short of room may delete what it stores
+    navigator.storage?.persist?.(); // without this, a browser short of disk space may delete the memories
     parts.push(`written as version ${known.stored.version}`);
   } catch (error) {
     if (!(error instanceof DeltaMemError)) throw error;
@@ -145,17 +145,17 @@ async function answered(name, user, shown) {
     parts.push("not stored");
     failed(error);
   }
-  if (said.context.dropped) parts.push(`the oldest ${said.context.dropped} messages are no longer in view`);
-  if (said.answer.why === "length") parts.push("cut off at the limit");
+  if (said.context.dropped) parts.push(`the oldest ${said.context.dropped} messages have left the context`);
+  if (said.answer.why === "length") parts.push("cut off at the length limit");
   if (said.answer.why === "interrupted") parts.push("stopped");
   const turn = { user, answer, about: parts.join(", ") };
   shown.finish(turn.answer, turn.about);
   return turn;
 }
 
-// What changes the memory -----------------------------------------------------------------------------------------
+// Changes of the memory -------------------------------------------------------------------------------------------
 
-// Has `change` done to the stored memory, and the conversation go on from it.
+// Applies `change` to the stored memory; the conversation continues from the result.
 async function changed(change) {
   const name = openName();
   await alone(name, async () => {

@@ -1,4 +1,4 @@
-// The model, in a thread of its own: a call of it would hold the page. What it is asked and says is in engine.js.
+// Runs the model in its own thread, since a call would block the page. engine.js is the other side.
 
 import {
   bestProvider,
@@ -12,9 +12,9 @@ import {
 } from "./library/index.js";
 
 const RUNTIMES = { wasm: "ort-wasm-simd-threaded.wasm", webgpu: "ort-wasm-simd-threaded.asyncify.wasm" };
-const SENTENCES = "sentencex_wasm_bg.wasm"; // there where the adapter writes by sentence
+const SENTENCES = "sentencex_wasm_bg.wasm"; // present if the adapter writes by sentence
 const MAX_RUNTIME_BYTES = 2 ** 27;
-const UNPACKED = "model.wasm.onnx"; // the graph that is faster there, where the model is quantised
+const UNPACKED = "model.wasm.onnx"; // a graph that is faster in WebAssembly; present if the model is quantised
 const CACHE = "deltamem-model";
 
 let model;
@@ -22,7 +22,7 @@ const conversations = new Map(); // by the memory's name
 let stop = new AbortController();
 
 const calls = {
-  // `wanted` is a provider that the address names, or null.
+  // `wanted` is the provider named in the page's address, or null.
   async load({ base, expected, wanted }, report) {
     const hasBoth = RUNTIMES.webgpu in expected.runtime;
     const provider = wanted in RUNTIMES ? wanted : hasBoth ? await bestProvider() : "wasm";
@@ -30,18 +30,18 @@ const calls = {
       model = await load(base, expected, provider, report);
     } catch (error) {
       if (provider === (wanted ?? "wasm") || !(error instanceof DeltaMemError)) throw error;
-      model = await load(base, expected, "wasm", report); // the GPU cannot hold it
+      model = await load(base, expected, "wasm", report); // the model does not fit on the GPU
     }
     const { adapter, baseModel, quantize } = model;
     return { adapter, baseModel, quantize, provider: model.provider };
   },
 
-  // Begins a conversation with the memory of a file, or with none.
+  // Starts a conversation with the memory of a file, or with an empty one.
   async begin({ name, bytes }) {
     conversations.set(name, new Conversation(model, bytes ? { memory: readMemory(bytes) } : {}));
   },
 
-  // What is to be stored of a file that somebody has chosen.
+  // Checks a file that the user chose, and returns the bytes to store.
   async check({ bytes }) {
     const memory = readMemory(bytes, "The file");
     checkMemory(memory, model.memoryShape, model.adapter);
@@ -59,7 +59,7 @@ const calls = {
     stop.abort();
   },
 
-  // Goes on from the memory of a file, or from zeros; back to the turn before, if that is what it was then.
+  // Continues from the memory of a file, or from an empty one. With `isUndo`, the last turn is undone first.
   async put({ name, bytes, isUndo }) {
     const conversation = conversations.get(name);
     const undone = isUndo && (await conversation.undo());

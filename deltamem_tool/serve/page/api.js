@@ -1,12 +1,12 @@
-// The server's public API. Addresses are relative to the page, which may be behind a proxy under a path of its own.
+// Calls the server's public API. Addresses are relative to the page, which a proxy may serve under another path.
 
-const KEY = "deltamem-key"; // in sessionStorage: gone with the tab
+const KEY = "deltamem-key"; // in sessionStorage, which ends with the tab
 const MEDIA_TYPE = "application/vnd.safetensors";
 
 export class ApiError extends Error {
   constructor(status, message) {
     super(message);
-    this.status = status; // 0: no answer at all
+    this.status = status; // 0 if there was no answer
   }
 }
 
@@ -15,7 +15,7 @@ export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
 const pathOf = (name) => `v1/memories/${encodeURIComponent(name)}`;
 const json = (body) => ({ body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
-// The condition that a change finds the memory as the page has it; a null etag: that there is none yet.
+// Headers with which a change only succeeds if the memory is still as the page has it; a null etag: if there is none yet.
 const unchanged = (etag) => (etag === null ? { "If-None-Match": "*" } : { "If-Match": etag });
 
 async function request(path, { headers, ...options } = {}) {
@@ -39,7 +39,7 @@ export async function listMemories(after) {
   return (await request(after === null ? "v1/memories" : `v1/memories?after=${encodeURIComponent(after)}`)).json();
 }
 
-// A version of a memory as a memory file, or null where there is none.
+// Returns a version of a memory as a memory file, or null if there is none.
 export async function getMemory(name, version = null) {
   try {
     const response = await request(version === null ? pathOf(name) : `${pathOf(name)}?version=${version}`);
@@ -69,7 +69,7 @@ export function restoreMemory(name, version, etag) {
   return request(`${pathOf(name)}/restore`, { method: "POST", body, headers: { ...headers, ...unchanged(etag) } });
 }
 
-// Passes the answer's pieces to `onPiece`, and returns what the server says of the memory after it.
+// Passes the pieces of the answer to `onPiece`, and returns the server's report on the memory after it.
 export async function complete(model, messages, memory, signal, onPiece) {
   const body = { model, messages, user: memory, stream: true };
   const response = await request("v1/chat/completions", { method: "POST", signal, ...json(body) });
@@ -93,7 +93,7 @@ async function* events(body) {
       chunk = await reader.read();
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      return; // broken off
+      return; // the connection broke
     }
     if (chunk.done) return;
     const lines = (rest + chunk.value).split("\n");

@@ -1,7 +1,7 @@
-// Which version an undo restores. A restored version is a new one with the digest of the old: undoing twice has to go
-// two turns back, and not to the turn that was undone.
+// Finds the version that an undo restores. Restoring a version creates a new one with the same digest. Undoing twice has to
+// go back two turns, and not to the turn that was undone.
 
-// The versions that led to the newest one, the newest last; `versions` as the server lists them, the newest first.
+// The versions that led to the newest one, the newest last. `versions` is the server's list, the newest first.
 export function lineage(versions) {
   const line = [];
   for (const version of versions.toReversed()) {
@@ -11,5 +11,5 @@ export function lineage(versions) {
   return line;
 }
 
-// The version before the newest one; null where none is kept.
+// The version before the newest one; null if it is not kept.
 export const before = (versions) => lineage(versions).at(-2) ?? null;

@@ -1,4 +1,4 @@
-// The memories of the key.
+// The list of memories of the API key.
 
 import { listMemories } from "./api.js";
 import { byId, element, timeOf } from "./dom.js";
@@ -7,7 +7,7 @@ import { addressOf } from "./open.js";
 const [list, more] = [byId("memories"), byId("more")];
 let current = null;
 
-// Reads the list anew, and marks the memory that is open, which need not be stored yet.
+// Reloads the list and marks the open memory, which may not be stored yet.
 export async function showList(name) {
   current = name;
   const page = await listMemories(null);
@@ -27,7 +27,7 @@ function follow({ has_more: hasMore, last_id: last }) {
 export async function showMore() {
   const page = await listMemories(more.dataset.after);
   for (const memory of page.data) {
-    if (memory.id === current) list.firstChild.remove(); // it was shown above the others
+    if (memory.id === current) list.firstChild.remove(); // until now it was shown above the others
     list.append(entry(memory));
   }
   follow(page);

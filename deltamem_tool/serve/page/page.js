@@ -1,4 +1,4 @@
-// The page: which memory is open, the conversation with it, and what the buttons do.
+// The page: the open memory, the conversation with it, and the buttons.
 
 import * as api from "./api.js";
 import { connect, guardedBy, notice, saveAs } from "./controls.js";
@@ -9,27 +9,27 @@ import * as log from "./log.js";
 import { addressOf, openName } from "./open.js";
 import { showPicture, showVersions } from "./picture.js";
 
-const MOST_TURNS = 100; // that are sent again; what they wrote is in the memory
-const CHANGED = [409, 412]; // statuses that say that the memory is not as the page has it
+const MOST_TURNS = 100; // maximum number of turns that are sent again; what older ones wrote is in the memory
+const CHANGED = [409, 412]; // statuses for a memory that has changed since the page loaded it
 const words = byId("words");
 
 let model = null;
-let memory; // what the server has of the open one: { version, digest, bytes }, or null; undefined until it was asked
+let memory; // the open one as the server has it: { version, digest, bytes }; null if there is none, undefined until loaded
 let versions = [];
-let answering = null; // the AbortController of a turn that is being answered
-// The turns of each memory's conversation, [{ user, answer, report, about, first }]. They live as long as the page:
-// after a reload there is the memory alone.
+let answering = null; // the AbortController of the turn that is being answered
+// The turns of each memory's conversation, [{ user, answer, report, about, first }]. They last as long as the page: after
+// a reload only the memory is left.
 const talks = new Map();
 
 const talk = () => talks.get(openName()) ?? [];
-// The turn that made the memory what it is, if it is of this conversation.
+// The turn that wrote the current version of the memory, if it belongs to this conversation.
 const lastTurn = () => {
   const last = talk().at(-1);
   const made = versions.find(({ version }) => version === last?.report.version);
   return made !== undefined && made.digest === memory.digest ? last : null;
 };
 
-// What went wrong --------------------------------------------------------------------------------------------------
+// Errors ----------------------------------------------------------------------------------------------------------
 
 async function failed(error) {
   if (!(error instanceof api.ApiError)) throw error;
@@ -40,23 +40,23 @@ async function failed(error) {
 
 function askForKey() {
   if (api.hasKey()) notice("The API key is wrong.", "error");
-  else notice("This server asks for an API key.");
+  else notice("This server requires an API key.");
   byId("key-form").hidden = false;
   byId("key").focus();
 }
 
 const guarded = guardedBy(failed);
 
-// Showing ---------------------------------------------------------------------------------------------------------
+// Display ---------------------------------------------------------------------------------------------------------
 
-// Reads the open memory, and shows it; unless another one is opened meanwhile.
+// Loads the open memory and shows it, unless another one was opened meanwhile.
 async function refresh() {
   const name = openName();
   await showList(name);
   const stored = await api.getMemory(name);
   const history = stored === null ? [] : await api.listVersions(name);
   const earlier = before(history);
-  const isKnown = earlier !== null && earlier.digest === memory?.digest; // a turn was added to what is shown
+  const isKnown = earlier !== null && earlier.digest === memory?.digest; // the shown memory is the one before
   const former = isKnown ? memory : earlier && (await api.getMemory(name, earlier.version));
   if (name !== openName()) return;
   [memory, versions] = [stored, history];
@@ -88,7 +88,7 @@ function showTalk() {
   const note =
     memory === null
       ? "This memory is empty. Tell it something, reload the page, and ask."
-      : "A new conversation: what was said before is in the memory alone.";
+      : "This is a new conversation. Earlier ones are only in the memory.";
   log.show(talk(), talk().length ? null : note);
 }
 
@@ -120,7 +120,8 @@ async function send() {
     if (error.name !== "AbortError") throw error;
     await refresh();
     const stored = await api.getMemory(name);
-    notice(stored?.digest === digest ? "Stopped. The memory is as it was." : "Stopped too late: the memory has it.");
+    const isUnchanged = stored?.digest === digest;
+    notice(isUnchanged ? "Stopped. The memory has not changed." : "Stopped too late: this turn is already in the memory.");
     return;
   } finally {
     answering = null;
@@ -131,13 +132,13 @@ async function send() {
   shown.finish(turn.answer, turn.about);
   talks.set(name, [...earlier, turn]);
   await refresh();
-  if (name === openName() && !shown.isShown) showTalk(); // another memory was opened meanwhile, and this one again
+  if (name === openName() && !shown.isShown) showTalk(); // the user opened another memory and came back
 }
 
 function told({ version, messages_written: written, messages_dropped: dropped, finish }) {
   const parts = [written ? `written as version ${version}` : "nothing was written"];
-  if (dropped) parts.push(`the oldest ${dropped} messages are no longer in view`);
-  if (finish === "length") parts.push("cut off at the limit");
+  if (dropped) parts.push(`the oldest ${dropped} messages have left the context`);
+  if (finish === "length") parts.push("cut off at the length limit");
   return parts.join(", ");
 }
 
@@ -149,7 +150,7 @@ const messagesOf = (turns, user) => [
   { role: "user", content: user },
 ];
 
-// What changes the memory -----------------------------------------------------------------------------------------
+// Changes of the memory -------------------------------------------------------------------------------------------
 
 async function undo() {
   const [name, last, earlier] = [openName(), lastTurn(), before(versions)];
@@ -192,7 +193,7 @@ async function forget() {
   talks.delete(name);
   await refresh();
   showTalk();
-  notice(`Forgotten, with ${deleted.length} ${deleted.length === 1 ? "version" : "versions"}.`);
+  notice(`Forgotten: ${deleted.length} ${deleted.length === 1 ? "version" : "versions"} deleted.`);
 }
 
 // Start -----------------------------------------------------------------------------------------------------------

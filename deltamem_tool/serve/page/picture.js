@@ -1,4 +1,4 @@
-// The memory beside the chat: its states, what the last turn changed in them, and its earlier versions.
+// Shows the memory beside the chat: its states, what the last turn changed in them, and its earlier versions.
 
 import { byId, element, timeOf } from "./dom.js";
 import { showLayers, sizeOf } from "./layers.js";
@@ -6,15 +6,14 @@ import { readMemory } from "./memory.js";
 
 const history = byId("history");
 
-// `memory` is what is stored, or null. `former` is the file of the version before, null for zeros, or undefined where
-// none is kept.
+// `memory` is the stored memory, or null. `former` is the version before it: null for zeros, undefined if it is not kept.
 export function showPicture(memory, former) {
   byId("summary").textContent =
     memory === null ? "Nothing is stored yet." : `version ${memory.version}, ${sizeOf(memory.bytes.byteLength)}`;
   showLayers(memory && readMemory(memory.bytes), former && readMemory(former));
 }
 
-// Calls `restore` with the version whose button is pressed.
+// Lists the earlier versions. `restore` is called with the version whose button is pressed.
 export function showVersions(versions, restore) {
   history.hidden = versions.length < 2;
   byId("versions").replaceChildren(
