@@ -25,7 +25,7 @@ from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.logs import RequestLog
 from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.openai import chat, models, responses
-from deltamem_tool.serve.origin import OwnPagesOnly
+from deltamem_tool.serve.origin import SameOriginOnly
 from deltamem_tool.serve.service import Service
 from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Turns
@@ -57,7 +57,7 @@ def build_app(
         window: maximum number of tokens in a context; None for as many as the model supports.
         seconds: time limit for a request, in seconds.
         max_waiting: maximum number of requests that wait for a memory in use.
-        own_pages_only: refuse requests from pages of other origins: see `OwnPagesOnly`.
+        own_pages_only: refuse requests from pages of other origins: see `SameOriginOnly`.
     """
     locks, metrics = MemoryLocks(max_waiting), Metrics(scheduler)
     turns = Turns(scheduler, store, locks, metrics, window, seconds)
@@ -73,7 +73,7 @@ def build_app(
             await run_sync(scheduler.close)
             await run_sync(store.close)
 
-    guard = [Middleware(OwnPagesOnly)] if own_pages_only else []
+    guard = [Middleware(SameOriginOnly)] if own_pages_only else []
     app = Starlette(
         routes=[*_routes(), *page_routes()],
         middleware=[Middleware(RequestLog, metrics=metrics), *guard],

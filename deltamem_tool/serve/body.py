@@ -19,12 +19,12 @@ SHOWN_PROBLEMS = 3
 Model = TypeVar("Model", bound="Body")
 
 
-def _whole(value: Any) -> Any:
+def _as_integer(value: Any) -> Any:
     """Convert a float without a fraction to int: 5.0 is an integer in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WHOLE = BeforeValidator(_whole)  # annotates an integer field, after its bounds
+AS_INTEGER = BeforeValidator(_as_integer)  # annotates an integer field, after its bounds
 
 
 class Body(BaseModel):
@@ -89,7 +89,7 @@ async def read_object(request: Request) -> dict[str, Any]:
     return value
 
 
-def checked(model: type[Model], fields: dict[str, Any]) -> Model:
+def validate(model: type[Model], fields: dict[str, Any]) -> Model:
     """Validate `fields` and return them as a `model`.
 
     Raises:
@@ -98,10 +98,10 @@ def checked(model: type[Model], fields: dict[str, Any]) -> Model:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _invalid(error) from error
+        raise _validation_error(error) from error
 
 
-def _invalid(error: ValidationError) -> RequestError:
+def _validation_error(error: ValidationError) -> RequestError:
     details = error.errors(include_url=False, include_input=False, include_context=False)
     first = details[0]
     problems = [f"{_path(detail['loc'])}: {detail['msg']}" for detail in details[:SHOWN_PROBLEMS]]

@@ -20,16 +20,16 @@ T = TypeVar("T")
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
-def event(data: Any, name: str | None = None) -> bytes:
+def encode_event(data: Any, name: str | None = None) -> bytes:
     """Encode one event."""
     text = data if isinstance(data, str) else _JSON.encode(data)
     return f"{f'event: {name}' + chr(10) if name else ''}data: {text}\n\n".encode()
 
 
-def events_of(data: Callable[[str], Any]) -> Callable[[str], bytes]:
+def event_encoder(data: Callable[[str], Any]) -> Callable[[str], bytes]:
     """Return a function that encodes the event of `data(text)`. Everything but the text is encoded only once."""
     mark = secrets.token_hex()
-    before, after = event(data(mark)).split(_JSON.encode(mark).encode())
+    before, after = encode_event(data(mark)).split(_JSON.encode(mark).encode())
     return lambda text: before + _JSON.encode(text).encode() + after
 
 
@@ -52,7 +52,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events, or stop when the client disconnects."""
-        await unless_gone(receive, self._stream(send))
+        await cancel_on_disconnect(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
         waiting, changed, ended = list[bytes](), asyncio.Event(), False
@@ -94,7 +94,7 @@ class EventStream(Response):
             group.cancel_scope.cancel()
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T | None:
     """Return the result of `work`. If the client disconnects, cancel `work` and return None.
 
     Raises:

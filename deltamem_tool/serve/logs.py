@@ -73,7 +73,7 @@ class RequestLog:
         finally:
             seconds = time.perf_counter() - began
             path = _pattern(scope)
-            self._metrics.request(scope["method"], path, status, seconds)
+            self._metrics.count_request(scope["method"], path, status, seconds)
             fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
             LOGGER.info("request", extra={"fields": fields})
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory.file import check_memory, memory_from_bytes
-from deltamem_tool.serve.body import WHOLE, Body, checked, read_bytes, read_object
+from deltamem_tool.serve.body import AS_INTEGER, Body, read_bytes, read_object, validate
 from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.names import MemoryName
 from deltamem_tool.serve.service import Service, service_of
@@ -26,7 +26,7 @@ MAX_PAGE = 1000
 MAX_VERSION = 2**53
 
 T = TypeVar("T")
-Version = Annotated[int, Field(ge=1, le=MAX_VERSION), WHOLE]
+Version = Annotated[int, Field(ge=1, le=MAX_VERSION), AS_INTEGER]
 _NAME, _VERSION = TypeAdapter(MemoryName), TypeAdapter(Version)
 _LIMIT, _SECONDS = TypeAdapter(Annotated[int, Field(ge=1, le=MAX_PAGE)]), TypeAdapter(Annotated[float, Field(gt=0)])
 
@@ -70,7 +70,7 @@ async def get_memory(request: Request) -> Response:
     id, version = _id(request), _query(request, "version", _VERSION)
     stored = await run_sync(service.store.get, tenant, id, version)
     if stored is None:
-        raise _missing()
+        raise _not_found_error()
     headers = _headers(stored)
     if _names(request, "if-none-match", stored):
         return Response(status_code=304, headers=headers)
@@ -116,7 +116,7 @@ async def list_versions(request: Request) -> Response:
 async def fork_memory(request: Request) -> Response:
     """`POST /v1/memories/{id}/fork`: copy a memory to a new one."""
     service, tenant = _tenant(request)
-    id, body = _id(request), checked(ForkRequest, await read_object(request))
+    id, body = _id(request), validate(ForkRequest, await read_object(request))
     stored = await run_sync(service.store.fork, tenant, id, body.id, body.version)
     return JSONResponse(_info(stored), 201, _headers(stored))
 
@@ -124,7 +124,7 @@ async def fork_memory(request: Request) -> Response:
 async def restore_memory(request: Request) -> Response:
     """`POST /v1/memories/{id}/restore`: make an earlier version the newest one."""
     service, tenant = _tenant(request)
-    id, body = _id(request), checked(RestoreRequest, await read_object(request))
+    id, body = _id(request), validate(RestoreRequest, await read_object(request))
     async with service.locks.hold(tenant, id):
         current = await run_sync(service.store.get, tenant, id) if "if-match" in request.headers else None
         expected = _expected(request, current)
@@ -193,7 +193,7 @@ def _expected(request: Request, current: MemoryVersion | None) -> ExpectedVersio
     """
     has_match = "if-match" in request.headers
     if (has_match and not _names(request, "if-match", current)) or _names(request, "if-none-match", current):
-        raise _changed()
+        raise _precondition_error()
     if has_match:
         assert current is not None
         return current.version
@@ -206,11 +206,11 @@ async def _conditional(request: Request, change: Callable[[], T]) -> T:
         return await run_sync(change)
     except Conflict as error:
         if "if-match" in request.headers or "if-none-match" in request.headers:
-            raise _changed() from error
+            raise _precondition_error() from error
         raise
 
 
-def _changed() -> RequestError:
+def _precondition_error() -> RequestError:
     return RequestError(
         "The memory is not in the state that the request expects.",
         "It has been changed, created or deleted since.",
@@ -220,7 +220,7 @@ def _changed() -> RequestError:
     )
 
 
-def _missing() -> RequestError:
+def _not_found_error() -> RequestError:
     return RequestError(
         "There is no such memory or version.",
         "It never existed, was deleted, or has expired.",

@@ -88,12 +88,12 @@ class Metrics:
             buckets=SHORT, registry=registry,
         )  # fmt: skip
 
-    def request(self, method: str, path: str, status: int, seconds: float) -> None:
+    def count_request(self, method: str, path: str, status: int, seconds: float) -> None:
         """Count an answered request."""
         self._requests.labels(method, path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def completion(self, completion: Completion) -> None:
+    def count_completion(self, completion: Completion) -> None:
         """Count an answer."""
         self._first.observe(completion.first_token)
         self._waited.observe(completion.waited)

@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 
 from deltamem_tool._version import __version__
-from deltamem_tool.serve import answers
+from deltamem_tool.serve import response_schemas
 from deltamem_tool.serve.memories import MAX_PAGE, MEDIA_TYPE, ForkRequest, RestoreRequest
 from deltamem_tool.serve.names import NAME_SCHEMA
 from deltamem_tool.serve.openai.chat import ChatRequest
 from deltamem_tool.serve.openai.parameters import KEY_HEADER
 from deltamem_tool.serve.openai.responses import ResponseRequest
+from deltamem_tool.serve.request_memory import HEADER
 from deltamem_tool.serve.store.memory_store import MAX_NAME
-from deltamem_tool.serve.whose import HEADER
 
 _REFERENCE = "#/components/schemas/{model}"
 _BYTES = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
@@ -31,7 +31,7 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _streamed(schema: dict[str, Any]) -> dict[str, Any]:
-    return {**_json(schema), "text/event-stream": {"schema": answers.EVENT}}
+    return {**_json(schema), "text/event-stream": {"schema": response_schemas.EVENT}}
 
 
 class _Operation(NamedTuple):
@@ -62,47 +62,50 @@ _IF_MATCH, _IF_NONE = _header("If-Match"), _header("If-None-Match")
 _CHANGES = (404, 409, 412, 429, 503)
 _OPERATIONS = (
     _Operation(
-        "post", "/v1/chat/completions", "Answer a conversation, from a memory.", _streamed(answers.COMPLETION),
+        "post", "/v1/chat/completions", "Answer a conversation, from a memory.", _streamed(response_schemas.COMPLETION),
         (404, 409, 429, 503, 504), body=ChatRequest, parameters=(_MEMORY, _KEY),
     ),
     _Operation(
-        "post", "/v1/responses", "Answer, and keep a snapshot to continue from.", _streamed(answers.RESPONSE),
+        "post", "/v1/responses", "Answer, and keep a snapshot to continue from.", _streamed(response_schemas.RESPONSE),
         (404, 409, 429, 503, 504), body=ResponseRequest, parameters=(_MEMORY, _KEY),
     ),
-    _Operation("get", "/v1/responses/{id}", "Get a stored response.", _json(answers.RESPONSE), (404, 503)),
-    _Operation("delete", "/v1/responses/{id}", "Delete a snapshot.", _json(answers.RESPONSE_DELETED), (404, 503)),
-    _Operation("get", "/v1/models", "List the served model.", _json(answers.MODELS)),
-    _Operation("get", "/v1/models/{model}", "Get the model.", _json(answers.MODEL), (404,)),
+    _Operation("get", "/v1/responses/{id}", "Get a stored response.", _json(response_schemas.RESPONSE), (404, 503)),
     _Operation(
-        "get", "/v1/memories", "List the memories.", _json(answers.MEMORIES), (503,),
+        "delete", "/v1/responses/{id}", "Delete a snapshot.", _json(response_schemas.RESPONSE_DELETED), (404, 503)
+    ),
+    _Operation("get", "/v1/models", "List the served model.", _json(response_schemas.MODELS)),
+    _Operation("get", "/v1/models/{model}", "Get the model.", _json(response_schemas.MODEL), (404,)),
+    _Operation(
+        "get", "/v1/memories", "List the memories.", _json(response_schemas.MEMORIES), (503,),
         parameters=(_query("after", **NAME_SCHEMA), _query("limit", type="integer", minimum=1, maximum=MAX_PAGE)),
     ),
     _Operation(
-        "get", "/v1/memories/{id}", "Get a memory file.", {**_BYTES, **_json(answers.MEMORY)}, (304, 404, 503),
+        "get", "/v1/memories/{id}", "Get a memory file.", {**_BYTES, **_json(response_schemas.MEMORY)}, (304, 404, 503),
         parameters=(_query("version", type="integer", minimum=1), _IF_NONE),
     ),
     _Operation(
-        "put", "/v1/memories/{id}", "Create or replace a memory from a memory file.", _json(answers.MEMORY),
+        "put", "/v1/memories/{id}", "Create or replace a memory from a memory file.", _json(response_schemas.MEMORY),
         (201, *_CHANGES),
         body=_BYTES, parameters=(_query("expires_in", type="number", exclusiveMinimum=0), _IF_MATCH, _IF_NONE),
     ),
     _Operation(
         "delete", "/v1/memories/{id}", "Delete a memory, its versions and its responses; return a receipt.",
-        _json(answers.RECEIPT), _CHANGES, parameters=(_IF_MATCH, _IF_NONE),
+        _json(response_schemas.RECEIPT), _CHANGES, parameters=(_IF_MATCH, _IF_NONE),
     ),
     _Operation(
-        "get", "/v1/memories/{id}/versions", "List the versions of a memory.", _json(answers.VERSIONS), (404, 503)
+        "get", "/v1/memories/{id}/versions", "List the versions of a memory.", _json(response_schemas.VERSIONS),
+        (404, 503),
     ),
     _Operation(
-        "post", "/v1/memories/{id}/fork", "Copy a memory to a new one.", _json(answers.MEMORY), _CHANGES, 201,
+        "post", "/v1/memories/{id}/fork", "Copy a memory to a new one.", _json(response_schemas.MEMORY), _CHANGES, 201,
         body=ForkRequest,
     ),
     _Operation(
-        "post", "/v1/memories/{id}/restore", "Make an earlier version the newest one.", _json(answers.MEMORY),
+        "post", "/v1/memories/{id}/restore", "Make an earlier version the newest one.", _json(response_schemas.MEMORY),
         _CHANGES, body=RestoreRequest, parameters=(_IF_MATCH, _IF_NONE),
     ),
-    _Operation("get", "/health", "Whether the process is running.", _json(answers.STATUS), open=True),
-    _Operation("get", "/ready", "Whether the server can answer.", _json(answers.STATUS), (503,), open=True),
+    _Operation("get", "/health", "Whether the process is running.", _json(response_schemas.STATUS), open=True),
+    _Operation("get", "/ready", "Whether the server can answer.", _json(response_schemas.STATUS), (503,), open=True),
     _Operation(
         "get", "/metrics", "Metrics for Prometheus.", {"text/plain": {"schema": {"type": "string"}}}, open=True
     ),
@@ -112,10 +115,10 @@ _OPERATIONS = (
 @functools.cache
 def document() -> dict[str, Any]:
     """Return the OpenAPI document."""
-    schemas: dict[str, Any] = {"Error": answers.ERROR}
+    schemas: dict[str, Any] = {"Error": response_schemas.ERROR}
     paths: dict[str, dict[str, Any]] = {}
     for operation in _OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _described(operation, schemas)
+        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, schemas)
     return {
         "openapi": "3.1.0",
         "info": {"title": "deltamem serve", "version": __version__},
@@ -127,7 +130,7 @@ def document() -> dict[str, Any]:
     }
 
 
-def _described(operation: _Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+def _describe(operation: _Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     named = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
     described: dict[str, Any] = {
         "summary": operation.summary,

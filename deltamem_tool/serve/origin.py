@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deltamem_tool.serve.errors import RequestError, error_response
 
 
-class OwnPagesOnly:
+class SameOriginOnly:
     """Middleware that refuses requests from pages of other origins.
 
     A server without keys answers everyone on its machine, including every page open in a browser there. A browser names
@@ -27,7 +27,7 @@ class OwnPagesOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 403."""
-        if scope["type"] != "http" or _is_own(Headers(scope=scope)):
+        if scope["type"] != "http" or _is_same_origin(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         refused = RequestError(
@@ -39,7 +39,7 @@ class OwnPagesOnly:
         await error_response(refused)(scope, receive, send)
 
 
-def _is_own(headers: Headers) -> bool:
+def _is_same_origin(headers: Headers) -> bool:
     host, origin = headers.get("host", ""), headers.get("origin")
     return _is_address(host) and (origin is None or urlsplit(origin).netloc == host)
 

@@ -16,7 +16,7 @@ from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.messages import Message, text_of
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.serve.errors import RequestError
-from deltamem_tool.serve.fed import SYSTEM_ROLES, Known
+from deltamem_tool.serve.message_history import SYSTEM_ROLES, KnownMessages
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PromptRequest:
     """
 
     messages: Sequence[Message]
-    known: Known
+    known: KnownMessages
     pending: int
     write: bool
     max_new_tokens: int
@@ -79,14 +79,14 @@ def build_prompt(engine: Engine, memory: StoredMemory, request: PromptRequest, w
     split = _known_end(request, system)
     starts = [system, *_later_starts(request.messages, system, split)]
 
-    def built(number: int) -> Prompt:
-        return _built(engine, memory, request, _cut(request, system, starts[number], split))
+    def build(number: int) -> Prompt:
+        return _build(engine, memory, request, _cut(request, system, starts[number], split))
 
     if window is None:
-        return built(0)
+        return build(0)
     room = max(1, min(request.max_new_tokens, int(window * ROOM_FOR_ANSWER)))
-    first = bisect_left(range(len(starts)), True, key=lambda number: len(built(number).tokens) + room <= window)
-    prompt = built(min(first, len(starts) - 1))
+    first = bisect_left(range(len(starts)), True, key=lambda number: len(build(number).tokens) + room <= window)
+    prompt = build(min(first, len(starts) - 1))
     if len(prompt.tokens) >= window:
         raise RequestError(
             f"This model's maximum context length is {window} tokens.",
@@ -137,8 +137,8 @@ def _cut(request: PromptRequest, system: int, start: int, split: int) -> _Cut:
     return _Cut([], [*messages[:system], *messages[split:]], [*known[:system], *known[split:]], start - system)
 
 
-def _built(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _Cut) -> Prompt:
-    writes = request.write and not request.known.repeats
+def _build(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _Cut) -> Prompt:
+    writes = request.write and not request.known.is_retry
     text, script, context = engine.text, Transcript(), list[Token]()
     if cut.read:
         *earlier, answer = cut.read
@@ -151,7 +151,7 @@ def _built(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
     if not writes:
         new = [Token(token, writes=False) for token in fed]
         return Prompt(memory, (*context, *new), answer_writes=False, room=None, written=0, dropped=cut.dropped)
-    flags = _writes(text, script, begin, fed, cut)
+    flags = _write_flags(text, script, begin, fed, cut)
     goes_on = bool(cut.read) and request.known.whole
     pending = request.pending if goes_on else 0
     if pending:
@@ -173,7 +173,7 @@ def _built(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
     return Prompt(memory, (*context, *new), answer_writes=True, room=None, written=written, dropped=cut.dropped)
 
 
-def _writes(text: ChatText, script: Transcript, begin: int, fed: Sequence[int], cut: _Cut) -> list[bool]:
+def _write_flags(text: ChatText, script: Transcript, begin: int, fed: Sequence[int], cut: _Cut) -> list[bool]:
     """For each new token, whether it writes: those of unknown messages do, and the header of the answer.
 
     The first tokens complete the message of the last answer, and write if the first new message does. If the chat

@@ -28,11 +28,11 @@ from deltamem_tool.io.safe_json import parse_json
 from deltamem_tool.onnx.locate import is_onnx
 from deltamem_tool.serve.body import read_bytes
 from deltamem_tool.serve.errors import RETRY_SECONDS, RequestError, error_response
-from deltamem_tool.serve.events import unless_gone
+from deltamem_tool.serve.events import cancel_on_disconnect
 from deltamem_tool.serve.logs import log_as_json
+from deltamem_tool.serve.request_memory import HEADER
 from deltamem_tool.serve.server import DRAIN_SECONDS
 from deltamem_tool.serve.settings import ServeSettings
-from deltamem_tool.serve.whose import HEADER
 
 if TYPE_CHECKING:
     import torch
@@ -168,11 +168,11 @@ class Ingress:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have a replica answer a request, or say why none does."""
         if scope["type"] == "lifespan":
-            await _live(receive, send)
+            await _complete_lifespan(receive, send)
             return
         try:
             body = await read_bytes(Request(scope, receive))
-            await unless_gone(receive, self._forward(scope, body, send))
+            await cancel_on_disconnect(receive, self._forward(scope, body, send))
         except DeltaMemError as error:
             await error_response(error)(scope, receive, send)
 
@@ -227,7 +227,7 @@ def session_of(request: Request, body: bytes) -> str:
     return hashlib.sha256(f"{key}\n{name}".encode(errors="surrogatepass")).hexdigest()
 
 
-async def _live(receive: Receive, send: Send) -> None:
+async def _complete_lifespan(receive: Receive, send: Send) -> None:
     """Complete startup and shutdown, for which there is nothing to do."""
     for event in ("startup", "shutdown"):
         await receive()

@@ -66,7 +66,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Http(H11Protocol):
+class HttpProtocol(H11Protocol):
     """An h11 connection with bounded headers, closed if a request's headers do not arrive in time."""
 
     _overdue: asyncio.TimerHandle | None = None
@@ -101,7 +101,7 @@ def config_of(app: Starlette) -> uvicorn.Config:
     """Return the configuration of uvicorn for the application."""
     return uvicorn.Config(
         app,
-        http=Http,
+        http=HttpProtocol,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         access_log=False,
         log_config=None,

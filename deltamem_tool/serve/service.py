@@ -13,14 +13,14 @@ from starlette.responses import Response
 
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError
-from deltamem_tool.serve.events import unless_gone
+from deltamem_tool.serve.events import cancel_on_disconnect
 from deltamem_tool.serve.keys import ONLY_TENANT, ApiKeys
 from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Outcome, Request, Turns
 
-GONE = 499  # nginx's status for a client that disconnected before the answer; nobody receives it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected before the answer; nobody receives it
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Service:
                 param="model",
             )
 
-    async def whole(self, http: HttpRequest, request: Request) -> Outcome | None:
+    async def complete(self, http: HttpRequest, request: Request) -> Outcome | None:
         """Return the outcome of a request that is not streamed; None if the client has disconnected."""
-        return await unless_gone(http.receive, _outcome(self.turns.answer(replace(request, streamed=False))))
+        return await cancel_on_disconnect(http.receive, _outcome(self.turns.answer(replace(request, streamed=False))))
 
-    async def first(self, http: HttpRequest, events: AsyncGenerator[str | Outcome, None]) -> str | Outcome | None:
+    async def first_event(self, http: HttpRequest, events: AsyncGenerator[str | Outcome, None]) -> str | Outcome | None:
         """Return the first event of a streamed answer; None if the client has disconnected."""
-        first = await unless_gone(http.receive, anext(events))
+        first = await cancel_on_disconnect(http.receive, anext(events))
         if first is None:
             await events.aclose()
         return first
@@ -93,9 +93,9 @@ async def _outcome(events: AsyncGenerator[str | Outcome, None]) -> Outcome:
     return outcome
 
 
-def gone() -> Response:
+def disconnected_response() -> Response:
     """Return the response for a client that has disconnected."""
-    return Response(status_code=GONE)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def service_of(request: HTTPConnection) -> Service:

@@ -17,8 +17,8 @@ from deltamem_tool.segments.messages import Message
 from deltamem_tool.serve.batching.job import Completion, Job
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError
-from deltamem_tool.serve.fed import FedHistory
 from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.message_history import MessageHistory
 from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.prompt import Prompt, PromptRequest, build_prompt
 from deltamem_tool.serve.store import MemoryStore
@@ -28,7 +28,7 @@ RESPONSE_SECONDS = 30 * 24 * 3600.0  # how long a response can be continued from
 
 
 @dataclass(frozen=True)
-class Whose:
+class RequestMemory:
     """The memory of a request.
 
     Args:
@@ -46,7 +46,7 @@ class Whose:
     expires_in: float | None = None
 
 
-class Keep(NamedTuple):
+class KeptResponse(NamedTuple):
     """A response to keep: its name, and its JSON when the turn has ended."""
 
     id: str
@@ -58,7 +58,7 @@ class Request:
     """A request from a client.
 
     Args:
-        whose: the memory.
+        memory: the memory.
         messages: all messages of the conversation that the client sends.
         sampling: options for the answer.
         previous: response whose conversation these messages continue.
@@ -68,11 +68,11 @@ class Request:
         key: idempotency key, equal when the request is sent again; None if the client sends none.
     """
 
-    whose: Whose
+    memory: RequestMemory
     messages: Sequence[Message]
     sampling: Sampling
     previous: str | None = None
-    keep: Keep | None = None
+    keep: KeptResponse | None = None
     instructions: str | None = None
     streamed: bool = True
     key: str | None = None
@@ -81,7 +81,7 @@ class Request:
     def names(self) -> frozenset[str]:
         """The memories and responses that the request involves."""
         kept = None if self.keep is None else self.keep.id
-        names = (self.whose.id, self.whose.source, self.previous, kept)
+        names = (self.memory.id, self.memory.source, self.previous, kept)
         return frozenset(name for name in names if name is not None)
 
 
@@ -93,19 +93,19 @@ class Outcome:
         completion: the answer.
         version: version of the memory; None if it is not kept.
         prompt: the context that was fed.
-        whose: the memory.
+        memory: the memory.
     """
 
     completion: Completion
     version: int | None
     prompt: Prompt
-    whose: Whose
+    memory: RequestMemory
 
     @property
     def report(self) -> dict[str, Any]:
         """What the client is told about its memory."""
         return {
-            "memory": self.whose.id,
+            "memory": self.memory.id,
             "version": self.version,
             "messages_written": self.prompt.written,
             "answer_written": self.prompt.answer_writes,
@@ -126,7 +126,7 @@ class _Start:
     """
 
     memory: StoredMemory
-    fed: FedHistory
+    fed: MessageHistory
     version: int | None = None
     expires_at: float | None = None
     earlier: tuple[Message, ...] = ()
@@ -166,17 +166,17 @@ class Turns:
         Raises:
             DeltaMemError: the request cannot be answered; nothing of it is kept.
         """
-        whose, deadline = request.whose, time.monotonic() + self._seconds
-        async with self._alone(whose):
+        request_memory, deadline = request.memory, time.monotonic() + self._seconds
+        async with self._lock(request_memory):
             start, prompt_request, prompt = await run_sync(self._prepare, request)
             job = Job(
-                whose.tenant,
+                request_memory.tenant,
                 prompt.memory,
                 prompt.tokens,
-                _within(request.sampling, prompt.room),
+                _limit_length(request.sampling, prompt.room),
                 prompt.answer_writes,
                 deadline,
-                prefix_key=whose.tenant,
+                prefix_key=request_memory.tenant,
                 names=request.names,
                 streamed=request.streamed,
             )
@@ -191,39 +191,39 @@ class Turns:
             finally:
                 ticket.cancel()
 
-    def _alone(self, whose: Whose) -> AbstractAsyncContextManager[None]:
+    def _lock(self, request_memory: RequestMemory) -> AbstractAsyncContextManager[None]:
         """Return the lock of the memory, if the request changes one."""
-        if whose.id is None or not whose.write:
+        if request_memory.id is None or not request_memory.write:
             return nullcontext()
-        return self._locks.hold(whose.tenant, whose.id)
+        return self._locks.hold(request_memory.tenant, request_memory.id)
 
     def _start(self, request: Request) -> _Start:
-        whose = request.whose
+        request_memory = request.memory
         with self._metrics.store("get"):
-            stored = None if whose.id is None else self._store.get(whose.tenant, whose.id)
-        snapshot = None if request.previous is None else self._response(whose.tenant, request.previous)
+            stored = None if request_memory.id is None else self._store.get(request_memory.tenant, request_memory.id)
+        snapshot = None if request.previous is None else self._response(request_memory.tenant, request.previous)
         earlier = () if snapshot is None else tuple(snapshot.transcript["messages"])
         if stored is not None:
-            memory, fed = self._read(stored.data, whose.id), FedHistory.from_json(stored.turn)
+            memory, fed = self._read(stored.data, request_memory.id), MessageHistory.from_json(stored.turn)
             return _Start(memory, fed, stored.version, stored.expires_at, earlier)
         if snapshot is not None:
-            fed = FedHistory.from_json(snapshot.transcript["fed"])
+            fed = MessageHistory.from_json(snapshot.transcript["fed"])
             return _Start(self._read(snapshot.data, request.previous), fed, earlier=earlier)
-        if whose.source is not None:
-            return self._seed(whose.tenant, whose.source)
-        return _Start(empty_memory(self.engine), FedHistory.nothing())
+        if request_memory.source is not None:
+            return self._seed(request_memory.tenant, request_memory.source)
+        return _Start(empty_memory(self.engine), MessageHistory.empty())
 
     def _seed(self, tenant: str, source: str) -> _Start:
         if source.startswith(RESPONSE_PREFIX):
             snapshot = self._response(tenant, source)
-            return _Start(self._read(snapshot.data, source), FedHistory.from_json(snapshot.transcript["fed"]))
+            return _Start(self._read(snapshot.data, source), MessageHistory.from_json(snapshot.transcript["fed"]))
         stored = self._store.get(tenant, source)
         if stored is None:
             raise RequestError(
                 f"There is no memory {source!r}.", "", "Correct memory.from.", status=404, code="memory_not_found",
                 param="memory.from",
             )  # fmt: skip
-        return _Start(self._read(stored.data, source), FedHistory.from_json(stored.turn))
+        return _Start(self._read(stored.data, source), MessageHistory.from_json(stored.turn))
 
     def _response(self, tenant: str, id: str) -> Any:
         snapshot = self._store.get_response(tenant, id)
@@ -248,9 +248,9 @@ class Turns:
         messages = [*start.earlier, *request.messages]
         if request.instructions is not None:
             messages = [{"role": "system", "content": request.instructions}, *messages]
-        known = start.fed.known(messages, request.key)
+        known = start.fed.match(messages, request.key)
         pending = 0 if known.talk is None else start.fed.talks[known.talk].pending
-        prompt_request = PromptRequest(messages, known, pending, request.whose.write, request.sampling.max_new_tokens)
+        prompt_request = PromptRequest(messages, known, pending, request.memory.write, request.sampling.max_new_tokens)
         return start, prompt_request, build_prompt(self.engine, start.memory, prompt_request, self.window)
 
     def _commit(
@@ -261,28 +261,34 @@ class Turns:
         prompt: Prompt,
         completion: Completion,
     ) -> Outcome:
-        whose, fed, version = request.whose, start.fed, start.version
+        request_memory, fed, version = request.memory, start.fed, start.version
         if prompt.answer_writes:
             pending = len(completion.pending)
-            fed = fed.after(prompt_request.known, prompt_request.messages, completion.answer.text, pending, request.key)
+            fed = fed.with_turn(
+                prompt_request.known, prompt_request.messages, completion.answer.text, pending, request.key
+            )
         data = memory_bytes(completion.memory)
-        if whose.id is not None and prompt.answer_writes:
-            expires_at = start.expires_at if whose.expires_in is None else time.time() + whose.expires_in
+        if request_memory.id is not None and prompt.answer_writes:
+            expires_at = (
+                start.expires_at if request_memory.expires_in is None else time.time() + request_memory.expires_in
+            )
             with self._metrics.store("put"):
-                put = self._store.put(whose.tenant, whose.id, data, start.version, fed.as_json(), expires_at)
+                put = self._store.put(
+                    request_memory.tenant, request_memory.id, data, start.version, fed.as_json(), expires_at
+                )
             version = put.version
-        outcome = Outcome(completion, version, prompt, whose)
+        outcome = Outcome(completion, version, prompt, request_memory)
         if request.keep is not None:
             response = request.keep.response(outcome)
             answer = {"role": "assistant", "content": completion.answer.text}
             messages = [*start.earlier, *request.messages, answer]
             transcript = {"messages": messages, "fed": fed.as_json(), "response": response}
-            origin = None if whose.id is None or version is None else (whose.id, version)
+            origin = None if request_memory.id is None or version is None else (request_memory.id, version)
             expires_at = time.time() + RESPONSE_SECONDS
-            self._store.put_response(whose.tenant, request.keep.id, data, transcript, origin, expires_at)
-        self._metrics.completion(completion)
+            self._store.put_response(request_memory.tenant, request.keep.id, data, transcript, origin, expires_at)
+        self._metrics.count_completion(completion)
         return outcome
 
 
-def _within(sampling: Sampling, room: int | None) -> Sampling:
+def _limit_length(sampling: Sampling, room: int | None) -> Sampling:
     return sampling if room is None else replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))

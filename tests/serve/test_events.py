@@ -9,7 +9,7 @@ import pytest
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.serve import events
-from deltamem_tool.serve.events import EventStream, event, events_of, unless_gone
+from deltamem_tool.serve.events import EventStream, cancel_on_disconnect, encode_event, event_encoder
 
 pytestmark = pytest.mark.anyio
 
@@ -24,8 +24,8 @@ def test_events_of_texts_are_those_that_are_encoded_whole(text):
     def data(text):
         return {"model": 'm"', "choices": [{"delta": {"content": text}, "finish_reason": None}]}
 
-    made = events_of(data)(text)
-    assert made == event(data(text)) and json.loads(made.removeprefix(b"data: ")) == data(text)
+    made = event_encoder(data)(text)
+    assert made == encode_event(data(text)) and json.loads(made.removeprefix(b"data: ")) == data(text)
 
 
 class Made:
@@ -37,7 +37,7 @@ class Made:
     async def events(self, forever=False):
         try:
             for number in range(3):
-                yield event({"number": number})
+                yield encode_event({"number": number})
                 await anyio.sleep(0)
             if forever:
                 await anyio.sleep_forever()
@@ -59,7 +59,7 @@ async def test_who_reads_gets_all():
     await EventStream(made.events())({"type": "http"}, nobody_goes, send)
     assert sent[0]["type"] == "http.response.start"
     body = b"".join(message["body"] for message in sent[1:])
-    assert body == b"".join(event({"number": number}) for number in range(3))
+    assert body == b"".join(encode_event({"number": number}) for number in range(3))
     assert [message["more_body"] for message in sent[1:]][-1] is False and made.done
 
 
@@ -85,7 +85,7 @@ async def test_who_reads_slowly_gets_all(monkeypatch):
 
     async def slow():
         for number in range(6):
-            yield event({"number": number})
+            yield encode_event({"number": number})
             await anyio.sleep(0.1)
 
     async def send(message):
@@ -102,13 +102,13 @@ async def test_who_waits_long_for_a_piece_is_not_cut_off(monkeypatch):
 
     async def late():
         await anyio.sleep(0.3)
-        yield event("late")
+        yield encode_event("late")
 
     async def send(message):
         sent.append(message)
 
     await EventStream(late())({"type": "http"}, nobody_goes, send)
-    assert sent[-1]["body"] == event("late")
+    assert sent[-1]["body"] == encode_event("late")
 
 
 async def test_who_goes_ends_what_is_made():
@@ -131,11 +131,11 @@ async def test_an_error_comes_out_as_it_is():
         raise ConfigError("no", "", "")
 
     with pytest.raises(ConfigError, match="no"):
-        await unless_gone(nobody_goes, fails())
+        await cancel_on_disconnect(nobody_goes, fails())
 
 
 async def test_the_result_comes_out():
     async def work():
         return 7
 
-    assert await unless_gone(nobody_goes, work()) == 7
+    assert await cancel_on_disconnect(nobody_goes, work()) == 7

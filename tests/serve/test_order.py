@@ -9,8 +9,8 @@ import pytest
 from serve.serving import MODEL, serving
 
 from deltamem_tool.serve.batching.job import QueueFull
-from deltamem_tool.serve.fed import FedHistory
 from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.message_history import MessageHistory
 
 
 def test_who_comes_first_is_first():
@@ -74,6 +74,6 @@ def test_of_two_servers_the_first_that_is_done_wins(shipped, tmp_path):
     answered = [text for text, status in zip(texts, statuses, strict=True) if status == 200]
     assert set(statuses) == {200, 409}
     assert stored.version == len(answered)
-    fed = FedHistory.from_json(stored.turn)
+    fed = MessageHistory.from_json(stored.turn)
     told = {fed._digest({"role": "user", "content": text}) for text in answered}
     assert {talk.digests[0] for talk in fed.talks} == told

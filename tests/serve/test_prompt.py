@@ -13,7 +13,7 @@ from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.serve.errors import RequestError
-from deltamem_tool.serve.fed import FedHistory
+from deltamem_tool.serve.message_history import MessageHistory
 from deltamem_tool.serve.prompt import PromptRequest, build_prompt
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -44,14 +44,14 @@ def talk(*texts, system=()):
 
 
 def fed_with(*conversations, pending=0):
-    state = FedHistory.nothing()
+    state = MessageHistory.empty()
     for *messages, answer in conversations:
-        state = state.after(state.known(messages), messages, answer["content"], pending)
+        state = state.with_turn(state.match(messages), messages, answer["content"], pending)
     return state
 
 
 def prompt_of(engine, fed, messages, memory=None, write=True, window=None, tokens=4):
-    known = fed.known(messages)
+    known = fed.match(messages)
     pending = 0 if known.talk is None else fed.talks[known.talk].pending
     asked = PromptRequest(messages, known, pending, write, tokens)
     return build_prompt(engine, memory or open_memory(engine), asked, window)
@@ -95,7 +95,7 @@ def end_of(engine, messages, content):
 @pytest.mark.parametrize("system", [(), (SYSTEM,)])
 def test_all_of_a_new_conversation_writes(engine, system):
     messages = talk("my cat is Bella. hello there", "yes", "thank you", system=system)
-    prompt = prompt_of(engine, FedHistory.nothing(), messages)
+    prompt = prompt_of(engine, MessageHistory.empty(), messages)
     assert prompt.tokens == expected(engine, messages, 0)
     assert prompt.answer_writes and prompt.written == len(messages) and not is_open(prompt.memory)
 
@@ -135,7 +135,7 @@ def test_nothing_of_a_repeated_request_writes(engine, messages):
 
 def test_nothing_of_a_request_that_only_reads_writes(engine):
     memory, messages = open_memory(engine), talk("my cat is Bella")
-    prompt = prompt_of(engine, FedHistory.nothing(), messages, memory, write=False)
+    prompt = prompt_of(engine, MessageHistory.empty(), messages, memory, write=False)
     assert not any(token.writes or token.ends for token in prompt.tokens)
     assert not prompt.answer_writes and prompt.written == 0 and prompt.memory is memory
 
@@ -181,7 +181,7 @@ def test_known_turns_leave_a_window_that_is_full(by_token):
 
 def test_what_is_new_must_fit_into_the_window(by_token):
     with pytest.raises(RequestError, match="maximum context length is 8 tokens") as refused:
-        prompt_of(by_token, FedHistory.nothing(), talk("my cat is Bella and my dog is Max"), window=8)
+        prompt_of(by_token, MessageHistory.empty(), talk("my cat is Bella and my dog is Max"), window=8)
     assert refused.value.code == "context_length_exceeded"
 
 
@@ -189,7 +189,7 @@ def test_segments_that_end_have_written():
     """The open segment that ends first is in the state."""
     engine = make_engine("message")
     memory = open_memory(engine)
-    prompt = prompt_of(engine, FedHistory.nothing(), talk("thank you"), memory)
+    prompt = prompt_of(engine, MessageHistory.empty(), talk("thank you"), memory)
     ended = memory.end_segment(engine.mechanism)
     for layer, state in ended.states.items():
         np.testing.assert_array_equal(prompt.memory.states[layer], state)

@@ -16,11 +16,11 @@ from deltamem_tool.chat.engine import Engine
 from deltamem_tool.chat.sampling import GreedySampler, token_mask
 from deltamem_tool.errors import DeltaMemError, domain_error, first_line
 from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.serve.batching.fair_queue import FairQueue
 from deltamem_tool.serve.batching.job import Cancelled, DeadlineExceeded, Job
 from deltamem_tool.serve.batching.prefix_cache import PrefixCache
-from deltamem_tool.serve.batching.running import Running
+from deltamem_tool.serve.batching.running_job import RunningJob
 from deltamem_tool.serve.batching.ticket import Bell, Ticket
-from deltamem_tool.serve.batching.waiting import FairQueue
 
 MAX_BATCH = 32
 MAX_QUEUE = 256
@@ -81,8 +81,8 @@ class Scheduler:
         self._forgotten: list[tuple[str, str]] = []  # tenants and names
         self._open = True  # accepts new jobs
         self._ending = False  # ends current jobs without an answer
-        self._prompts: list[Running] = []  # rows whose prompts are not completely fed
-        self._answering: list[Running] = []  # the rows of the group
+        self._prompts: list[RunningJob] = []  # rows whose prompts are not completely fed
+        self._answering: list[RunningJob] = []  # the rows of the group
         self._leaving: set[int] = set()  # indices of these rows that have ended
         self._group = engine.group()
         self._bell = Bell()
@@ -102,7 +102,7 @@ class Scheduler:
         ticket = Ticket(job, self.engine.text, self._bell)
         with self._changed:
             if not self._open:
-                raise _closed()
+                raise _closed_error()
             self._waiting.put(ticket)
             self.counters.waiting = len(self._waiting)
             self._changed.notify()
@@ -139,13 +139,13 @@ class Scheduler:
         self._bell.ring()
 
     def _admit(self) -> bool:
-        """Wait for work, end the tickets that are gone, and admit waiting ones. Return whether to go on."""
+        """Wait for work, end the tickets that are over, and admit waiting ones. Return whether to go on."""
         with self._changed:
             while self._open and not (self._waiting or self._prompts or self._answering or self._forgotten):
                 self.counters.running = 0
                 self._changed.wait()
             ending, now = self._ending, time.monotonic()
-            gone = self._waiting.sweep(math.inf if ending else now)
+            over = self._waiting.sweep(math.inf if ending else now)
             room = self._max_batch - len(self._prompts) - len(self._answering) + len(self._leaving)
             new = [self._waiting.pop() for _ in range(min(room, len(self._waiting)))]
             self.counters.waiting = len(self._waiting)
@@ -155,31 +155,31 @@ class Scheduler:
             for running in self._prompts:
                 running.forget(tenant, name)
             self.counters.cache_bytes = self._cache.size
-        for ticket in gone:
+        for ticket in over:
             self._end(ticket, self._reason(ticket))
         if new:
-            self._prompts += [Running(self.engine, ticket, self._valid, self._piece) for ticket in new]
-        for running in [running for running in self._prompts if ending or running.ticket.gone(now)]:
+            self._prompts += [RunningJob(self.engine, ticket, self._valid, self._piece) for ticket in new]
+        for running in [running for running in self._prompts if ending or running.ticket.is_over(now)]:
             self._prompts.remove(running)
             self._end(running.ticket, self._reason(running.ticket))
         for number, running in enumerate(self._answering):
-            if (ending or running.ticket.gone(now)) and number not in self._leaving:
+            if (ending or running.ticket.is_over(now)) and number not in self._leaving:
                 self._leaving.add(number)
                 self._end(running.ticket, self._reason(running.ticket))
         self.counters.running = len(self._prompts) + len(self._answering) - len(self._leaving)
         return self._open or bool(self._prompts or self._answering or self.counters.waiting)
 
-    def _feed_prompts(self) -> list[Running]:
+    def _feed_prompts(self) -> list[RunningJob]:
         """Feed about `piece` tokens of prompts, in order of arrival. Return the rows that start to answer."""
-        fed, joining = 0, list[Running]()
+        fed, joining = 0, list[RunningJob]()
         while self._prompts and fed < self._piece:
-            together = self._fed_together()
+            together = self._next_prompts()
             if not together[0].is_short and together[0].row.past is None:
                 together[0].begin(self.engine, self._cache)
                 self.counters.cached_tokens += together[0].cached
             before = sum(running.row.fed for running in together)
             if together[0].is_short:
-                logits = Running.feed_short(self.engine, together)
+                logits = RunningJob.feed_short(self.engine, together)
             else:
                 logits = self._feed_piece(together[0])
             fed += sum(running.row.fed for running in together) - before
@@ -191,9 +191,9 @@ class Scheduler:
         self.counters.prompt_tokens += fed
         return joining
 
-    def _fed_together(self) -> Sequence[Running]:
+    def _next_prompts(self) -> Sequence[RunningJob]:
         """The first prompt and, if it is short, the short prompts after it that fit into one piece."""
-        together, longest = list[Running](), 0
+        together, longest = list[RunningJob](), 0
         for running in self._prompts:
             longest = max(longest, running.row.prompt)
             if together and not (running.is_short and longest * (len(together) + 1) <= self._piece):
@@ -203,7 +203,7 @@ class Scheduler:
                 break
         return together
 
-    def _feed_piece(self, running: Running) -> NDArray[Any]:
+    def _feed_piece(self, running: RunningJob) -> NDArray[Any]:
         """Feed a piece of a long prompt, and return the logits `[1, V]` after it."""
         logits = running.feed_piece(self.engine)
         prefix = running.prefix
@@ -212,7 +212,7 @@ class Scheduler:
             self.counters.cache_bytes = self._cache.size
         return logits
 
-    def _decode(self, joining: Sequence[Running]) -> None:
+    def _decode(self, joining: Sequence[RunningJob]) -> None:
         """Generate one token for each answering row."""
         self._exchange(joining)
         if not self._answering:
@@ -229,7 +229,7 @@ class Scheduler:
         self.counters.step_rows += len(logits)
         self.counters.step_seconds += time.perf_counter() - began
 
-    def _exchange(self, joining: Sequence[Running]) -> None:
+    def _exchange(self, joining: Sequence[RunningJob]) -> None:
         """Let rows leave and join the group."""
         if not self._leaving and not joining:
             return
@@ -243,12 +243,12 @@ class Scheduler:
 
     def _choose(
         self,
-        running: Running,
+        running: RunningJob,
         logits: NDArray[Any],
         likeliest: int | None,
         memory: Callable[[], StoredMemory],
     ) -> bool:
-        """Choose the next token of a row, as in `Running.take`. Return whether the answer continues.
+        """Choose the next token of a row, as in `RunningJob.take`. Return whether the answer continues.
 
         `memory` returns the memory of the row at its end.
         """
@@ -268,16 +268,16 @@ class Scheduler:
         """End all jobs in the batch with `error`. Waiting jobs are not affected."""
         answering = (running for number, running in enumerate(self._answering) if number not in self._leaving)
         for running in (*self._prompts, *answering):
-            self._end(running.ticket, domain_error(error) or _failed(error))
+            self._end(running.ticket, domain_error(error) or _model_error(error))
         self._prompts, self._answering, self._group = [], [], self.engine.group()
         self._leaving.clear()
 
     def _reason(self, ticket: Ticket) -> DeltaMemError:
         """The error with which a ticket ends."""
-        if ticket.cancelled:
+        if ticket.is_cancelled:
             return Cancelled("The request was cancelled.", "", "Nothing of it was stored.")
         if self._ending:
-            return _closed()
+            return _closed_error()
         return DeadlineExceeded(
             "The request was not answered in time.", "Its deadline has passed.", "Nothing of it was stored. Try again."
         )
@@ -293,9 +293,9 @@ class Scheduler:
         ticket.put(error)
 
 
-def _closed() -> Cancelled:
+def _closed_error() -> Cancelled:
     return Cancelled("The server is shutting down.", "It accepts no more requests.", "Try again once it is running.")
 
 
-def _failed(error: Exception) -> DeltaMemError:
+def _model_error(error: Exception) -> DeltaMemError:
     return DeltaMemError("The model failed.", f"{first_line(error)}.", "Nothing of the request was stored. Try again.")

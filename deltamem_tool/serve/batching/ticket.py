@@ -87,11 +87,11 @@ class Ticket:
         self._cancelled = False
 
     @property
-    def cancelled(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether nobody waits for the job any longer."""
         return self._cancelled
 
-    def gone(self, now: float) -> bool:
+    def is_over(self, now: float) -> bool:
         """Return whether the job was cancelled, or is past its deadline at `now`."""
         return self._cancelled or now >= self._deadline
 
@@ -113,14 +113,14 @@ class Ticket:
         self._is_new = False
 
     def __iter__(self) -> Iterator[str | Completion]:
-        reading = _Reading(self._text)
+        reading = _EventReader(self._text)
         while reading.end is None:
             if text := reading.take((self._events.get(), *self._arrived())):
                 yield text
         yield reading.completion()
 
     async def __aiter__(self) -> AsyncIterator[str | Completion]:
-        reading, arrived = _Reading(self._text), asyncio.Event()
+        reading, arrived = _EventReader(self._text), asyncio.Event()
         self._reader = asyncio.get_running_loop(), arrived
         while True:
             arrived.clear()  # before the queue is read, so that later events wake this coroutine again
@@ -139,7 +139,7 @@ class Ticket:
                 return
 
 
-class _Reading:
+class _EventReader:
     """Turns the events of a job into text for a reader.
 
     Attributes:

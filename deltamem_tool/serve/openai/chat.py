@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response
 
 from deltamem_tool.chat.generation import LENGTH
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.serve.body import checked, read_object
+from deltamem_tool.serve.body import read_object, validate
 from deltamem_tool.serve.errors import failure_of
-from deltamem_tool.serve.events import EventStream, event, events_of
+from deltamem_tool.serve.events import EventStream, encode_event, event_encoder
 from deltamem_tool.serve.openai.parameters import (
     KEY_HEADER,
     MAX_MESSAGES,
@@ -24,12 +24,12 @@ from deltamem_tool.serve.openai.parameters import (
     AnswerRequest,
     ChatMessage,
     MaxTokens,
-    check_last,
-    supported,
+    check_last_message,
+    effective_parameters,
 )
-from deltamem_tool.serve.service import gone, service_of
+from deltamem_tool.serve.request_memory import memory_of_request
+from deltamem_tool.serve.service import disconnected_response, service_of
 from deltamem_tool.serve.turns import Outcome, Request
-from deltamem_tool.serve.whose import whose
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -47,25 +47,25 @@ async def complete(http: HttpRequest) -> Response:
     """`POST /v1/chat/completions`."""
     service = service_of(http)
     tenant = service.tenant_of(http)
-    body = checked(ChatRequest, supported(await read_object(http), set(ChatRequest.model_fields)))
+    body = validate(ChatRequest, effective_parameters(await read_object(http), set(ChatRequest.model_fields)))
     service.check_model(body.model)
     messages = [message.message() for message in body.messages]
-    check_last(messages)
+    check_last_message(messages)
     request = Request(
-        whose(tenant, http.headers, body.user, body.memory),
+        memory_of_request(tenant, http.headers, body.user, body.memory),
         messages,
         body.sampling(body.max_completion_tokens or body.max_tokens, body.stop),
         key=http.headers.get(KEY_HEADER),
     )
     head = {"id": f"chatcmpl-{secrets.token_hex(16)}", "created": int(time.time()), "model": service.model}
     if not body.stream:
-        outcome = await service.whole(http, request)
-        return gone() if outcome is None else JSONResponse(_completion(head, outcome))
+        outcome = await service.complete(http, request)
+        return disconnected_response() if outcome is None else JSONResponse(_completion(head, outcome))
     events = service.turns.answer(request)
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     # An invalid request is answered with an error status, before the stream begins.
-    first = await service.first(http, events)
-    return gone() if first is None else EventStream(_chunks(head, first, events, usage))
+    first = await service.first_event(http, events)
+    return disconnected_response() if first is None else EventStream(_chunks(head, first, events, usage))
 
 
 def _completion(head: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
@@ -89,11 +89,11 @@ async def _chunks(
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**head, "object": "chat.completion.chunk", "choices": [choice], **others}
 
-    of_piece = events_of(lambda piece: chunk({"content": piece}))
+    of_piece = event_encoder(lambda piece: chunk({"content": piece}))
 
     try:
         async with aclosing(events):
-            yield event(chunk({"role": "assistant", "content": "", "refusal": None}))
+            yield encode_event(chunk({"role": "assistant", "content": "", "refusal": None}))
             if isinstance(first, str):
                 yield of_piece(first)
                 async for piece in events:
@@ -102,12 +102,12 @@ async def _chunks(
                         break
                     yield of_piece(piece)
         assert not isinstance(first, str)
-        yield event(chunk({}, _finish_reason(first), deltamem=first.report))
+        yield encode_event(chunk({}, _finish_reason(first), deltamem=first.report))
         if usage:
-            yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(first)})
+            yield encode_event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(first)})
     except DeltaMemError as error:
-        yield event(failure_of(error).body)
-    yield event("[DONE]")
+        yield encode_event(failure_of(error).body)
+    yield encode_event("[DONE]")
 
 
 def _finish_reason(outcome: Outcome) -> str:

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from deltamem_tool.chat.sampling import MAX_NEW_TOKENS, Sampling
 from deltamem_tool.segments.messages import Message
-from deltamem_tool.serve.body import WHOLE, Body
+from deltamem_tool.serve.body import AS_INTEGER, Body
 from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.names import MemoryName
-from deltamem_tool.serve.whose import MemoryOptions
+from deltamem_tool.serve.request_memory import MemoryOptions
 
 MAX_STOP = 16
 MAX_SEED = 2**63 - 1
@@ -19,7 +19,7 @@ MAX_MESSAGES = 256  # per request; half of `fed.MAX_DIGESTS`
 
 KEY_HEADER = "idempotency-key"  # a client repeats it when it sends the request again
 
-MaxTokens = Annotated[int, Field(ge=1, le=2**31), WHOLE]
+MaxTokens = Annotated[int, Field(ge=1, le=2**31), AS_INTEGER]
 
 # Parameters that are accepted only with these values, which have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -97,10 +97,10 @@ class SamplingOptions(Body):
 
     temperature: float | None = Field(default=None, ge=0, le=2, description="By default 0: the likeliest token.")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31), AS_INTEGER] | None = None
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
-    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), AS_INTEGER] | None = None
 
     def sampling(self, max_new_tokens: int | None, stop: str | list[str] | None = None) -> Sampling:
         """Return these options together with the end of the answer."""
@@ -121,7 +121,7 @@ class AnswerRequest(SamplingOptions):
     memory: MemoryOptions | None = None
 
 
-def check_last(messages: list[Message]) -> None:
+def check_last_message(messages: list[Message]) -> None:
     """Check that the request asks something.
 
     Raises:
@@ -137,7 +137,7 @@ def check_last(messages: list[Message]) -> None:
         )
 
 
-def supported(body: dict[str, Any], known: set[str]) -> dict[str, Any]:
+def effective_parameters(body: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """Return the parameters of `body` that have an effect, without nulls and without values that change nothing.
 
     Raises:

@@ -16,22 +16,22 @@ from starlette.responses import JSONResponse, Response
 
 from deltamem_tool.chat.generation import LENGTH
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.serve.body import checked, read_object
+from deltamem_tool.serve.body import read_object, validate
 from deltamem_tool.serve.errors import RequestError, failure_of
-from deltamem_tool.serve.events import EventStream, event
+from deltamem_tool.serve.events import EventStream, encode_event
 from deltamem_tool.serve.openai.parameters import (
     KEY_HEADER,
     MAX_MESSAGES,
     AnswerRequest,
     ChatMessage,
     MaxTokens,
-    check_last,
-    supported,
+    check_last_message,
+    effective_parameters,
 )
-from deltamem_tool.serve.service import gone, service_of
+from deltamem_tool.serve.request_memory import memory_of_request
+from deltamem_tool.serve.service import disconnected_response, service_of
 from deltamem_tool.serve.store.memory_store import MAX_NAME
-from deltamem_tool.serve.turns import RESPONSE_PREFIX, Keep, Outcome, Request
-from deltamem_tool.serve.whose import whose
+from deltamem_tool.serve.turns import RESPONSE_PREFIX, KeptResponse, Outcome, Request
 
 MAX_METADATA = 16  # pairs, as in OpenAI's API
 
@@ -67,29 +67,29 @@ async def create(http: HttpRequest) -> Response:
     """`POST /v1/responses`."""
     service = service_of(http)
     tenant = service.tenant_of(http)
-    body = checked(ResponseRequest, supported(await read_object(http), set(ResponseRequest.model_fields)))
+    body = validate(ResponseRequest, effective_parameters(await read_object(http), set(ResponseRequest.model_fields)))
     service.check_model(body.model)
     content = body.input
     messages = (
         [{"role": "user", "content": content}] if isinstance(content, str) else [part.message() for part in content]
     )
-    check_last(messages)
+    check_last_message(messages)
     draft = _draft(RESPONSE_PREFIX + secrets.token_hex(24), service.model, body)
     request = Request(
-        whose(tenant, http.headers, body.user, body.memory),
+        memory_of_request(tenant, http.headers, body.user, body.memory),
         messages,
         body.sampling(body.max_output_tokens),
         previous=body.previous_response_id,
-        keep=Keep(draft["id"], partial(_finished, draft)) if body.store else None,
+        keep=KeptResponse(draft["id"], partial(_finished_response, draft)) if body.store else None,
         instructions=body.instructions,
         key=http.headers.get(KEY_HEADER),
     )
     if not body.stream:
-        outcome = await service.whole(http, request)
-        return gone() if outcome is None else JSONResponse(_finished(draft, outcome))
+        outcome = await service.complete(http, request)
+        return disconnected_response() if outcome is None else JSONResponse(_finished_response(draft, outcome))
     events = service.turns.answer(request)
-    first = await service.first(http, events)
-    return gone() if first is None else EventStream(_events(draft, first, events))
+    first = await service.first_event(http, events)
+    return disconnected_response() if first is None else EventStream(_events(draft, first, events))
 
 
 async def retrieve(http: HttpRequest) -> Response:
@@ -108,7 +108,7 @@ async def retrieve(http: HttpRequest) -> Response:
         )
     stored = await run_sync(service.store.get_response, tenant, id)
     if stored is None:
-        raise _missing(id)
+        raise _not_found_error(id)
     return JSONResponse(stored.transcript["response"])
 
 
@@ -124,11 +124,11 @@ async def delete(http: HttpRequest) -> Response:
 def _id(http: HttpRequest) -> str:
     id: str = http.path_params["id"]
     if not id.startswith(RESPONSE_PREFIX) or not id.isprintable() or len(id) > MAX_NAME:
-        raise _missing(id)
+        raise _not_found_error(id)
     return id
 
 
-def _missing(id: str) -> RequestError:
+def _not_found_error(id: str) -> RequestError:
     return RequestError(f"Response with id {id!r} not found.", status=404, code="response_not_found")
 
 
@@ -171,7 +171,7 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _finished(draft: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+def _finished_response(draft: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
     completion = outcome.completion
     status = "incomplete" if completion.answer.why == LENGTH else "completed"
     answer = len(completion.answer.tokens)
@@ -199,30 +199,30 @@ async def _events(
     item = _item(draft, "", "in_progress")
     place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
 
-    def one(type: str, **fields: Any) -> bytes:
-        return event({"type": type, "sequence_number": next(numbers), **fields}, type)
+    def encode(type: str, **fields: Any) -> bytes:
+        return encode_event({"type": type, "sequence_number": next(numbers), **fields}, type)
 
     try:
         async with aclosing(events):
-            yield one("response.created", response=draft)
-            yield one("response.in_progress", response=draft)
-            yield one("response.output_item.added", output_index=0, item=item)
-            yield one("response.content_part.added", **place, part=_part(""))
+            yield encode("response.created", response=draft)
+            yield encode("response.in_progress", response=draft)
+            yield encode("response.output_item.added", output_index=0, item=item)
+            yield encode("response.content_part.added", **place, part=_part(""))
             if isinstance(first, str):
-                yield one("response.output_text.delta", **place, delta=first, logprobs=[])
+                yield encode("response.output_text.delta", **place, delta=first, logprobs=[])
                 async for piece in events:
                     if not isinstance(piece, str):
                         first = piece
                         break
-                    yield one("response.output_text.delta", **place, delta=piece, logprobs=[])
+                    yield encode("response.output_text.delta", **place, delta=piece, logprobs=[])
         assert not isinstance(first, str)
-        response = _finished(draft, first)
+        response = _finished_response(draft, first)
         text = first.completion.answer.text
-        yield one("response.output_text.done", **place, text=text, logprobs=[])
-        yield one("response.content_part.done", **place, part=_part(text))
-        yield one("response.output_item.done", output_index=0, item=response["output"][0])
-        yield one(f"response.{response['status']}", response=response)
+        yield encode("response.output_text.done", **place, text=text, logprobs=[])
+        yield encode("response.content_part.done", **place, part=_part(text))
+        yield encode("response.output_item.done", output_index=0, item=response["output"][0])
+        yield encode(f"response.{response['status']}", response=response)
     except DeltaMemError as error:
         payload = failure_of(error).body["error"]
         failure = {"code": payload["code"] or "server_error", "message": payload["message"]}
-        yield one("response.failed", response={**draft, "status": "failed", "error": failure})
+        yield encode("response.failed", response={**draft, "status": "failed", "error": failure})

@@ -53,7 +53,7 @@ class Database:
     def __init__(self, url: URL, dialect: Dialect) -> None:
         self._name = url.render_as_string(hide_password=True)
         self._dialect = dialect
-        with self._translated():
+        with self._translate_errors():
             self._engine = dialect.engine()
         self._writer = self._engine.execution_options(writes=True)
         self._group = GroupCommit(self.write) if dialect.one_writer else None
@@ -66,7 +66,7 @@ class Database:
             StoreUnavailable: the database cannot be reached, or is locked.
             StoreDamaged: its file is damaged.
         """
-        with self._translated(), self._engine.begin() as connection:
+        with self._translate_errors(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
@@ -77,7 +77,7 @@ class Database:
             StoreUnavailable: the database cannot be reached, is locked, or its disk is full.
             StoreDamaged: its file is damaged.
         """
-        with self._translated(), self._writer.begin() as connection:
+        with self._translate_errors(), self._writer.begin() as connection:
             yield connection
 
     def change(self, work: Callable[[Connection], T]) -> T:
@@ -106,7 +106,7 @@ class Database:
 
     def erase(self) -> bool | None:
         """Remove deleted content from the database's files. Return whether it is removed; None if unknown."""
-        with self._group.alone() if self._group is not None else nullcontext(), self._translated():
+        with self._group.paused() if self._group is not None else nullcontext(), self._translate_errors():
             return self._dialect.erase(self._engine)
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except _UNAVAILABLE as error:

@@ -60,7 +60,7 @@ class GroupCommit:
             finally:
                 self._turn.release()
         elif self._withdraw(change):
-            raise _late()
+            raise _timeout_error()
         change.ended.wait()
         if change.error is not None:
             raise change.error
@@ -68,14 +68,14 @@ class GroupCommit:
         return value
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Run no changes during the block.
 
         Raises:
             StoreUnavailable: other changes took too long.
         """
         if not self._turn.acquire(timeout=TURN_SECONDS):
-            raise _late()
+            raise _timeout_error()
         try:
             yield
         finally:
@@ -100,14 +100,14 @@ class GroupCommit:
         except Exception as error:  # the transaction failed, and with it all changes
             _fail(changes, error)
         except BaseException:  # only the thread that runs the transaction was interrupted
-            _fail(changes, _interrupted())
+            _fail(changes, _interruption_error())
             raise
         finally:
             for change in changes:
                 change.ended.set()
 
 
-def _late() -> StoreUnavailable:
+def _timeout_error() -> StoreUnavailable:
     return StoreUnavailable(
         "The store cannot be used.",
         f"Other changes took more than {TURN_SECONDS:g} seconds.",
@@ -120,7 +120,7 @@ def _fail(changes: Sequence[_Change], error: Exception) -> None:
         change.error = change.error or error
 
 
-def _interrupted() -> StoreUnavailable:
+def _interruption_error() -> StoreUnavailable:
     return StoreUnavailable(
         "The store cannot be used.",
         "The thread that commits was interrupted.",

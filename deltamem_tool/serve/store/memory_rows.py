@@ -34,7 +34,7 @@ _VERSION = (versions.c.version, versions.c.digest, versions.c.size, versions.c.c
 _OF_MEMORY = (versions.c.tenant == memories.c.tenant) & (versions.c.id == memories.c.id)
 
 
-def _alive(now: float | BindParameter[float]) -> ColumnElement[bool]:
+def _is_current(now: float | BindParameter[float]) -> ColumnElement[bool]:
     return or_(memories.c.expires_at.is_(None), memories.c.expires_at > now)
 
 
@@ -44,7 +44,7 @@ _READ = (
     select(*_INFO, contents.c.content)
     .join_from(memories, versions, _OF_MEMORY)
     .join(contents, contents.c.key == versions.c.content)
-    .where(*_MINE, _alive(bindparam("now", type_=memories.c.expires_at.type)))
+    .where(*_MINE, _is_current(bindparam("now", type_=memories.c.expires_at.type)))
 )
 _READ_NEWEST = _READ.where(versions.c.version == memories.c.version)
 _READ_VERSION = _READ.where(versions.c.version == bindparam("of_version"))
@@ -81,7 +81,7 @@ def list_memories(
     rows = (
         select(*_INFO)
         .join_from(memories, versions, _OF_MEMORY & (versions.c.version == memories.c.version))
-        .where(memories.c.tenant == tenant, _alive(now))
+        .where(memories.c.tenant == tenant, _is_current(now))
         .order_by(memories.c.id)
         .limit(limit)
     )
@@ -95,7 +95,7 @@ def list_versions(connection: Connection, tenant: str, id: str, now: float) -> t
     rows = (
         select(*_VERSION)
         .join_from(memories, versions, _OF_MEMORY)
-        .where(memories.c.tenant == tenant, memories.c.id == id, _alive(now))
+        .where(memories.c.tenant == tenant, memories.c.id == id, _is_current(now))
         .order_by(versions.c.version.desc())
     )
     return tuple(VersionInfo(*row) for row in connection.execute(rows))

@@ -159,11 +159,11 @@ class MemoryStore:
             now = self._clock()
             row = lock_memory(connection, tenant, id, now)
             if row is None:
-                raise _not_found("memory", id)
+                raise _not_found_error("memory", id)
             check_expected(row, id, expected)
             return remove_memory(connection, row, now)
 
-        return self._erased(self._transact(remove))
+        return self._with_erasure(self._transact(remove))
 
     def list(self, tenant: str, after: str | None = None, limit: int = 100) -> tuple[MemoryInfo, ...]:
         """Return up to `limit` memories of a tenant, in the order of their ids, starting after the id `after`."""
@@ -181,7 +181,7 @@ class MemoryStore:
         with self._database.read() as connection:
             versions = list_versions(connection, tenant, id, self._clock())
         if not versions:
-            raise _not_found("memory", id)
+            raise _not_found_error("memory", id)
         return versions
 
     def restore(self, tenant: str, id: str, version: int, expected: ExpectedVersion = ANY) -> MemoryVersion:
@@ -285,8 +285,8 @@ class MemoryStore:
         now = self._clock()
         receipt = self._transact(lambda connection: remove_response(connection, tenant, response_id, now))
         if receipt is None:
-            raise _not_found("response", response_id)
-        return self._erased(receipt)
+            raise _not_found_error("response", response_id)
+        return self._with_erasure(receipt)
 
     def expire(self) -> int:
         """Delete expired memories and responses, up to a thousand of each, and return their number.
@@ -341,7 +341,7 @@ class MemoryStore:
     def _source(self, connection: Connection, tenant: str, id: str, version: int | None) -> MemoryVersion:
         source = read_memory(connection, self._form, tenant, id, version, self._clock())
         if source is None:
-            raise _not_found("memory or version", id)
+            raise _not_found_error("memory or version", id)
         return source
 
     def _transact(self, change: Callable[[Connection], T]) -> T:
@@ -357,7 +357,7 @@ class MemoryStore:
             "A memory or response with this name already exists.", "Another request created it.", "Use another name."
         ) from taken
 
-    def _erased(self, receipt: Receipt) -> Receipt:
+    def _with_erasure(self, receipt: Receipt) -> Receipt:
         return replace(receipt, erased=self._erase() is True)
 
     def _erase(self) -> bool | None:
@@ -381,5 +381,5 @@ def _check_names(*names: str) -> None:
             )
 
 
-def _not_found(kind: str, id: str) -> NotFound:
+def _not_found_error(kind: str, id: str) -> NotFound:
     return NotFound(f"There is no {kind} {id!r}.", "It never existed, was deleted, or has expired.", "Use another one.")

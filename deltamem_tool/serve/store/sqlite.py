@@ -70,8 +70,8 @@ class Sqlite:
             max_overflow=0,
             pool_timeout=LOCK_SECONDS,
         )
-        event.listen(engine, "connect", self._connected)
-        event.listen(engine, "begin", _begun)
+        event.listen(engine, "connect", self._on_connect)
+        event.listen(engine, "begin", _on_begin)
         return engine
 
     def lock_set_up(self, connection: Connection) -> None:
@@ -95,8 +95,8 @@ class Sqlite:
                 time.sleep(ERASE_PAUSE)
         return True
 
-    def _connected(self, connection: Any, _: object) -> None:
-        connection.isolation_level = None  # `_begun` begins transactions
+    def _on_connect(self, connection: Any, _: object) -> None:
+        connection.isolation_level = None  # `_on_begin` begins transactions
         for pragma in (
             f"synchronous = {self._synchronous}",
             "secure_delete = ON",  # deleted bytes are overwritten with zeros
@@ -118,7 +118,7 @@ def _check_owner(connection: sqlite3.Connection) -> None:
         )
 
 
-def _begun(connection: Connection) -> None:
+def _on_begin(connection: Connection) -> None:
     # A transaction that begins as a reader cannot wait for a writer later: its snapshot would be outdated.
     writes = connection.get_execution_options().get("writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

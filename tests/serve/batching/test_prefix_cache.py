@@ -17,7 +17,7 @@ from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.serve.batching.job import Job
 from deltamem_tool.serve.batching.prefix_cache import PrefixCache
-from deltamem_tool.serve.batching.running import Running
+from deltamem_tool.serve.batching.running_job import RunningJob
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.batching.ticket import Bell, Ticket
 
@@ -124,7 +124,7 @@ def test_what_is_forgotten_is_computed_again(engine):
 
 def test_who_is_forgotten_while_a_prompt_is_read_leaves_nothing(engine):
     job = prompt(engine, 60, names=frozenset({"anna"}))
-    running = Running(engine, Ticket(job, engine.text, Bell()), engine.text.ids, PIECE)
+    running = RunningJob(engine, Ticket(job, engine.text, Bell()), engine.text.ids, PIECE)
     running.begin(engine, PrefixCache(engine, PIECE, 2**20))
     for fed in range(3):
         if fed == 1:

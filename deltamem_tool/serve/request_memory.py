@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from deltamem_tool.serve.body import Body
 from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.names import MemoryName
-from deltamem_tool.serve.turns import Whose
+from deltamem_tool.serve.turns import RequestMemory
 
 HEADER = "x-deltamem-memory"
 _NAME = TypeAdapter(MemoryName)
@@ -27,7 +27,9 @@ class MemoryOptions(Body):
     expires_in: float | None = Field(default=None, gt=0, description="Seconds after which the memory is deleted.")
 
 
-def whose(tenant: str, headers: Mapping[str, str], user: str | None, options: MemoryOptions | None) -> Whose:
+def memory_of_request(
+    tenant: str, headers: Mapping[str, str], user: str | None, options: MemoryOptions | None
+) -> RequestMemory:
     """Return the memory of a request: the header names it, or else `user`.
 
     Raises:
@@ -46,4 +48,4 @@ def whose(tenant: str, headers: Mapping[str, str], user: str | None, options: Me
                 code="invalid_value",
                 param=HEADER,
             ) from error
-    return Whose(tenant, user, options.write, options.source, options.expires_in)
+    return RequestMemory(tenant, user, options.write, options.source, options.expires_in)

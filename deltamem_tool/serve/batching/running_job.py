@@ -40,7 +40,7 @@ class _TokenStream(AnswerStream):
         self._give(self._decode(self._tokens))
 
 
-class Running:
+class RunningJob:
     """A row and its ticket.
 
     Args:
@@ -104,7 +104,7 @@ class Running:
         return logits
 
     @staticmethod
-    def feed_short(engine: Engine, together: Sequence[Running]) -> NDArray[Any]:
+    def feed_short(engine: Engine, together: Sequence[RunningJob]) -> NDArray[Any]:
         """Feed short prompts in one call, and return their logits `[B, V]`."""
         rows = [running.row for running in together]
         past = engine.start(StoredMemory.stack([running.ticket.job.memory for running in together]))

@@ -36,7 +36,7 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownMessages:
     """The part of a request that was fed before.
 
     Args:
@@ -52,14 +52,14 @@ class Known:
     newest: bool = False
 
     @property
-    def repeats(self) -> bool:
+    def is_retry(self) -> bool:
         """Whether no message is new: the client retries the request, or wants another answer."""
         return all(self.messages)
 
 
 @dataclass(frozen=True)
-class FedHistory:
-    """The conversations that a memory has been fed. It is never changed: `after` returns a new one.
+class MessageHistory:
+    """The conversations that a memory has been fed. It is never changed: `with_turn` returns a new one.
 
     Args:
         salt: salt of the digests.
@@ -74,15 +74,15 @@ class FedHistory:
     keys: tuple[str, ...] = ()
 
     @classmethod
-    def nothing(cls) -> FedHistory:
+    def empty(cls) -> MessageHistory:
         """Return the history of a memory that was not fed any conversation."""
         return cls(secrets.token_hex(SALT_BYTES))
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any] | None) -> FedHistory:
-        """Return the history that `as_json` encoded; None gives `nothing`."""
+    def from_json(cls, value: Mapping[str, Any] | None) -> MessageHistory:
+        """Return the history that `as_json` encoded; None gives `empty`."""
         if value is None:
-            return cls.nothing()
+            return cls.empty()
         talks = tuple(Talk(tuple(talk["digests"]), talk["pending"]) for talk in value["talks"])
         return cls(value["salt"], talks, tuple(value["system"]), tuple(value.get("keys", ())))
 
@@ -91,7 +91,7 @@ class FedHistory:
         talks = [{"digests": list(talk.digests), "pending": talk.pending} for talk in self.talks]
         return {"salt": self.salt, "talks": talks, "system": list(self.system), "keys": list(self.keys)}
 
-    def known(self, messages: Sequence[Message], key: str | None = None) -> Known:
+    def match(self, messages: Sequence[Message], key: str | None = None) -> KnownMessages:
         """Return which of `messages` were fed.
 
         The last message counts as new, unless the request is a retry. A request with an idempotency key is a retry if
@@ -101,7 +101,7 @@ class FedHistory:
         digests = self._digests(messages)
         best, number = 0, None
         for index, talk in enumerate(self.talks):
-            length = max(_common(digests, talk.digests[start:]) for start in range(len(talk.digests)))
+            length = max(_common_length(digests, talk.digests[start:]) for start in range(len(talk.digests)))
             if length >= max(best, 1):  # the newest of the longest
                 best, number = length, index
         fed = () if number is None else self.talks[number].digests
@@ -121,11 +121,11 @@ class FedHistory:
                 place += 1
         if repeats:
             flags = [True] * len(flags)
-        return Known(tuple(flags), number if best > 0 else None, whole, whole and last)
+        return KnownMessages(tuple(flags), number if best > 0 else None, whole, whole and last)
 
-    def after(
-        self, known: Known, messages: Sequence[Message], answer: str, pending: int, key: str | None = None
-    ) -> FedHistory:
+    def with_turn(
+        self, known: KnownMessages, messages: Sequence[Message], answer: str, pending: int, key: str | None = None
+    ) -> MessageHistory:
         """Return the history after a request and its answer, `pending` tokens of which were not fed."""
         system = [self._digest(message) for message in messages if message["role"] in SYSTEM_ROLES]
         system = list(dict.fromkeys([*self.system, *system]))[-MAX_SYSTEM:]
@@ -148,7 +148,7 @@ class FedHistory:
         return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES, key=salt).hexdigest()
 
 
-def _common(one: Sequence[str], other: Sequence[str]) -> int:
+def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
     """The length of the common beginning of two lists."""
     pairs = zip(one, other, strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -45,10 +45,10 @@ class FairQueue:
 
     def sweep(self, now: float) -> list[Ticket]:
         """Remove and return the tickets that are cancelled or past their deadline; with `now` infinity, all of them."""
-        gone = [ticket for tickets in self._tenants.values() for ticket in tickets if ticket.gone(now)]
-        for ticket in gone:
+        over = [ticket for tickets in self._tenants.values() for ticket in tickets if ticket.is_over(now)]
+        for ticket in over:
             tickets = self._tenants[ticket.job.tenant]
             tickets.remove(ticket)
             if not tickets:
                 del self._tenants[ticket.job.tenant]
-        return gone
+        return over

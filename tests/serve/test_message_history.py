@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltamem_tool.serve.fed import MAX_DIGESTS, MAX_KEYS, FedHistory
+from deltamem_tool.serve.message_history import MAX_DIGESTS, MAX_KEYS, MessageHistory
 
 SYSTEM = {"role": "system", "content": "be brief"}
 
@@ -17,16 +17,16 @@ def talk(*texts, system=()):
 
 def fed(*conversations, pending=0):
     """After requests, each with its answer as the last text."""
-    state = FedHistory.nothing()
+    state = MessageHistory.empty()
     for texts in conversations:
         messages = talk(*texts[:-1])
-        state = state.after(state.known(messages), messages, texts[-1], pending)
+        state = state.with_turn(state.match(messages), messages, texts[-1], pending)
     return state
 
 
 def new(state, messages):
     """The texts that are new."""
-    known = state.known(messages)
+    known = state.match(messages)
     return [message["content"] for message, was in zip(messages, known.messages, strict=True) if not was]
 
 
@@ -60,27 +60,27 @@ def test_what_is_new(before, request_, expected):
 
 def test_a_key_says_what_is_sent_again():
     """Two clients that say the same one after the other, and one that tries again when another has said something."""
-    state, messages = FedHistory.nothing(), talk("a")
+    state, messages = MessageHistory.empty(), talk("a")
     for key in ("1", "2"):
-        known = state.known(messages, key)
-        assert not known.repeats and not any(known.messages)
-        state = state.after(known, messages, "A", 0, key)
-        assert state.known(messages, key).repeats
+        known = state.match(messages, key)
+        assert not known.is_retry and not any(known.messages)
+        state = state.with_turn(known, messages, "A", 0, key)
+        assert state.match(messages, key).is_retry
     other = talk("b")
-    state = state.after(state.known(other, "3"), other, "B", 0, "3")
-    assert FedHistory.from_json(state.as_json()).known(messages, "1").repeats
+    state = state.with_turn(state.match(other, "3"), other, "B", 0, "3")
+    assert MessageHistory.from_json(state.as_json()).match(messages, "1").is_retry
     assert new(state, messages) == ["a"]
-    assert not state.known(other, "4").repeats
+    assert not state.match(other, "4").is_retry
     for number in range(MAX_KEYS):
-        state = state.after(state.known(other, f"x{number}"), other, "B", 0, f"x{number}")
-    assert len(state.keys) == MAX_KEYS and not state.known(messages, "1").repeats
+        state = state.with_turn(state.match(other, f"x{number}"), other, "B", 0, f"x{number}")
+    assert len(state.keys) == MAX_KEYS and not state.match(messages, "1").is_retry
 
 
 def test_a_system_message_is_new_once():
-    state = FedHistory.nothing()
+    state = MessageHistory.empty()
     messages = talk("a", system=[SYSTEM])
     assert new(state, messages) == ["be brief", "a"]
-    state = state.after(state.known(messages), messages, "A", 0)
+    state = state.with_turn(state.match(messages), messages, "A", 0)
     assert new(state, talk("b", system=[SYSTEM])) == ["b"]
     assert new(state, talk("a", "A", "b", system=[{**SYSTEM, "content": "be long"}])) == ["be long", "b"]
 
@@ -94,22 +94,22 @@ def test_a_branch_leaves_the_other_known():
 def test_a_conversation_that_goes_on_takes_the_place_of_its_beginning():
     state = fed(FIRST, SECOND)
     assert [len(known.digests) for known in state.talks] == [4]
-    known = state.known(talk(*SECOND, "c"))
+    known = state.match(talk(*SECOND, "c"))
     assert known.newest and known.whole and known.talk == 0
-    assert not state.known(talk("a", "A", "x")).whole
+    assert not state.match(talk("a", "A", "x")).whole
 
 
 def test_json_there_and_back():
     state = fed(FIRST, SECOND, ("z", "Z"), pending=1)
-    assert FedHistory.from_json(state.as_json()) == state
-    assert FedHistory.from_json(None).talks == ()
+    assert MessageHistory.from_json(state.as_json()) == state
+    assert MessageHistory.from_json(None).talks == ()
 
 
 def test_what_is_kept_is_bounded_and_says_nothing():
-    state = FedHistory.nothing()
+    state = MessageHistory.empty()
     for number in range(MAX_DIGESTS):
         messages = talk(f"secret {number}")
-        state = state.after(state.known(messages), messages, "OK", 0)
+        state = state.with_turn(state.match(messages), messages, "OK", 0)
     assert sum(len(known.digests) for known in state.talks) <= MAX_DIGESTS
     assert "secret" not in str(state.as_json())
     other = fed(("a", "A"))
