@@ -334,7 +334,8 @@ def check_folder(folder: str | Path) -> Path:
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         why = f"It lacks {', '.join(missing)}." if folder.is_dir() else "There is no such folder."
-        raise ExportError(f"{folder} is not an ONNX folder.", why, "Make one with `deltamem export ADAPTER --out DIR`.")
+        next = "Create one with `deltamem export ADAPTER --out DIR`."
+        raise ExportError(f"{folder} is not an ONNX folder.", why, next)
     return folder
 
 

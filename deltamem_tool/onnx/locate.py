@@ -8,11 +8,11 @@ from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.io.names import expand_user, fetch, hub_name
 from deltamem_tool.onnx.contract import FILES, MANIFEST_FILE, check_folder
 
-ONNX_FOLDER = "onnx"  # in a repository that may hold an adapter too
+ONNX_FOLDER = "onnx"  # subfolder of a repository that may also hold an adapter
 
 
 def find_onnx(name: str | Path) -> Path:
-    """Return the local path of an ONNX folder, or of the `onnx` in a folder or repository; fetch it from the Hub.
+    """Return the local path of an ONNX folder, or of the subfolder `onnx`; a Hub repository is fetched first.
 
     Raises:
         ExportError: a file is missing.

@@ -19,9 +19,9 @@ FORMAT = "deltamem-onnx"
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (3, FORMAT_VERSION)  # 3 had no packed keys and values
 
-MAX_VOCABULARY = 2**22  # the largest are of 2**18
-MAX_HEADS = MAX_WIDTH = 2**16  # of keys and values; the largest are of 128 heads, 576 wide
-MAX_LENGTH = 2**24  # tokens; the longest contexts are of ten million
+MAX_VOCABULARY = 2**22  # the largest known ones have 2**18 tokens
+MAX_HEADS = MAX_WIDTH = 2**16  # of keys and values; the largest known ones have 128 heads, 576 wide
+MAX_LENGTH = 2**24  # tokens; the longest known contexts have ten million
 MAX_SEGMENT = 4 * MAX_STATE_HEADS * MAX_RANK + 1  # `DeltaMemConfig.segment_width` at its largest
 
 
@@ -72,12 +72,12 @@ class Manifest:
     packages: dict[str, str]
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of a folder, as `from_json`."""
+        """Read the manifest of a folder; see `from_json`."""
         try:
             text = read_text(folder / MANIFEST_FILE)
         except ValueError as error:
@@ -89,7 +89,7 @@ class Manifest:
         """Read the text of the file, the inverse of `to_json`.
 
         Raises:
-            ExportError: the text is not JSON or of another format or version, or a field is missing or invalid.
+            ExportError: the text is not JSON or has another format or version, or a field is missing or invalid.
         """
         try:
             content = parse_json(text)
@@ -128,7 +128,7 @@ class Manifest:
         return cls(**{**values, "interface": Interface(**{**interface, "layers": layers})})
 
 
-# What each number may be at most.
+# Upper bounds of all sizes.
 _LAYER_SIZES = {
     "key": (MAX_HEADS, MAX_WIDTH),
     "value": (MAX_HEADS, MAX_WIDTH),
@@ -137,7 +137,7 @@ _LAYER_SIZES = {
 }
 _CONVOLUTION_SIZES = (MAX_WIDTH, MAX_WIDTH)
 MAX_RECURRENT_AXES = 3
-MAX_CONVOLUTIONS = 8  # of one layer; the most are four
+MAX_CONVOLUTIONS = 8  # of one layer; known models have up to four
 
 
 def _layer(content: Any) -> Layer:
@@ -165,7 +165,7 @@ def _columns(content: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
-    """`content` as a tuple of as many sizes as `most` has, none above its own; None stays None."""
+    """Return `content` as a tuple of sizes, as many as `most` has and each at most that of `most`; None stays None."""
     if content is None:
         return None
     _require(isinstance(content, list) and len(content) == len(most) and all(map(_is_count, content, most)), name)
@@ -182,7 +182,7 @@ def _quantization(content: Any) -> Quantization | None:
     return Quantization(**values)
 
 
-# What older folders do not have.
+# Values for fields that older folders lack.
 _ADDED: dict[str, Any] = {
     **{"positions": 0, "packed": False, "quantization": None, "row_by_row": False},
     **{"convolutions": [], "recurrent": None, "columns": [], "ngrams": None},
@@ -190,7 +190,7 @@ _ADDED: dict[str, Any] = {
 
 
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:
-    """The fields of `cls` in `content`; others, which a later release may add within one format, are ignored."""
+    """Return the fields of `cls` in `content`. Others, which a later release may add to the format, are ignored."""
     if not isinstance(content, dict):
         raise disagreement(f"{where} is not a JSON object")
     names = [field.name for field in fields(cls)]
@@ -211,10 +211,10 @@ def _require(holds: bool, name: str) -> None:
 
 
 def _of_format(version: Any, packages: Any) -> ExportError:
-    """The error for a folder of another format version, written by `packages`."""
+    """Return the error for a folder of another format version, written by `packages`."""
     written_by = packages.get("deltamem-tool") if isinstance(packages, dict) else None
     return ExportError(
-        f"This ONNX folder is of format {version}.",
+        f"This ONNX folder has format {version}.",
         f"This version of deltamem reads format {FORMAT_VERSION}.",
         f"Update deltamem-tool: {update_command(written_by)}"
         if is_newer(version, FORMAT_VERSION)

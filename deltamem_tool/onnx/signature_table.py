@@ -1,4 +1,4 @@
-"""A readable table of the inputs and outputs of a graph, for one ONNX folder or for the documentation."""
+"""Describe the inputs and outputs of a graph in a table, for one ONNX folder or for the documentation."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from deltamem_tool.onnx.contract import Interface, Shape
 
 MEANINGS = {
     contract.INPUT_IDS: "tokens of this call",
-    contract.ATTENTION_MASK: "1 for text, 0 for padding, past and new",
-    contract.WRITE_MASK: "which tokens write, or belong to a segment",
-    contract.PAST_LENGTH: "how many columns of keys and values are taken, 0 at first",
-    contract.SEGMENT_END: "which tokens end a segment, which is written then",
-    contract.KEY: "attention's keys, empty at first",
-    contract.VALUE: "attention's values, empty at first",
-    contract.STATE: "the memory, zeros or a memory file's at first",
-    contract.SEGMENT: "what the open segment has gathered, zeros at first",
-    contract.CONV: "nothing: onnxruntime-genai looks for it",
-    contract.INDEXER_KEY: "the keys of an indexer, empty at first",
-    **dict.fromkeys(contract.COLUMNS[1:], "what the base compresses, empty at first"),
+    contract.ATTENTION_MASK: "1 for text, 0 for padding, for past and new tokens",
+    contract.WRITE_MASK: "tokens that write, or that belong to a segment",
+    contract.PAST_LENGTH: "number of columns of keys and values in use; 0 in the first call",
+    contract.SEGMENT_END: "tokens that end a segment, which is then written",
+    contract.KEY: "attention keys; empty in the first call",
+    contract.VALUE: "attention values; empty in the first call",
+    contract.STATE: "memory; zeros or the states of a memory file in the first call",
+    contract.SEGMENT: "sums over the open segment; zeros in the first call",
+    contract.CONV: "not used: onnxruntime-genai needs it to find the state",
+    contract.INDEXER_KEY: "keys of an indexer; empty in the first call",
+    **dict.fromkeys(contract.COLUMNS[1:], "inputs of the base model's compression; empty in the first call"),
 }
 AFTERWARDS = {
-    contract.KEY: "attention's keys, this call's too",
-    contract.VALUE: "attention's values, this call's too",
-    contract.STATE: "the memory after this call",
-    contract.SEGMENT: "what the open segment has gathered by then",
+    contract.KEY: "attention keys, including those of this call",
+    contract.VALUE: "attention values, including those of this call",
+    contract.STATE: "memory after this call",
+    contract.SEGMENT: "sums over the open segment after this call",
     contract.CONV: MEANINGS[contract.CONV],
-    contract.INDEXER_KEY: "the keys of an indexer, this call's too",
-    **dict.fromkeys(contract.COLUMNS[1:], "what the base compresses, this call's too"),
+    contract.INDEXER_KEY: "keys of an indexer, including those of this call",
+    **dict.fromkeys(contract.COLUMNS[1:], "inputs of the base model's compression, including those of this call"),
 }
-# Of states of the base's own, by what their part begins with.
+# States of the base model, by the beginning of their part's name.
 BASE_MEANINGS = {
-    contract.CONV: "a convolution's last inputs, zeros at first",
-    contract.STATE: "the state of the base's linear attention, zeros at first",
-    contract.SSM: "the state of the base's linear attention, zeros at first",
-    contract.PLE_CONV: "the last inputs of the convolution of n-grams, zeros at first",
-    contract.PLE_TOKENS: "the last tokens, for n-grams, zeros at first",
+    contract.CONV: "last inputs of a convolution; zeros in the first call",
+    contract.STATE: "state of the base model's linear attention; zeros in the first call",
+    contract.SSM: "state of the base model's linear attention; zeros in the first call",
+    contract.PLE_CONV: "last inputs of the n-gram convolution; zeros in the first call",
+    contract.PLE_TOKENS: "last tokens, for n-grams; zeros in the first call",
 }
 BASE_AFTERWARDS = {
-    contract.CONV: "a convolution's last inputs by then",
-    contract.STATE: "the state of the base's linear attention by then",
-    contract.SSM: "the state of the base's linear attention by then",
-    contract.PLE_CONV: "the last inputs of the convolution of n-grams by then",
-    contract.PLE_TOKENS: "the last tokens by then",
+    contract.CONV: "last inputs of a convolution after this call",
+    contract.STATE: "state of the base model's linear attention after this call",
+    contract.SSM: "state of the base model's linear attention after this call",
+    contract.PLE_CONV: "last inputs of the n-gram convolution after this call",
+    contract.PLE_TOKENS: "last tokens after this call, for n-grams",
 }
-LOGITS = {"last": "of the last position", "all": "of every position"}
+LOGITS = {"last": "logits of the last position", "all": "logits of every position"}
 
 
 class Row(NamedTuple):
-    """One input or output, or one of several layers that are alike."""
+    """One input or output, or the same one of several consecutive layers."""
 
     kind: str  # "input", "default" (an input that can be left out) or "output"
-    name: str  # of layers that are alike: past_key_values.{0…35}.key
+    name: str  # for several layers: past_key_values.{0…35}.key
     type: str
     shape: Shape
     meaning: str
 
 
 def rows(interface: Interface) -> list[Row]:
-    """Return all inputs and outputs of the graph; consecutive layers that are alike share a row."""
+    """Return all inputs and outputs of the graph. Consecutive layers with the same shapes share a row."""
     tables = {"input": interface.inputs(), "default": interface.defaults(), "output": interface.outputs()}
     return [
         row
@@ -72,7 +72,7 @@ def rows(interface: Interface) -> list[Row]:
 
 def markdown(interface: Interface) -> str:
     """Return the rows as a Markdown table."""
-    lines = ["| | name | type | shape | what |", "|---|---|---|---|---|"]
+    lines = ["| | name | type | shape | meaning |", "|---|---|---|---|---|"]
     for row in rows(interface):
         shape = ", ".join(map(str, row.shape))
         lines.append(f"| {row.kind} | `{row.name}` | {row.type} | [{shape}] | {row.meaning} |")
@@ -80,9 +80,9 @@ def markdown(interface: Interface) -> str:
 
 
 def _meanings(kind: str, interface: Interface) -> dict[str, str]:
-    """Of what is `kind` in this graph, by the name of a tensor or of a part."""
+    """Return the meanings of inputs or outputs of this graph, by the name of a tensor or of a part."""
     if kind == "default":
-        return {contract.STATE: "another memory for conversations to begin with"}
+        return {contract.STATE: "memory that new conversations start from"}
     meanings = MEANINGS if kind == "input" else {**AFTERWARDS, contract.LOGITS_OUTPUT: LOGITS[interface.logits]}
     if not interface.max_length:
         return meanings
@@ -90,13 +90,13 @@ def _meanings(kind: str, interface: Interface) -> dict[str, str]:
     buffers = {part: meanings[part].replace("empty", f"{room}, zeros") for part in (contract.KEY, contract.VALUE)}
     if kind == "output":
         return {**meanings, **{part: f"{meaning}, {room}" for part, meaning in buffers.items()}}
-    return {**meanings, **buffers, contract.ATTENTION_MASK: "1 for text, 0 for padding or nothing yet"}
+    return {**meanings, **buffers, contract.ATTENTION_MASK: "1 for text, 0 for padding and unused columns"}
 
 
 def _rows(
     kind: str, tensors: dict[str, tuple[str, Shape]], meanings: dict[str, str], base_states: Collection[str]
 ) -> Iterator[Row]:
-    # By part, and whether it is of the base's own states: layer, prefix, type, shape.
+    # (layer, prefix, type, shape) by part and by whether it is a state of the base model.
     carried: dict[tuple[str, bool], list[tuple[int, str, str, Shape]]] = {}
     for name, (dtype, shape) in tensors.items():
         if name in meanings:
@@ -107,7 +107,7 @@ def _rows(
             carried.setdefault((part, is_base), []).append((int(layer), prefix, dtype, shape))
     for (part, is_base), entries in carried.items():
         meaning = _base_meaning(kind, part) if is_base else meanings[part]
-        # Layers that follow each other share what remains when their place in the row is taken off their number.
+        # In a run of consecutive layers, the layer's number minus its position in the list is constant.
         alike = groupby(enumerate(entries), key=lambda entry: (entry[1][0] - entry[0], entry[1][1:]))
         for (_, (prefix, dtype, shape)), run in alike:
             layers = [layer for _, (layer, *_) in run]
@@ -116,6 +116,6 @@ def _rows(
 
 
 def _base_meaning(kind: str, part: str) -> str:
-    """Of a state of the base's own; a layer's second convolution is `conv_state_1`."""
+    """Return the meaning of a state of the base model. A layer's second convolution is `conv_state_1`."""
     meanings = BASE_AFTERWARDS if kind == "output" else BASE_MEANINGS
     return next(meaning for beginning, meaning in meanings.items() if part.startswith(beginning))

@@ -56,16 +56,17 @@ def test_meanings_are_those_of_the_graph():
 
     grows, fixed, genai = meanings(logits="all"), meanings(max_length=8192), meanings(genai=True, segment=0)
     key, present = "past_key_values.{0…35}.key", "present.{0…35}.key"
-    assert grows["logits"] == "of every position" and fixed["logits"] == "of the last position"
-    assert grows[key] == "attention's keys, empty at first"
-    assert fixed[key] == "attention's keys, room for 8,192 tokens, zeros at first"
-    assert fixed[present] == "attention's keys, this call's too, room for 8,192 tokens"
-    assert "nothing yet" in fixed["attention_mask"] and "nothing yet" not in grows["attention_mask"]
-    assert fixed["past_length"] == "how many columns of keys and values are taken, 0 at first"
-    assert genai["initial.{0…35}.recurrent_state"] == "another memory for conversations to begin with"
+    assert grows["logits"] == "logits of every position" and fixed["logits"] == "logits of the last position"
+    assert grows[key] == "attention keys; empty in the first call"
+    assert fixed[key] == "attention keys; room for 8,192 tokens, zeros in the first call"
+    assert fixed[present] == "attention keys, including those of this call, room for 8,192 tokens"
+    assert "unused" in fixed["attention_mask"] and "unused" not in grows["attention_mask"]
+    assert fixed["past_length"] == "number of columns of keys and values in use; 0 in the first call"
+    assert genai["initial.{0…35}.recurrent_state"] == "memory that new conversations start from"
     for said in (grows, fixed, genai):
         assert all(said.values())
-        assert not [name for name, meaning in said.items() if name.startswith("present") and "at first" in meaning]
+        results = [meaning for name, meaning in said.items() if name.startswith("present")]
+        assert not [meaning for meaning in results if "first call" in meaning]
 
 
 def test_the_program_is_the_example_and_short():

@@ -45,9 +45,9 @@ class Lengths:
     """The lengths of the rows of a call.
 
     Args:
-        past: tokens of each row before it, int64 `[B]`.
-        last: the index of each row's last key after it, were all its tokens valid, int32 `[B]`.
-        total: length that the keys and values must have room for, int32 scalar.
+        past: number of tokens of each row before the call, int64 `[B]`.
+        last: index of each row's last key after the call if all its tokens are valid, int32 `[B]`.
+        total: number of columns that keys and values must have, int32 scalar.
     """
 
     past: Tensor
@@ -59,7 +59,7 @@ class FusedAttention:
     """Run a model with the equation in place of its attention, or trace it with a node for it.
 
     Args:
-        lengths: of the rows of the call.
+        lengths: lengths of the rows of the call.
     """
 
     def __init__(self, lengths: Lengths) -> None:
@@ -192,13 +192,13 @@ def _attend(
     index = getattr(module, "layer_idx", None)
     heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
     if not key.shape[-1] == value.shape[-1] == width:
-        raise _NotFusedError("keys and values are not of one width")
+        raise _NotFusedError("keys and values differ in width")
     if heads % kv_heads or width % _HEAD_MULTIPLE:
-        raise _NotFusedError(f"{heads} heads of keys of {kv_heads}, {width} wide")
+        raise _NotFusedError(f"{heads} heads with {kv_heads} heads of keys, {width} wide")
     if attention_mask is not None:
         raise _NotFusedError("it has a mask of the model's own")
     if index is None or not getattr(module, "is_causal", True):
-        raise _NotFusedError("it is not causal, or not that of a layer")
+        raise _NotFusedError("it is not causal, or does not belong to a layer")
     layer = _current.layers[index]
     if not layer.is_initialized:
         raise _NotFusedError("layers share the keys of others")
@@ -222,7 +222,7 @@ def _attend(
         raise _NotFusedError("a layer attends several times")
     assert layer.new is not None
     if not all(map(torch.equal, (key, value), layer.new)):
-        raise _NotFusedError("it changes keys or values after they are kept")
+        raise _NotFusedError("it changes keys or values after they are stored in the cache")
     layer.keys, layer.values = key, value
     return attention(query, key, value, sinks=s_aux, **settings).transpose(1, 2).contiguous(), None
 

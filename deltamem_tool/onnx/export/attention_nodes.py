@@ -28,7 +28,7 @@ from deltamem_tool.onnx.export.graph_edits import (
 from deltamem_tool.onnx.export.layers import DOMAIN
 
 POSITIONS = "Positions"  # node type that marks the positions of a call's tokens, int64 [B, T]
-# The operator's: of the width of a head that it turns, and of its tables', which are half as wide as what it turns.
+# The operator needs these multiples: for the width of a rotated head, and for the width of its tables.
 _ROTARY_MULTIPLE, _TABLE_MULTIPLE = 16, 8
 _SWAPPED = [0, 2, 1, 3]  # from [B, heads, T, width] to [B, T, heads, width], and back
 

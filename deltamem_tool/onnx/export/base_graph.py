@@ -1,7 +1,7 @@
-"""Export a model without a memory as a graph of the same kind, to compare a graph with a memory with it.
+"""Export a model without its memory as a graph of the same kind, as the reference for a graph with a memory.
 
-It goes through the same exporter, for the same target and with the same rewrites, except those for a memory, and it is
-called in the same way. It has no manifest, tokenizer or configs, and is not a folder to run.
+It uses the same exporter and target, and the same rewrites except those for a memory, and the graph is called in the
+same way. The result has no manifest, tokenizer or configs, so it is not an ONNX folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_plain(
     target: Target,
     folder: Path,
 ) -> None:
-    """Write graph and weights into the new `folder`.
+    """Write the graph and its weights into the new `folder`.
 
     Args:
         model: the model, whose memory has been detached.

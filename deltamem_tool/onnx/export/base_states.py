@@ -29,37 +29,37 @@ from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.onnx_scan import linear_attention
 from deltamem_tool.ops.portable_scan import portable_linear_attention
 
-L2_EPSILON = 1e-6  # transformers'
-_OPERATOR_ACTIVATIONS = ("silu", "swish")  # of ONNX Runtime's convolution
+L2_EPSILON = 1e-6  # as in transformers
+_OPERATOR_ACTIVATIONS = ("silu", "swish")  # activations that ONNX Runtime's convolution supports
 
 
 class BaseStates:
-    """The states of one call.
+    """The states of the base model in one call.
 
     Args:
         valid: bool `[B, T]`, tokens that are not padding.
         in_front: whether each row's valid tokens come first.
-        target: what will run the graph.
-        past: int64 `[B]`, tokens of each row before the call.
+        target: target of the graph.
+        past: int64 `[B]`, number of tokens of each row before the call.
     """
 
     def __init__(self, valid: Tensor, in_front: bool, target: Target, past: Tensor) -> None:
         self._valid, self._standard, self._past = valid, target.is_standard, past
         self._order = None if in_front else packed_order(valid)
         self._attend = portable_linear_attention if target.is_standard else linear_attention
-        # The last that `_append` was called for: its layer, what it gave, and the two parts of that.
+        # From the last call of `_append`: its layer, its result, and the two parts of the result.
         self._held: LinearAttentionLayer = None
         self._joined: tuple[Tensor, Tensor, Tensor] | None = None
-        self._scanned = 0  # heads of that layer
+        self._scanned = 0  # number of heads of that layer that were scanned
 
     @contextmanager
     def of(
         self, model: PreTrainedModel, cache: MemoryCache, layers: Sequence[Layer], past: Sequence[Mapping[str, Tensor]]
     ) -> Iterator[None]:
-        """Inside, `model` computes with the functions below, and `cache` begins with the states in `past`."""
+        """Make `model` use the functions below, and `cache` start with the states in `past`, inside the block."""
         end = end_of_text(model)
         for held, layer, states in zip(cache.layers, layers, past, strict=False):
-            if layer.base_states and states:  # a copy of another layer is given none
+            if layer.base_states and states:  # copies of other layers get no states
                 self._fill(held, layer, states, end)
         functions: dict[str, Callable[..., Any]] = {
             "causal_conv1d_fn": self._convolve,
@@ -82,7 +82,7 @@ class BaseStates:
                 setattr(module, name, original)
 
     def _fill(self, held: LinearAttentionLayer, layer: Layer, states: Mapping[str, Tensor], end: int) -> None:
-        """Let `held` begin with `states`; where a text has fewer tokens than are kept, `end` is before it."""
+        """Start `held` with `states`. If a text has fewer tokens than are kept, it is preceded by the token `end`."""
         parts = [states[part] for part in layer.base_states]
         recurrent = None if layer.recurrent is None else parts.pop()
         if layer.ngrams is not None:
@@ -95,7 +95,7 @@ class BaseStates:
         held.update_recurrent_state = partial(_replace, held)
 
     def _append(self, held: LinearAttentionLayer, x: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """`LinearAttentionLayer.update_conv_state`: inputs `[B, C, T]` behind those that are kept, packed."""
+        """Replace `LinearAttentionLayer.update_conv_state`: append inputs `[B, C, T]` to the kept ones, packed."""
         past = held.conv_states[state_idx]
         if x.ndim == 2:  # tokens
             joined = torch.cat([past, x], dim=-1)
@@ -105,7 +105,7 @@ class BaseStates:
         if self._order is not None:
             new = _columns(new, self._order)
         joined = torch.cat([past, new], dim=-1)
-        # The last of the valid ones: a row's first is at the length of `past`.
+        # The last valid columns; the first column of a row's new tokens is the length of `past`.
         last = self._valid.sum(-1, keepdim=True) + torch.arange(past.shape[-1])
         held.conv_states[state_idx] = _columns(joined, last)
         self._held, self._joined, self._scanned = held, (joined, past, new), 0
@@ -114,7 +114,11 @@ class BaseStates:
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
     ) -> Tensor:
-        """`causal_conv1d_fn` of what `_append` has given, with weights `[C, K]`: its last T outputs `[B, C, T]`."""
+        """Replace `causal_conv1d_fn`: convolve the result of `_append`, with weights `[C, K]`.
+
+        Returns:
+            The last T outputs, `[B, C, T]`.
+        """
         assert self._joined is not None and x is self._joined[0]
         _, past, new = self._joined
         weights = weight.float().unsqueeze(1)
@@ -149,9 +153,10 @@ class BaseStates:
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """`torch_chunk_gated_delta_rule`, or with a decay `g` `[B, T, H, R]` of each row `chunk_kimi_delta_attention`.
+        """Replace `torch_chunk_gated_delta_rule`, and `chunk_kimi_delta_attention`, whose `g` decays each row.
 
-        The other arguments are `[B, T, heads, ·]`, `beta` `[B, T, H]`; the state is `[B, H, R, V]`.
+        `g` is `[B, T, H]` or, with one decay per row, `[B, T, H, R]`. The other arguments are `[B, T, heads, ·]`,
+        `beta` is `[B, T, H]`, and the state is `[B, H, R, V]`.
         """
         assert initial_state is not None
         keys = [query.float(), key.float()]
@@ -183,7 +188,7 @@ class BaseStates:
         dt_limit: tuple[float, float] = (0.0, math.inf),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """`mamba2_chunk_scan`: input `[B, T, H, P]`, `B` and `C` `[B, T, groups, N]`, states `[B, H, P, N]`."""
+        """Replace `mamba2_chunk_scan`: input `[B, T, H, P]`, `B` and `C` `[B, T, groups, N]`, state `[B, H, P, N]`."""
         assert initial_states is not None
         x = hidden_states.float()
         dt = _time_steps(dt, dt_bias, dt_softplus)
@@ -215,10 +220,10 @@ class BaseStates:
         delta_softplus: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """`mamba_selective_scan`: input, `dt` and `z` `[B, I, T]`, `B` and `C` `[B, N, T]`, `A` `[I, N]`.
+        """Replace `mamba_selective_scan`: input, `dt` and `z` `[B, I, T]`, `B` and `C` `[B, N, T]`, `A` `[I, N]`.
 
-        It is given no state, and begins with zeros in transformers: here it is the layer's `[B, I, N]`, or where it is
-        called for each of several heads `[B, heads, I, N]`.
+        It has no argument for the state, which starts from zeros in transformers. Here it starts from the layer's state
+        `[B, I, N]`, or `[B, heads, I, N]` if it is called for each head separately.
         """
         state = self._held.recurrent_states[0]
         state = state if state.ndim == A.ndim + 1 else state[:, self._scanned]
@@ -240,17 +245,17 @@ class BaseStates:
         return output if z is None else output * F.silu(z), state.squeeze(-1)
 
     def _masked(self, x: Tensor) -> Tensor:
-        """`x` `[B, T, …]`, 0 at padding: nothing decays and nothing is written."""
+        """Return `x` `[B, T, …]` with 0 at padding, where nothing decays and nothing is written."""
         return x * self._valid.view(*self._valid.shape, *[1] * (x.ndim - 2)).to(x.dtype)
 
 
 class _SlicedWindows(TorchFunctionMode):
-    """Inside, `unfold` stacks slices; a view of what is there several times cannot be traced for every length."""
+    """Make `unfold` stack slices inside the block, because overlapping views cannot be traced for every length."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`, or what stands in the place of `unfold`."""
+        """Call `func`, or the replacement of `unfold`."""
         return (_windows if func is Tensor.unfold else func)(*args, **(kwargs or {}))
 
 
@@ -261,25 +266,25 @@ def _windows(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
 
 
 def states_of(held: LinearAttentionLayer, layer: Layer) -> dict[str, Tensor]:
-    """What a layer of the cache keeps after a call, by part."""
+    """Return the states that a cache layer keeps after a call, by part."""
     states = [*held.conv_states.values(), held.recurrent_states[0]]
     return {part: state.float() for part, state in zip(layer.base_states, states, strict=False)}
 
 
 def packed_order(valid: Tensor) -> Tensor:
-    """The order in which each row's valid tokens come first, int64 `[B, T]`."""
+    """Return the order in which each row's valid tokens come first, int64 `[B, T]`."""
     tokens = valid.shape[1]
     numbers = torch.arange(tokens)
     return torch.argsort(torch.where(valid, tokens - numbers, -numbers), descending=True)
 
 
 def _columns(x: Tensor, columns: Tensor) -> Tensor:
-    """`x` `[B, C, N]` at `columns` `[B, K]`: `[B, C, K]`."""
+    """Return the `columns` `[B, K]` of `x` `[B, C, N]`, as `[B, C, K]`."""
     return x.gather(2, columns.unsqueeze(1).expand(-1, x.shape[1], -1))
 
 
 def _replace(held: LinearAttentionLayer, state: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-    """`LinearAttentionLayer.update_recurrent_state`."""
+    """Replace `LinearAttentionLayer.update_recurrent_state`."""
     held.recurrent_states[state_idx] = state
     return state
 

@@ -1,7 +1,7 @@
 """Trace Qwen4's block selection and its n-gram embeddings without loops over tokens.
 
 Its indexer averages the keys of each block of a few tokens, and selects blocks for each token separately. The functions
-below do so for all tokens at once, for rows without padding.
+below do this for all tokens at once, for rows without padding.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from transformers import PreTrainedModel
 from deltamem_tool.onnx.export.choices import growing_min
 
 _NGRAMS = "Qwen4ExpTextNGramEmbedding"
-_PLE_CONVOLUTION = 1  # the number of its state
+_PLE_CONVOLUTION = 1  # index of its state
 
 
 def has_blocks(model: PreTrainedModel) -> bool:
-    """Whether what is below stands in for methods of `model`: then its rows may have no padding."""
+    """Return whether functions below replace methods of `model`. Its rows must then have no padding."""
     return any(type(part).__name__ in _METHODS for part in model.modules())
 
 
 def end_of_text(model: PreTrainedModel) -> int:
-    """The token that stands for those before a text, where n-grams are embedded; 0 where none are."""
+    """Return the token that precedes a text in n-gram embeddings; 0 if the model has none."""
     embeddings: list[Any] = [part for part in model.modules() if type(part).__name__ == _NGRAMS]
     return int(embeddings[0].eos_token_id) if embeddings else 0
 
 
 @contextmanager
 def without_loops(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the methods below are those of the modules in `model`."""
+    """Replace methods of the modules in `model` by the functions below, inside the block."""
     kinds = {type(part) for part in model.modules() if type(part).__name__ in _METHODS}
     originals = [(kind, name, vars(kind)[name]) for kind in kinds for name in _METHODS[kind.__name__]]
     for kind, name, _ in originals:
@@ -51,7 +51,7 @@ def without_loops(model: PreTrainedModel) -> Iterator[None]:
 def _chosen_tokens(
     self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor, cache: Any
 ) -> Tensor:
-    """The tokens that each token sees, bool `[B, 1, T, N]`: those of the best whole blocks, and of the open one."""
+    """Return the tokens that each token sees, bool `[B, 1, T, N]`: the best whole blocks, and the open one."""
     batch, tokens, _ = hidden_states.shape
     rotate = vars(sys.modules[type(self).__module__])["apply_rotary_pos_emb"]
     q, keys = self.index_qk_proj(hidden_states).split(
@@ -62,7 +62,7 @@ def _chosen_tokens(
     q = rotate(q, cos=cos[:, -tokens:], sin=sin[:, -tokens:], unsqueeze_dim=2)
     keys = cache.update_indexer(keys, self.layer_idx)  # [B, N, width]
     size, columns = self.compress_ratio, keys.shape[1]
-    blocks = columns // size + 1  # with one that is not whole
+    blocks = columns // size + 1  # including the open one
     pooled, cos, sin = (
         F.pad(x, (0, 0, 0, blocks * size - columns)).view(batch, blocks, size, -1) for x in (keys, cos, sin)
     )
@@ -70,7 +70,7 @@ def _chosen_tokens(
     pooled = rotate(pooled[:, :, None], cos=cos[:, :, 0], sin=sin[:, :, 0], unsqueeze_dim=2)[:, :, 0]
     scores = torch.relu(q.float() @ pooled.float().transpose(1, 2)[:, None]).sum(2) / math.sqrt(self.index_head_dim)
     seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-    whole = seen.sum(-1).squeeze(1)[..., None] // size  # [B, T, 1], blocks that each token sees wholly
+    whole = seen.sum(-1).squeeze(1)[..., None] // size  # [B, T, 1], number of whole blocks that each token sees
     is_whole = torch.arange(blocks) < whole
     best = scores.masked_fill(~is_whole, -torch.inf).topk(growing_min(self.block_topk, blocks), dim=-1).indices
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & is_whole
@@ -80,7 +80,7 @@ def _chosen_tokens(
 
 
 def _shifted(self: Any, token_ids: Tensor, shift: int) -> Tensor:
-    """`token_ids` `[B, N]` as they were `shift` tokens before, and the end of a text where one ended since."""
+    """Return `token_ids` `[B, N]` shifted by `shift`, with the end-of-text token where a text ended in between."""
     shifted = token_ids
     for distance in range(1, shift + 1):
         before = F.pad(token_ids, (distance, 0), value=self.eos_token_id)[:, : token_ids.shape[1]]
@@ -89,7 +89,7 @@ def _shifted(self: Any, token_ids: Tensor, shift: int) -> Tensor:
 
 
 def _short_convolution(self: Any, hidden_states: Tensor, cache: Any) -> Tensor:
-    """The convolution of `[B, T, C]` behind what is kept, which is as long as it reaches back."""
+    """Convolve `[B, T, C]`, preceded by the kept inputs, which are exactly as many as the kernel needs."""
     convolution: nn.Conv1d = self.conv1d
     joined = cache.update_conv_state(hidden_states.transpose(1, 2), self.layer_idx, state_idx=_PLE_CONVOLUTION)
     return F.silu(convolution(joined.to(convolution.weight.dtype))).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Trace cache layers that keep more for every token than keys and values.
 
 These are the keys of an indexer, which selects the tokens that attention sees, and the inputs of DeepSeek-V4's
-compression. transformers keeps the compressed windows and the tokens of the open one. A graph keeps every token, and
-compresses them anew.
+compression. transformers keeps the compressed windows and the tokens of the open one. A graph keeps every token and
+compresses all of them again in every call.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from deltamem_tool._compat import DynamicIndexedLayer, DynamicLayer
 from deltamem_tool.chat.torch_states import keeping_all
 from deltamem_tool.onnx import contract
 
-_KEYS = "idx_keys"  # where MiniMax-M3's own kind of layer keeps those of its indexer
-_COMPRESS = "store_compression_weights"  # a method of DeepSeek-V4's
+_KEYS = "idx_keys"  # attribute in which MiniMax-M3's cache layer keeps the keys of its indexer
+_COMPRESS = "store_compression_weights"  # method of DeepSeek-V4's cache layers
 
 
 class CompressedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
@@ -45,7 +45,7 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
             every = torch.cat([self.given[part].squeeze(1), new], dim=1) if part in self.given else new
             self.given[part] = every.unsqueeze(1)
             tokens = every.shape[1]
-            # More than one: what a model computes of several windows is traced, and holds for one.
+            # Use more than one window: what is traced for several windows is also valid for one.
             windows.append(F.pad(every, (0, 0, 0, (tokens // self.compress_rate + 2) * self.compress_rate - tokens)))
         return windows[0], windows[1], 0
 
@@ -92,7 +92,8 @@ def fill_columns(held: Any, past: Mapping[str, Tensor]) -> None:
         held.given = {part: past[part] for part in contract.COLUMNS if part in past}
     elif contract.INDEXER_KEY in past and isinstance(held, DynamicIndexedLayer):
         held.indexer_keys, held.is_indexer_initialized = past[contract.INDEXER_KEY].squeeze(1), True
-        # Qwen4's rotates them by it, and rows without padding count columns. Of time, height and width alike.
+        # Qwen4 rotates the keys by these positions, which are the columns of rows without padding, for time, height and
+        # width alike.
         held.indexer_position_ids = torch.arange(held.indexer_keys.shape[1]).expand(3, held.indexer_keys.shape[0], -1)
     elif contract.INDEXER_KEY in past:
         setattr(held, _KEYS, past[contract.INDEXER_KEY])

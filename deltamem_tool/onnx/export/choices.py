@@ -1,4 +1,4 @@
-"""Selections by `topk`, such as the tokens that attention sees, in a graph and in PyTorch."""
+"""Make selections by `topk`, such as the tokens that attention sees, work in a graph as in PyTorch."""
 
 from __future__ import annotations
 

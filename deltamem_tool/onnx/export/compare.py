@@ -25,13 +25,13 @@ from deltamem_tool.onnx.export.step import segment_tags
 from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph
 from deltamem_tool.onnx.runtime.graph import Graph
 
-GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_SEGMENT = 8, 16, 32, 8  # of `greedy_agreement`
-PADDED_ROWS = 3  # of a batch that is padded on the left
+GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_SEGMENT = 8, 16, 32, 8  # sizes in `greedy_agreement`
+PADDED_ROWS = 3  # rows of the batch that is padded on the left
 
 
 @dataclass(frozen=True)
 class _Call:
-    """Inputs of one call of a conversation; masks are over this call's tokens alone."""
+    """Inputs of one call of a conversation. The masks cover only the tokens of this call."""
 
     input_ids: Tensor  # [B, T]
     valid: Tensor  # bool [B, T]
@@ -41,17 +41,17 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Start:
-    """How a conversation begins."""
+    """The start of a conversation."""
 
     batch: int
     memory: MemoryState | None = None  # one row; None for zeros
-    as_input: bool = False  # its memory is fed to the graph; otherwise it is what the graph begins with by itself
+    as_input: bool = False  # whether the memory is fed to the graph; otherwise the graph starts from it by itself
 
 
-# What a call gives, float32: logits [B, 1, V] or [B, T, V], and the states and open segments by layer.
+# Result of a call, float32: logits [B, 1, V] or [B, T, V], and the states and open segments by layer.
 _Result = tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]
-_Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up to its end
-Report = Callable[[int, int], object]  # called with the number of calls that are done, and of all
+_Step = Callable[[_Call, Tensor], _Result]  # takes a call, and the mask [B, P + T] up to its end
+Report = Callable[[int, int], object]  # called with the number of finished calls, and the total
 
 
 def silent(done: int, of: int) -> None:
@@ -65,15 +65,16 @@ def largest_difference(
     start: MemoryState | None = None,
     report: Report = silent,
 ) -> float:
-    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch with padding.
+    """Return the largest difference between PyTorch and ONNX Runtime over whole conversations.
 
-    And over the logits of a batch with padding and of its rows alone, both in PyTorch.
+    It covers the logits of valid positions and the states, for single conversations and for a batch with padding. It
+    also covers the difference that padding makes in PyTorch itself: the logits of a padded batch and of its rows alone.
 
     Args:
-        model: PyTorch's side.
-        graph: ONNX Runtime's side.
+        model: the model in PyTorch.
+        graph: the graph in ONNX Runtime.
         options: how the model is called.
-        start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
+        start: memory of one row that the graph's conversations start from by default; zeros if None.
         report: called after each call of either side.
     """
     starts = _starts(model, graph.interface, start)
@@ -84,13 +85,13 @@ def largest_difference(
 
 
 def _half(report: Report, half: int) -> Report:
-    """Reports the calls of one side as the first or second half of all."""
+    """Return a function that reports the calls of one side as the first or second half of all calls."""
     return lambda done, of: report(half * of + done, 2 * of)
 
 
 @dataclass(frozen=True)
 class GraphResults:
-    """Results of a graph, which may have been closed since."""
+    """Results of a graph, which may be closed by now."""
 
     interface: Interface
     starts: list[_Start]
@@ -98,7 +99,7 @@ class GraphResults:
 
 
 def in_onnx_runtime(model: PreTrainedModel, graph: Graph | BufferedGraph, report: Report = silent) -> GraphResults:
-    """The conversations of `half_precision_errors`, which `graph` is a graph of `model` for."""
+    """Run the conversations of `half_precision_errors` with `graph`, which was exported from `model`."""
     starts = _starts(model, graph.interface, None)
     return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph), _half(report, 0)))
 
@@ -106,10 +107,10 @@ def in_onnx_runtime(model: PreTrainedModel, graph: Graph | BufferedGraph, report
 def half_precision_errors(
     model: PreTrainedModel, graph_side: GraphResults, options: CallOptions, report: Report = silent
 ) -> tuple[float, float]:
-    """How far ONNX Runtime, and how far PyTorch, is from a half-precision `model` that computes in float32.
+    """Return the errors of ONNX Runtime and of PyTorch in half precision.
 
-    Largest differences as above; the weights are the same numbers. Kernels round each in their own way: that is the
-    truth.
+    Each is the largest difference, as in `largest_difference`, from `model` with the same weights computed in float32.
+    Kernels round differently, so the float32 result is the reference for both.
     """
     interface, starts = graph_side.interface, graph_side.starts
     in_half = _in_pytorch(model, interface, starts, options)
@@ -123,9 +124,10 @@ def half_precision_errors(
 def greedy_agreement(
     model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions, report: Report = silent
 ) -> float:
-    """The share of the greedy tokens of `model`, after random prompts, that `graph` chooses too.
+    """Return the share of the greedy tokens of `model`, after random prompts, that `graph` also chooses.
 
-    Both go on with those of `model`. Where segments are written, they end with the prompt and after every few tokens.
+    Both continue with the tokens of `model`. If segments are written, they end with the prompt and after every few
+    tokens.
     """
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(graph.interface.vocab_size, (GREEDY_ROWS, GREEDY_PROMPT), generator=random)
@@ -145,9 +147,10 @@ def greedy_agreement(
 
 
 def _conversation(batch: int, interface: Interface) -> list[_Call]:
-    """A prefill padded left, one padded right, single tokens and a longer piece; writes on, off, and mixed.
+    """Return the calls of a conversation.
 
-    A graph of fixed length gets no calls that it has no room for.
+    They are a prompt padded on the left, one padded on the right, single tokens and a longer piece, with writes on, off
+    and mixed. Calls for which a graph of fixed length has no room are left out.
     """
     random = torch.Generator().manual_seed(batch)
     calls: list[_Call] = []
@@ -177,7 +180,7 @@ def _conversation(batch: int, interface: Interface) -> list[_Call]:
 
 
 def _starts(model: PreTrainedModel, interface: Interface, start: MemoryState | None) -> list[_Start]:
-    """One row and three; and where a graph has initial states, other ones are set once."""
+    """Return starts with one row and with three; if the graph has initial states, also one that sets other states."""
     starts = [_Start(1, start), _Start(3, start)]
     if interface.defaults():
         random = torch.Generator().manual_seed(0)
@@ -190,7 +193,7 @@ def _starts(model: PreTrainedModel, interface: Interface, start: MemoryState | N
 def _run(
     interface: Interface, starts: list[_Start], begin: Callable[[_Start], _Step], report: Report = silent
 ) -> list[_Result]:
-    """The results of every call of the conversations."""
+    """Return the results of every call of the conversations."""
     results = []
     conversations = [(start, _conversation(start.batch, interface)) for start in starts]
     count = sum(len(calls) for _, calls in conversations)
@@ -210,10 +213,10 @@ def _in_pytorch(
     options: CallOptions,
     report: Report = silent,
 ) -> list[_Result]:
-    """What PyTorch says in the conversations.
+    """Return the results of PyTorch.
 
-    Where padding is nothing to the graph, PyTorch gets each row by itself: in a batch it counts padding among the
-    tokens of a window, and lets it change the states of a hybrid.
+    If padding has no effect in the graph, PyTorch runs each row by itself. In a batch, it would count padding among the
+    tokens of a window, and padding would change the states of a hybrid.
     """
     begin = _pytorch(model, interface, options)
     return _run(interface, starts, partial(_begin_rows, begin) if _ignores_padding(interface) else begin, report)
@@ -224,7 +227,7 @@ def _ignores_padding(interface: Interface) -> bool:
 
 
 def _begin_rows(begin: Callable[[_Start], _Step], start: _Start) -> _Step:
-    """Each row in a conversation of its own, without padding."""
+    """Run each row as its own conversation, without padding."""
     steps = [begin(replace(start, batch=1)) for _ in range(start.batch)]
 
     def step(call: _Call, mask: Tensor) -> _Result:
@@ -247,7 +250,7 @@ def _begin_rows(begin: Callable[[_Start], _Step], start: _Start) -> _Step:
 
 
 def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions) -> Callable[[_Start], _Step]:
-    if _of_rows(interface):  # what the graph cuts while it computes is cut here from the whole
+    if _of_rows(interface):  # the logits that the graph selects are selected below
         options = CallOptions(model, "all")
 
     def begin(start: _Start) -> _Step:
@@ -274,10 +277,10 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
 
 @torch.no_grad()
 def _padding_difference(model: PreTrainedModel, interface: Interface) -> float:
-    """How far the logits of a batch that is padded on the left are, in PyTorch, from those of its rows alone.
+    """Return the difference, in PyTorch, between the logits of a left-padded batch and those of its rows alone.
 
-    A graph that is called as PyTorch is cannot tell. 0 for models that count padding themselves, and where rows have
-    been compared one by one.
+    Comparing a graph with PyTorch on the same batch would not show it. It is 0 for models that count padding as
+    positions, and if rows were compared one by one.
     """
     if _ignores_padding(interface):
         return 0.0
@@ -314,11 +317,11 @@ def _onnx(graph: Graph | BufferedGraph) -> Callable[[_Start], _Step]:
 
 
 def _writes(interface: Interface, call: _Call) -> Tensor:
-    return call.valid if interface.genai else call.write  # there, every token writes
+    return call.valid if interface.genai else call.write  # in graphs for genai, every token writes
 
 
 def _of_rows(interface: Interface) -> bool:
-    """Whether the last logits are those of each row's last token that is not padding."""
+    """Return whether the last logits are those of each row's last token that is not padding."""
     return interface.genai and interface.logits == "last"
 
 
@@ -332,15 +335,15 @@ def _difference(interface: Interface, starts: list[_Start], expected: list[_Resu
         differences.append((actual_logits - logits)[valid])
         for of, actual_of in zip(carried, actual_carried, strict=True):
             differences += [actual_of[layer] - of[layer] for layer in of]
-    # numpy's maximum, unlike Python's, does not lose a NaN.
+    # Unlike Python's max, NumPy's returns NaN if there is one.
     return float(np.max([float(difference.abs().max()) for difference in differences if difference.numel()]))
 
 
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Weights and buffers of half precision as float32 inside the block, exactly the same numbers.
+    """Convert half-precision weights and buffers to float32 inside the block, without changing their values.
 
-    The originals are kept: they are mapped from the checkpoint, mostly, where a copy would take memory.
+    The originals are kept: most are memory-mapped from the checkpoint, and a copy of them would take memory.
     """
     tensors = {id(x): x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()}.values()
     narrow = [(x, x.data) for x in tensors if x.dtype in (torch.float16, torch.bfloat16)]

@@ -1,7 +1,7 @@
 """Store constant matrices with repeated rows or columns without the repeats.
 
 The matrices of a fused memory are half zeros, and repeat gates. ONNX Runtime assembles them once, when it loads the
-graph (constant folding), so that the same graph runs.
+graph (constant folding), so the graph that runs is the same.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 from deltamem_tool.onnx.export.graph_edits import initializer
 
-WORTH = 0.9  # what is stored then, of what was stored: little more is not worth a node
+WORTH = 0.9  # maximum size relative to the original; smaller savings do not justify a node
 
 
 def store_repeats_once(graph: onnx_ir.Graph, matrix: onnx_ir.Value) -> None:
-    """Put a `Gather` of its rows, of its columns, or of both in the place of a constant `[rows, columns]`, bit by bit.
+    """Replace a constant `[rows, columns]` by a `Gather` of its distinct rows, its columns, or both, bit for bit.
 
-    It stays as it is where little repeats.
+    The constant stays as it is if little of it repeats.
     """
     assert matrix.const_value is not None
     array = matrix.const_value.numpy()
-    found: list[tuple[int, NDArray[np.int64]]] = []  # the last axis first: it is put together first
+    found: list[tuple[int, NDArray[np.int64]]] = []  # the last axis comes first, as it is assembled first
     for axis in (0, 1):
         kept, index = _distinct(array, axis)
         if kept.size <= WORTH * array.size:
@@ -42,8 +42,8 @@ def store_repeats_once(graph: onnx_ir.Graph, matrix: onnx_ir.Value) -> None:
 
 
 def _distinct(array: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The rows (axis 0) or columns (axis 1) that differ, in the order in which they appear, and which is where."""
-    first: dict[bytes, int] = {}  # a number for each, by its bytes: no two numbers are equal but for their bits
+    """Return the distinct rows (axis 0) or columns (axis 1), in order of appearance, and the index of each original."""
+    first: dict[bytes, int] = {}  # index by bytes, so that only bit-identical rows count as equal
     index = [first.setdefault(line.tobytes(), len(first)) for line in (array.T if axis else array)]
     places = np.array(index, np.int64)
     return np.take(array, np.unique(places, return_index=True)[1], axis), places

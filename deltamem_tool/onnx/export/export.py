@@ -58,8 +58,8 @@ from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph, open_graph
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.providers import execution_providers
 
-TOLERANCE = 1e-3  # largest difference between ONNX Runtime and PyTorch in float32, over logits and states
-HALF_FACTOR = 2.0  # in half precision: ONNX Runtime's error, over PyTorch's own (measured: 0.6 to 0.8 in float16)
+TOLERANCE = 1e-3  # allowed difference between ONNX Runtime and PyTorch in float32, over logits and states
+HALF_FACTOR = 2.0  # allowed ratio of its error to PyTorch's own in half precision (measured: 0.6 to 0.8 in float16)
 PACKAGES = ("deltamem-tool", "torch", "transformers", "onnx", "onnxscript")
 
 _Graph = Graph | BufferedGraph
@@ -162,7 +162,7 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is exported, and how; `without` is final."""
+    """The settings of an export. `without` has all rewrites to leave out."""
 
     model: PreTrainedModel
     adapter: DeltaMemAdapter
@@ -176,12 +176,12 @@ class _Plan:
     tell: Callable[[str, int, int], object]
 
     def stage(self, name: str) -> Report:
-        """Begin a stage; what reports how far it is."""
+        """Begin a stage, and return the function that reports its progress."""
         self.tell(name, 0, 0)
         return partial(self.tell, name)
 
     def opening(self, folder: Path, map_weights: bool = True) -> Callable[[], _Graph | None]:
-        """What opens the graph in `folder`."""
+        """Return a function that opens the graph in `folder`."""
         return lambda: _runnable(folder, self.interface, self.target, map_weights)
 
 
@@ -189,7 +189,7 @@ def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the tokenizer is a fast one.
 
     Raises:
-        ExportError: it has no tokenizer.json.
+        ExportError: the tokenizer has no tokenizer.json.
     """
     if not tokenizer.is_fast:
         raise ExportError(
@@ -200,10 +200,10 @@ def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _check_in_one_place(model: PreTrainedModel) -> None:
-    """Check that all weights are there at once, and on one device: a graph holds them all.
+    """Check that all weights are in memory on one device, because a graph holds all of them.
 
     Raises:
-        ExportError: accelerate spreads or offloads them, or processes share them.
+        ExportError: accelerate has spread or offloaded the weights, or processes share them.
     """
     if is_spread(model):
         raise ExportError(
@@ -214,10 +214,10 @@ def _check_in_one_place(model: PreTrainedModel) -> None:
 
 
 def _write_graph(plan: _Plan, path: Path) -> None:
-    """Trace, rewrite and write.
+    """Trace the model, rewrite the graph and write it.
 
     Raises:
-        ExportError: the model cannot be traced, or the graph is not what the target allows.
+        ExportError: the model cannot be traced, or the graph is not allowed for the target.
     """
     plan.stage("Tracing the model")
     program = traced(plan.model, plan.adapter, plan.interface, plan.options, plan.target, plan.without)
@@ -235,13 +235,13 @@ def _write_graph(plan: _Plan, path: Path) -> None:
 def _write_beside(
     plan: _Plan, folder: Path, tokenizer: PreTrainedTokenizerBase, genai_config: dict[str, Any] | None
 ) -> None:
-    """Configs and tokenizer."""
+    """Write the configs and the tokenizer."""
     plan.model.config.save_pretrained(folder)
     settings = copy.deepcopy(plan.model.generation_config)
-    # Whoever runs the folder sees one list of what ends an answer.
+    # One list has all tokens that end an answer.
     settings.eos_token_id = sorted(stop_tokens(plan.model, ChatText.from_tokenizer(tokenizer))) or None
     settings.save_pretrained(folder)
-    tokenizer = copy.deepcopy(tokenizer)  # its last call's truncation and padding are not for the folder's users
+    tokenizer = copy.deepcopy(tokenizer)  # truncation and padding of its last call do not belong into the folder
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
@@ -250,15 +250,15 @@ def _write_beside(
 
 
 def _quantized(plan: _Plan, quantization: Quantization, folder: Path) -> tuple[float | None, float | None]:
-    """Quantise the graph in `folder`; what it costs, as `_measured` says it.
+    """Quantise the graph in `folder`, and return the errors measured by `_measured`.
 
     Raises:
-        ExportError: it cannot be quantised, or computes something that is no number then.
+        ExportError: the graph cannot be quantised, or computes NaN or infinity afterwards.
     """
     report = plan.stage("Quantising")
     weights = memory_weights(plan.adapter, fused_memories(plan.adapter, plan.target, plan.without))
     quantize_graph(folder, quantization, weights, report)
-    # Quantised products are slow, one token's too, where ONNX Runtime has not packed their weights.
+    # Load without memory-mapping: quantised products are slow unless ONNX Runtime packs their weights.
     return _measured(plan.opening(folder, map_weights=False), plan.model, plan.options, plan.stage)
 
 
@@ -279,7 +279,7 @@ def _manifest(plan: _Plan, base_model: str | None, difference: float | None, agr
 
 
 def _has_cuda() -> bool:
-    """Whether ONNX Runtime can use a GPU here: torch may see one that it lacks libraries for."""
+    """Return whether ONNX Runtime can use a GPU. It may lack libraries for one that PyTorch can use."""
     try:
         execution_providers("cuda")
     except ExportError:
@@ -288,9 +288,9 @@ def _has_cuda() -> bool:
 
 
 def _runnable(folder: Path, interface: Interface, target: Target, map_weights: bool = True) -> _Graph | None:
-    """Open the graph on its target's device, or on the CPU where that device is missing.
+    """Open the graph on its target's device, or on the CPU if that device is missing.
 
-    None if the CPU provider then lacks operators for it.
+    Return None if the CPU provider then lacks operators of the graph.
     """
     on_cuda = target.fusions == "cuda"
     if on_cuda and _has_cuda():
@@ -310,21 +310,21 @@ def _compared(
     start: MemoryState | None = None,
     report: Report = silent,
 ) -> float | None:
-    """The largest difference of the graph from `model` in float32; None if it cannot run here.
+    """Return the largest difference between the graph and `model` in float32; None if the graph cannot run here.
 
     Raises:
-        ExportError: it is more than rounding.
+        ExportError: the difference is larger than rounding explains.
     """
     differences = _differences(open_graph, model, options, start, report)
     if differences is None:
         return None
     difference, of_pytorch = differences
     allowed = TOLERANCE if of_pytorch is None else HALF_FACTOR * of_pytorch
-    if not difference <= allowed:  # NaN is no agreement either
+    if not difference <= allowed:  # also rejects NaN
         raise ExportError(
             "The graph does not compute what PyTorch computes.",
             f"Logits or states differ by {difference:.2g}; {allowed:.2g} is allowed. Nothing was written.",
-            "Please report it, with the base model's name.",
+            "Please report this, with the name of the base model.",
         )
     return difference
 
@@ -336,9 +336,9 @@ def _differences(
     start: MemoryState | None = None,
     report: Report = silent,
 ) -> tuple[float, float | None] | None:
-    """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself.
+    """Return the largest difference between the graph and `model` in float32; None if the graph cannot run here.
 
-    None if the graph cannot run here.
+    The second value is the error of `model` itself in half precision; None for a model in float32.
     """
     graph = open_graph()
     if graph is None:
@@ -346,7 +346,7 @@ def _differences(
     if model.dtype == torch.float32:
         return largest_difference(model, graph, options, start, report), None
     outputs = in_onnx_runtime(model, graph, report)
-    del graph  # and what ONNX Runtime holds of the weights, before PyTorch takes twice their size
+    del graph  # frees ONNX Runtime's copy of the weights before PyTorch needs twice their size
     return half_precision_errors(model, outputs, options, report)
 
 
@@ -356,14 +356,14 @@ def _measured(
     options: CallOptions,
     stage: Callable[[str], Report],
 ) -> tuple[float | None, float | None]:
-    """The largest difference of a quantised graph from `model` in float32, and its share of the same greedy tokens.
+    """Return the largest difference between a quantised graph and `model` in float32, and the greedy agreement.
 
-    None if the graph cannot run here.
+    Both are None if the graph cannot run here.
 
     Raises:
-        ExportError: it computes something that is no number.
+        ExportError: the graph computes NaN or infinity.
     """
-    report = stage("Measuring what the quantisation costs")
+    report = stage("Measuring the quantisation error")
     differences = _differences(open_graph, model, options, report=report)
     if differences is None:
         return None, None
@@ -381,7 +381,7 @@ def _measured(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off and the memory's weights in float32, as the graph has them; and back as they were."""
+    """Turn dropout off and convert the memory's weights to float32, as in the graph, inside the block."""
     training, adapter = model.training, adapter_of(model)
     weights = [(weight, weight.data) for weight in adapter.parameters()]
     model.eval()  # type: ignore[no-untyped-call]  # it has no hints

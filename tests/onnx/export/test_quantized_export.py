@@ -81,7 +81,7 @@ def test_progress_counts_calls_and_matrices(llama, no_tracing_of_llama, tmp_path
     assert list(counted) == [
         "Comparing ONNX Runtime with PyTorch",
         "Quantising",
-        "Measuring what the quantisation costs",
+        "Measuring the quantisation error",
         "Comparing greedy tokens",
     ]
     for begin, *counts in counted.values():
