@@ -30,7 +30,7 @@ from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, rea
 from deltamem_tool.evaluation.report.tables import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
-from deltamem_tool.evaluation.scoring.digits import digits, figure, mean_and_interval, plus_minus, signed
+from deltamem_tool.evaluation.scoring.digits import decimals, mean_and_interval, number_text, plus_minus, signed_text
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS, scale_of
 from deltamem_tool.evaluation.scoring.statistics import Difference, difference, estimate, verdict
 from deltamem_tool.evaluation.task import find_task
@@ -170,10 +170,10 @@ def test_words():
 def test_as_many_digits_as_the_half_width_is_worth():
     """Two, unless it is below the last of them; of what is no more than rounding, none."""
     for half, after in ((0.5, 2), (0.01, 2), (0.0099, 4), (0.001, 4), (0.0009, 5), (2e-6, 7), (1e-9, 2), (0.0, 2)):
-        assert digits(1.0, 1.0 - half, 1.0) == after, half
+        assert decimals(1.0, 1.0 - half, 1.0) == after, half
     assert plus_minus(-1.5, -1.5021, -1.4999) == "-1.5000 ± 0.0021"
-    assert [signed(0.00312, 4), signed(-0.00001, 4), signed(-0.2)] == ["+0.0031", "0.0000", "−0.20"]
-    assert figure(-0.00312, 4) == "−0.0031"
+    assert [signed_text(0.00312, 4), signed_text(-0.00001, 4), signed_text(-0.2)] == ["+0.0031", "0.0000", "−0.20"]
+    assert number_text(-0.00312, 4) == "−0.0031"
 
 
 def found() -> Evaluation:
@@ -234,7 +234,7 @@ def test_records_whose_answers_have_no_tokens_are_not_used(tmp_path):
             record.scores[TOKENS] = 0.0 if n % 8 in empty else 1.0 + n % 8
         (folder / RECORDS_FILE).write_text("".join(json.dumps(asdict(record)) + "\n" for record in lines))
         compared = compare(whole, folder)
-        assert "do not give the figures" in compared.unpaired and compared.overall[0].p_value is None
+        assert "do not match evaluation.json" in compared.unpaired and compared.overall[0].p_value is None
 
 
 def test_memories_of_something_else(talks, tmp_path):
