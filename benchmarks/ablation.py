@@ -174,7 +174,7 @@ def ablate(
     processes = Processes.of(None)
     jobs = plan_jobs(ablations, seeds, changes, questions, out)
     unique = {job.key: job for job in jobs.values()}
-    runs = processes.of_main(read_runs(out) if processes.is_main else {})
+    runs = processes.from_main(read_runs(out) if processes.is_main else {})
     for number, (key, job) in enumerate(unique.items(), start=1):
         if key not in runs:
             runs[key] = make_run(job, questions, report or (lambda name, done, of, note: None))

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltamem_tool.evaluation.conditions import CONTROLS, STATE, in_words
+from deltamem_tool.evaluation.conditions import CONTROLS, STATE, readable_name
 from deltamem_tool.io.atomic import write_whole
 
 Runs = Mapping[str, Sequence[Run]]  # by variant, one or more runs, each with its own seed
@@ -94,7 +94,7 @@ def _facts(count: int) -> str:
 
 
 def _any_of(names: Sequence[str]) -> str:
-    *most, last = (f"“{in_words(name)}”" for name in names)
+    *most, last = (f"“{readable_name(name)}”" for name in names)
     return f"{', '.join(most)} or {last}"
 
 

@@ -24,7 +24,7 @@ from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.state import MemoryState
-from deltamem_tool.segments.encode import encode_chat, padded
+from deltamem_tool.segments.encode import encode_chat, pad_rows
 from deltamem_tool.segments.template import render
 
 TELLINGS = 2  # one-fact conversations whose readings make a prototype
@@ -65,7 +65,7 @@ class Prototypes:
 
 
 def _one_fact(rng: random.Random, fact: dialogues.Fact) -> Item:
-    told = dialogues.acknowledged(rng, fact.statement(rng))
+    told = dialogues.statement_exchange(rng, fact.statement(rng))
     return Item("", "", [told], [dialogues.user(fact.question(rng))], [fact.answer], "", fact.answer)
 
 
@@ -209,7 +209,7 @@ def read_before_value(
         assert match is not None, item.answers
         texts.append(render(tokenizer, item.question, generation_prompt=True) + match[1])
     ids = tokenizer(texts, add_special_tokens=False).input_ids
-    mask = padded([[1] * len(row) for row in ids], 0, "left")
+    mask = pad_rows([[1] * len(row) for row in ids], 0, "left")
     adapter = adapter_of(model)
     shape = (len(items), adapter.config.state_heads, adapter.config.rank)
     queries: dict[int, Tensor] = {}
@@ -229,7 +229,7 @@ def read_before_value(
     try:
         with torch.no_grad():
             cache = MemoryCache(model, memory, write=False)
-            model.base_model(input_ids=padded(ids, 0, "left"), attention_mask=mask, cache=cache)
+            model.base_model(input_ids=pad_rows(ids, 0, "left"), attention_mask=mask, cache=cache)
     finally:
         for handle in handles:
             handle.remove()

@@ -95,13 +95,13 @@ def conversation(rng: random.Random) -> list[dialogues.Message]:
     messages: list[dialogues.Message] = []
     known: list[dialogues.Fact] = []
     for told in (facts[:split], facts[split:]):
-        messages += dialogues.telling(rng, told, held_out=False)
+        messages += dialogues.fact_history(rng, told, held_out=False)
         known += told
         for _ in range(rng.randint(1, 3)):
             if not known or rng.random() < UNANSWERABLE:
                 messages += [dialogues.user(unsaid.question(rng)), dialogues.assistant(unsaid.unknown)]
             else:
-                messages += dialogues.asking(rng, rng.choice(known))
+                messages += dialogues.question_exchange(rng, rng.choice(known))
     return messages
 
 
@@ -125,7 +125,7 @@ def recall_from_context(model, tokenizer, facts: int, episodes: int, seed: int) 
     for _ in range(episodes):
         chosen = dialogues.sample_facts(rng, facts, held_out=True)
         asked = rng.choice(chosen)
-        messages = [*dialogues.telling(rng, chosen, held_out=True), dialogues.user(asked.question(rng))]
+        messages = [*dialogues.fact_history(rng, chosen, held_out=True), dialogues.user(asked.question(rng))]
         prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         answers.append(asked.answer)
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")

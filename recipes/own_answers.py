@@ -18,7 +18,7 @@ import click
 from own_texts import BATCH, SYSTEM, Base, arguments, write_rows
 
 from deltamem_tool.cli.console import progress
-from deltamem_tool.data.fact_conversations import stating
+from deltamem_tool.data.fact_conversations import statement_sentence
 from deltamem_tool.data.fact_words import NOTHING, SMALL_TALK, SYSTEMS
 from deltamem_tool.data.facts import sample_facts
 from deltamem_tool.evaluation.tasks.agreement import QUESTIONS
@@ -112,7 +112,7 @@ def remarks(count: int, seed: int) -> list[str]:
     """Draw so many: facts that are told, and small talk."""
     rng = random.Random(seed)
     facts = [sample_facts(rng, 1, NOTHING, third_person=0.25)[0] for _ in range(count)]
-    told = [stating(rng, fact, "chat", NOTHING) for fact in facts]
+    told = [statement_sentence(rng, fact, "chat", NOTHING) for fact in facts]
     return rng.sample([*told, *(remark for remark, _ in SMALL_TALK)], count)
 
 

@@ -75,13 +75,13 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    from deltamem_tool.evaluation.scoring.digits import digits, figure, signed
-    from deltamem_tool.evaluation.scoring.statistics import p_text
+    from deltamem_tool.evaluation.scoring.digits import decimals, number_text, signed_text
+    from deltamem_tool.evaluation.scoring.statistics import p_value_text
 
-    after = digits(row.mean, row.low, row.high)
-    interval = f"{signed(row.low, after)} to {signed(row.high, after)}"
-    means = [figure(row.a[0], after), figure(row.b[0], after), signed(row.mean, after)]
-    return [row.label, *means, interval, p_text(row.p_value, row.histories)]
+    after = decimals(row.mean, row.low, row.high)
+    interval = f"{signed_text(row.low, after)} to {signed_text(row.high, after)}"
+    means = [number_text(row.a[0], after), number_text(row.b[0], after), signed_text(row.mean, after)]
+    return [row.label, *means, interval, p_value_text(row.p_value, row.histories)]
 
 
 def _settings(comparison: Comparison) -> Table:

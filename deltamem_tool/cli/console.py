@@ -65,7 +65,7 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def in_words(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Return a duration in words, such as `about 4 minutes`."""
     for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 1.5 * size:

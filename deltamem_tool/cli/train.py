@@ -70,7 +70,7 @@ def command(
 
     import datasets
 
-    from deltamem_tool.cli.console import in_words, progress
+    from deltamem_tool.cli.console import duration_text, progress
     from deltamem_tool.training import train
 
     datasets.disable_progress_bars()  # the command has its own
@@ -85,7 +85,7 @@ def command(
 
         def expecting(steps: int, seconds: float) -> None:
             beside = "" if chosen.training.eval_every is None else ", without the evaluations"
-            bar.console.print(f"{steps:,} steps: {in_words(seconds)}{beside}.", highlight=False)
+            bar.console.print(f"{steps:,} steps: {duration_text(seconds)}{beside}.", highlight=False)
 
         def sharded(share: BaseShare) -> None:
             bar.console.print(

@@ -11,7 +11,7 @@ from torch import Tensor
 from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.data.unrelated import UnrelatedExchanges
-from deltamem_tool.segments.encode import padded
+from deltamem_tool.segments.encode import pad_rows
 from deltamem_tool.segments.tags import SegmentTag
 
 
@@ -31,9 +31,9 @@ def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dic
     labels = _labels(exchanges)
     scored = _before_scored(labels)
     batch = {
-        "write_ids": padded(written, pad),
+        "write_ids": pad_rows(written, pad),
         "write_mask": _mask(written),
-        "read_ids": padded([exchange.ids for exchange in exchanges], pad),
+        "read_ids": pad_rows([exchange.ids for exchange in exchanges], pad),
         "read_mask": _mask([exchange.ids for exchange in exchanges]),
         "labels": labels,
         "rows": torch.tensor([row for row, episode in enumerate(episodes) for _ in episode.exchanges]),
@@ -41,12 +41,12 @@ def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dic
         "targets": labels.flatten()[scored + 1],  # the next place in the row: the last of a row is never among them
     }
     if segments:
-        batch["write_segment_tags"] = padded(
+        batch["write_segment_tags"] = pad_rows(
             [episode.tags for episode in episodes], SegmentTag.OUTSIDE, dtype=torch.int8
         )
     if all(episode.full for episode in episodes):
         full = [exchange for episode in episodes for exchange in episode.full]
-        batch["full_ids"] = padded([exchange.ids for exchange in full], pad)
+        batch["full_ids"] = pad_rows([exchange.ids for exchange in full], pad)
         batch["full_mask"] = _mask([exchange.ids for exchange in full])
         batch["full_scored"] = _before_scored(_labels(full))
     return batch
@@ -61,14 +61,14 @@ def collate_unrelated(exchanges: Sequence[EncodedExchange], pad: int) -> dict[st
     """
     ids = [exchange.ids for exchange in exchanges]
     return {
-        "unrelated_ids": padded(ids, pad),
+        "unrelated_ids": pad_rows(ids, pad),
         "unrelated_mask": _mask(ids),
         "unrelated_scored": _before_scored(_labels(exchanges)),
     }
 
 
 def _labels(exchanges: Sequence[EncodedExchange]) -> Tensor:
-    return padded([exchange.labels for exchange in exchanges], IGNORED)
+    return pad_rows([exchange.labels for exchange in exchanges], IGNORED)
 
 
 def _before_scored(labels: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _before_scored(labels: Tensor) -> Tensor:
 
 
 def _mask(rows: Sequence[Sequence[int]]) -> Tensor:
-    return padded([[1] * len(row) for row in rows], 0)
+    return pad_rows([[1] * len(row) for row in rows], 0)
 
 
 class EpisodeCollator:

@@ -111,7 +111,7 @@ def sample_value(rng: random.Random, attribute: str, held_out: bool, other_than:
     return rng.choice([fact for fact in SPLITS[attribute][held_out] if fact.value != other_than])
 
 
-def telling(
+def fact_history(
     rng: random.Random,
     facts: Sequence[Fact],
     held_out: bool,
@@ -138,23 +138,23 @@ def telling(
     messages = []
     known: dict[str, Fact] = {}
     if unanswerable and rng.random() < asked * unanswerable:
-        messages += asking_unknown(rng, never_told(rng, (), held_out))
+        messages += unanswerable_exchange(rng, untold_fact(rng, (), held_out))
     for fact, sentence in statements:
         if rng.random() < small_talk:
             remark, reply = rng.choice(SMALL_TALK)
             messages += [user(remark), assistant(reply)]
-        messages += acknowledged(rng, sentence)
+        messages += statement_exchange(rng, sentence)
         known[fact.attribute] = fact
         if asked and rng.random() < asked:
             so_far = list(known.values())
             if unanswerable and rng.random() < unanswerable:
-                messages += asking_unknown(rng, never_told(rng, so_far, held_out))
+                messages += unanswerable_exchange(rng, untold_fact(rng, so_far, held_out))
             else:
-                messages += asking(rng, rng.choice(so_far))
+                messages += question_exchange(rng, rng.choice(so_far))
     return messages
 
 
-def acknowledged(rng: random.Random, sentence: str) -> list[Message]:
+def statement_exchange(rng: random.Random, sentence: str) -> list[Message]:
     """Draw a turn in which the user says a sentence."""
     return [user(sentence), assistant(rng.choice(ACKNOWLEDGEMENTS))]
 
@@ -173,7 +173,7 @@ def other_facts(rng: random.Random, facts: Sequence[Fact], turns: int, held_out:
     for turn in range(turns):
         attribute = attributes[turn % len(attributes)]
         fact = sample_value(rng, attribute, held_out, other_than=known.get(attribute))
-        messages += acknowledged(rng, fact.change(rng) if attribute in known else fact.statement(rng))
+        messages += statement_exchange(rng, fact.change(rng) if attribute in known else fact.statement(rng))
         known[attribute] = fact.value
     return messages
 
@@ -185,7 +185,7 @@ def _other_attributes(rng: random.Random, facts: Sequence[Fact]) -> list[str]:
     return attributes
 
 
-def alike(rng: random.Random, facts: Sequence[Fact], count: int, held_out: bool) -> list[Fact]:
+def similar_facts(rng: random.Random, facts: Sequence[Fact], count: int, held_out: bool) -> list[Fact]:
     """Draw `count` facts about other attributes, those nearest to `facts` first.
 
     Those of the kind of the first of `facts` come before those of the others' kinds, and these before all others.
@@ -196,12 +196,12 @@ def alike(rng: random.Random, facts: Sequence[Fact], count: int, held_out: bool)
     return [sample_value(rng, attribute, held_out) for attribute in nearest]
 
 
-def asking(rng: random.Random, fact: Fact) -> list[Message]:
+def question_exchange(rng: random.Random, fact: Fact) -> list[Message]:
     """Draw a question about one fact, and its answer."""
     return [user(fact.question(rng)), assistant(fact.answer)]
 
 
-def never_told(rng: random.Random, facts: Sequence[Fact], held_out: bool) -> Fact:
+def untold_fact(rng: random.Random, facts: Sequence[Fact], held_out: bool) -> Fact:
     """Draw a fact about another attribute than those of `facts`: half of the time one of the kind of one of these."""
     if facts and rng.random() < 0.5:
         kind = KIND_OF[rng.choice(facts).attribute]
@@ -211,7 +211,7 @@ def never_told(rng: random.Random, facts: Sequence[Fact], held_out: bool) -> Fac
     return sample_value(rng, _other_attributes(rng, facts)[0], held_out)
 
 
-def asking_unknown(rng: random.Random, fact: Fact) -> list[Message]:
+def unanswerable_exchange(rng: random.Random, fact: Fact) -> list[Message]:
     """Draw a question about a fact that was never stated, and the answer that says so."""
     return [user(fact.question(rng)), assistant(fact.unknown)]
 

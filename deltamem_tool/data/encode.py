@@ -18,7 +18,7 @@ from deltamem_tool.base_model.limits import NO_LIMITS, Limits, unknown_token
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.encode import RENDERED, tagged
+from deltamem_tool.segments.encode import RENDERED, tag_messages
 from deltamem_tool.segments.messages import text_of
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
@@ -60,7 +60,7 @@ class EncodedEpisode:
     cut: int = 0
 
 
-class _Asked(NamedTuple):
+class _RenderedExchange(NamedTuple):
     """A rendered exchange: `text` is `prompt` and the answer."""
 
     prompt: str
@@ -122,7 +122,7 @@ class Encoder:
     def takes_system(self, prompt: str) -> bool:
         """Whether the chat template writes a conversation that begins with such a system prompt."""
         talk = [{"role": role, "content": content} for role, content in (("system", prompt), ("user", "Hello."))]
-        return self._template.attempt(talk) is not None
+        return self._template.try_render(talk) is not None
 
     def options(self) -> dict[str, Any]:
         """Return all options that determine the encoding besides the tokenizer."""
@@ -136,16 +136,16 @@ class Encoder:
             DataError: an episode cannot be encoded; the error names the first one by its `where`.
         """
         encoded = []
-        for each in self.attempt(episodes):
+        for each in self.encode_each(episodes):
             if isinstance(each, DataError):
                 raise each
             encoded.append(each)
         return encoded
 
-    def attempt(self, episodes: Sequence[Episode]) -> Iterator[EncodedEpisode | DataError]:
+    def encode_each(self, episodes: Sequence[Episode]) -> Iterator[EncodedEpisode | DataError]:
         """Yield each episode as it is encoded, or why it cannot be."""
-        for together in _parts(episodes):
-            yield from self._together(together)
+        for together in _batches(episodes):
+            yield from self._encode_batch(together)
 
     def exchanges(self, conversations: Sequence[tuple[str, list[Message]]]) -> list[EncodedExchange]:
         """Encode conversations, each with its place, that no history comes before: the last message is the answer.
@@ -156,9 +156,9 @@ class Encoder:
         encoded = []
         for where, messages in conversations:
             try:
-                asked = _asked(self._template, messages)
+                asked = _render_exchange(self._template, messages)
                 (encoding,) = self._tokenise([asked.text])
-                exchange = _labelled(asked, encoding)
+                exchange = _label(asked, encoding)
                 self._check_length(exchange, asked.text)
                 self._check_ids(exchange.ids)
             except DataError as error:
@@ -166,8 +166,8 @@ class Encoder:
             encoded.append(exchange)
         return encoded
 
-    def _together(self, episodes: Sequence[Episode]) -> list[EncodedEpisode | DataError]:
-        steps = [self._steps(episode) for episode in episodes]
+    def _encode_batch(self, episodes: Sequence[Episode]) -> list[EncodedEpisode | DataError]:
+        steps = [self._encoding_steps(episode) for episode in episodes]
         done: dict[int, EncodedEpisode | DataError] = {}
         tokenised: dict[int, Any] = dict.fromkeys(range(len(episodes)))
         while tokenised:
@@ -192,19 +192,19 @@ class Encoder:
         encodings: list[Any] = self.tokenizer(texts, **RENDERED).encodings
         return encodings
 
-    def _steps(self, episode: Episode) -> _Steps:
+    def _encoding_steps(self, episode: Episode) -> _Steps:
         if not episode.history:
             raise DataError("The episode has no history.", "", "Give it at least one message to remember.")
-        template = self._template.having(episode.template_kwargs)
+        template = self._template.with_kwargs(episode.template_kwargs)
         if self.granularity == "token":
             (history,) = yield [template.render(episode.history)]
             ids = history.ids
             tags: list[int] = [SegmentTag.LAST] * len(ids)
         else:
-            _, ids, tags = tagged(self.tokenizer, template, episode.history, self.granularity)
+            _, ids, tags = tag_messages(self.tokenizer, template, episode.history, self.granularity)
         kept = slice(max(0, len(ids) - self.max_write_tokens), None)
-        asked = [_asked(template, exchange) for exchange in episode.exchanges]
-        exchanges = yield from self._scored(asked)
+        asked = [_render_exchange(template, exchange) for exchange in episode.exchanges]
+        exchanges = yield from self._encode_exchanges(asked)
         for exchange, (_, text) in zip(exchanges, asked, strict=True):
             self._check_length(exchange, text)
         recent = (yield from self._recent(episode, exchanges)) if self.recent_turns else []
@@ -216,9 +216,11 @@ class Encoder:
             self._check_ids(text)
         return EncodedEpisode(ids[kept], tags[kept], exchanges, recent, full, episode.where, kept.start)
 
-    def _scored(self, asked: list[_Asked]) -> Generator[list[str], list[Any], list[EncodedExchange]]:
+    def _encode_exchanges(
+        self, asked: list[_RenderedExchange]
+    ) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         encodings = yield [text for _, text in asked]
-        return list(map(_labelled, asked, encodings))
+        return list(map(_label, asked, encodings))
 
     def _recent(
         self, episode: Episode, alone: list[EncodedExchange]
@@ -226,7 +228,7 @@ class Encoder:
         """Encode each exchange with as many of the allowed turns before it as fit."""
         _, history = _split(episode.history)
         starts = [n for n, message in enumerate(history) if message["role"] == "user"][-self.recent_turns :]
-        chosen, template = list(alone), self._template.having(episode.template_kwargs)
+        chosen, template = list(alone), self._template.with_kwargs(episode.template_kwargs)
         waiting = list(range(len(alone)))
         for start in starts:
             if not waiting:
@@ -234,8 +236,8 @@ class Encoder:
             views = []
             for n in waiting:
                 system, turns = _split(episode.exchanges[n])
-                views.append(_asked(template, [*system, *history[start:], *turns]))
-            shown = yield from self._scored(views)
+                views.append(_render_exchange(template, [*system, *history[start:], *turns]))
+            shown = yield from self._encode_exchanges(views)
             for n, exchange in zip(list(waiting), shown, strict=True):
                 if len(exchange.ids) <= self.max_read_tokens:
                     chosen[n] = exchange
@@ -244,11 +246,11 @@ class Encoder:
 
     def _full(self, episode: Episode) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         before, history = _split(episode.history)
-        views, template = [], self._template.having(episode.template_kwargs)
+        views, template = [], self._template.with_kwargs(episode.template_kwargs)
         for exchange in episode.exchanges:
             system, turns = _split(exchange)
-            views.append(_asked(template, [*(system or before), *history, *turns]))
-        shown = yield from self._scored(views)
+            views.append(_render_exchange(template, [*(system or before), *history, *turns]))
+        shown = yield from self._encode_exchanges(views)
         kept = slice(-self.max_full_tokens, None)
         return [EncodedExchange(exchange.ids[kept], exchange.labels[kept]) for exchange in shown]
 
@@ -276,12 +278,12 @@ class Encoder:
             )
 
 
-def _asked(template: ChatTemplate, exchange: list[Message]) -> _Asked:
+def _render_exchange(template: ChatTemplate, exchange: list[Message]) -> _RenderedExchange:
     prompt, answer = template.exchange(exchange)
-    return _Asked(prompt, prompt + answer)
+    return _RenderedExchange(prompt, prompt + answer)
 
 
-def _labelled(asked: _Asked, encoding: Any) -> EncodedExchange:
+def _label(asked: _RenderedExchange, encoding: Any) -> EncodedExchange:
     labels = [
         token if start >= len(asked.prompt) else IGNORED
         for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -289,7 +291,7 @@ def _labelled(asked: _Asked, encoding: Any) -> EncodedExchange:
     return EncodedExchange(encoding.ids, labels)
 
 
-def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
+def _batches(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
     """Yield groups of episodes that can be tokenised together in little memory."""
     part: list[Episode] = []
     length = 0

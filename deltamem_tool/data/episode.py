@@ -46,7 +46,7 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
     messages = _messages_of(row, where)
     template_kwargs = _template_kwargs(row, where)
     if supervise == "last" and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
-        raise _asks_nothing(where)
+        raise _no_question_error(where)
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     starts = [n for n, message in enumerate(turns) if message["role"] == "user"]
@@ -76,11 +76,11 @@ def exchange_of(row: Mapping[str, Any], where: str) -> list[Message]:
     """
     messages = _messages_of(row, where)
     if not messages or messages[-1]["role"] != "assistant":
-        raise _asks_nothing(where)
+        raise _no_question_error(where)
     return messages
 
 
-def _asks_nothing(where: str) -> DataError:
+def _no_question_error(where: str) -> DataError:
     return DataError(
         f"{where} asks nothing.", "It does not end with an assistant's message.", "End the conversation with an answer."
     )
@@ -123,7 +123,7 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
             "Give it one or the other.",
         )
     if row.get("messages") is not None:
-        return _checked(row["messages"], "messages", where)
+        return _check_messages(row["messages"], "messages", where)
     prompt = row["prompt"]
     name = _response(row)
     if name is None:
@@ -131,7 +131,7 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
     response = row[name]
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
-    answer = _checked(response, name, where)
+    answer = _check_messages(response, name, where)
     foreign = next((message["role"] for message in answer if message["role"] not in ("assistant", "tool")), None)
     if foreign is not None:
         raise DataError(
@@ -140,24 +140,26 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
             "Move the message to `prompt`.",
         )
     if isinstance(prompt, str):
-        return _history(row, where) + _checked([{"role": "user", "content": prompt}], "prompt", where) + answer
+        return _history(row, where) + _check_messages([{"role": "user", "content": prompt}], "prompt", where) + answer
     if row.get("history") is not None:
         raise DataError(
             f"{where} has two histories.",
             "Its `prompt` is a list of messages, and it has a `history` too.",
             "Make the prompt a string, or put the history into it.",
         )
-    return _checked(prompt, "prompt", where) + answer
+    return _check_messages(prompt, "prompt", where) + answer
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[Message]:
     history = row.get("history")
     if history is None:
         return []
-    return _checked([{"role": "user", "content": history}] if isinstance(history, str) else history, "history", where)
+    return _check_messages(
+        [{"role": "user", "content": history}] if isinstance(history, str) else history, "history", where
+    )
 
 
-def _checked(messages: Any, name: str, where: str) -> list[Message]:
+def _check_messages(messages: Any, name: str, where: str) -> list[Message]:
     """Check that the list `name` of a row is one of messages; contents that are lists of texts become one text."""
     if not isinstance(messages, list):
         raise DataError(f"{where} is not a conversation.", f"`{name}` is not a list of messages.", "Correct the row.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from deltamem_tool.data.dialogues import Message, assistant, user
 from deltamem_tool.data.fact_words import ACKNOWLEDGEMENTS, CHAT, PLAIN, SMALL_TALK, HeldOut, Phrases
-from deltamem_tool.data.facts import Fact, never_told, other_value
+from deltamem_tool.data.facts import Fact, other_value, untold_fact
 
 FORMS: dict[str, Phrases] = {"plain": PLAIN, "chat": CHAT}
 _SYSTEM = 0.5  # probability that a chat has a system prompt,
@@ -24,7 +24,7 @@ def system_prompt(rng: random.Random, form: str, systems: Sequence[str], given: 
     return [] if given is None else [{"role": "system", "content": given}]
 
 
-def telling(
+def fact_history(
     rng: random.Random,
     facts: Sequence[Fact],
     form: str,
@@ -55,7 +55,7 @@ def telling(
         index = rng.randrange(len(facts))
         fact = facts[index]
         stale = other_value(rng, fact, facts, held_out)
-        told[index] = (stale, stating(rng, stale, form, held_out))
+        told[index] = (stale, statement_sentence(rng, stale, form, held_out))
         told.insert(rng.randint(index + 1, len(told)), (fact, fact.change(rng, held_out)))
     remarks = _remarks(rng)
     messages: list[Message] = []
@@ -64,14 +64,14 @@ def telling(
         together = told[: 1 + (rng.random() < _TOGETHER)]
         del told[: len(together)]
         messages += _turns(rng, talk, remarks)
-        messages += acknowledged(rng, " ".join(sentence for _, sentence in together))
+        messages += statement_exchange(rng, " ".join(sentence for _, sentence in together))
         known |= {fact.key: fact for fact, _ in together}
         if rng.random() < _ASKED:
             so_far = list(known.values())
             if unanswerable and rng.random() < unanswerable:
-                messages += asking_unknown(rng, never_told(rng, [*so_far, *facts], held_out), form, held_out)
+                messages += unanswerable_exchange(rng, untold_fact(rng, [*so_far, *facts], held_out), form, held_out)
             else:
-                messages += asking(rng, rng.choice(so_far), form, held_out)
+                messages += question_exchange(rng, rng.choice(so_far), form, held_out)
     return messages
 
 
@@ -81,12 +81,12 @@ def phrasings(rng: random.Random, form: str, held_out: HeldOut) -> Iterator[str]
     return itertools.cycle(rng.sample(known, len(known)))
 
 
-def stating(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> str:
+def statement_sentence(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> str:
     """Draw a sentence in which the user states a fact."""
     return fact.statement(rng, next(phrasings(rng, form, held_out)))
 
 
-def acknowledged(rng: random.Random, sentence: str) -> list[Message]:
+def statement_exchange(rng: random.Random, sentence: str) -> list[Message]:
     """Draw a turn in which the user says a sentence."""
     return [user(sentence), assistant(rng.choice(ACKNOWLEDGEMENTS))]
 
@@ -106,13 +106,13 @@ def _remarks(rng: random.Random) -> Iterator[tuple[str, str]]:
     return itertools.cycle(rng.sample(SMALL_TALK, len(SMALL_TALK)))
 
 
-def asking(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
+def question_exchange(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
     """Draw a question about a fact that was told, and its answer."""
     phrases = FORMS[form]
     return [user(fact.question(rng, phrases, held_out)), assistant(fact.answer(rng, phrases, held_out))]
 
 
-def asking_unknown(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
+def unanswerable_exchange(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
     """Draw a question about a fact that was never told, and the answer that says so."""
     phrases = FORMS[form]
     return [user(fact.question(rng, phrases, held_out)), assistant(fact.unknown(rng, phrases, held_out))]

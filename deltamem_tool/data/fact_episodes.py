@@ -10,16 +10,16 @@ from torch.utils.data import Dataset
 
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.data.fact_conversations import (
-    acknowledged,
-    asking,
-    asking_unknown,
+    fact_history,
+    question_exchange,
     small_talk,
-    stating,
+    statement_exchange,
+    statement_sentence,
     system_prompt,
-    telling,
+    unanswerable_exchange,
 )
 from deltamem_tool.data.fact_words import NOTHING, SYSTEMS, HeldOut
-from deltamem_tool.data.facts import never_told, sample_facts
+from deltamem_tool.data.facts import sample_facts, untold_fact
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Growth:
         done = 1.0 if share >= self.end else max(0.0, (share - self.start) / (self.end - self.start))
         return self.first + done * (self.last - self.first)
 
-    def ended(self) -> Growth:
+    def at_end(self) -> Growth:
         """Return the final value as a number that does not change."""
         return Growth(self.last, self.last)
 
@@ -69,9 +69,9 @@ class FactOptions:
     system: str | None = None
     systems: tuple[str, ...] = SYSTEMS
 
-    def ended(self) -> FactOptions:
+    def at_end(self) -> FactOptions:
         """Return the options with everything at its final value."""
-        grown = {name: getattr(self, name).ended() for name in ("facts", "chats", "talk", "bare")}
+        grown = {name: getattr(self, name).at_end() for name in ("facts", "chats", "talk", "bare")}
         return replace(self, **grown)
 
 
@@ -106,16 +106,16 @@ class FactEpisodes(Dataset[Episode]):
         count, form, replies = self._of_batch(index // self.batch_size, share)
         facts = sample_facts(rng, count, held_out, options.third_person, options.bare.at(share))
         system = system_prompt(rng, form, options.systems, options.system)
-        told = telling(rng, facts, form, held_out, options.talk.at(share), unanswerable=options.unanswerable)
+        told = fact_history(rng, facts, form, held_out, options.talk.at(share), unanswerable=options.unanswerable)
         history = [*system, *told]
-        exchanges = [asking(rng, fact, form, held_out) for fact in facts]
+        exchanges = [question_exchange(rng, fact, form, held_out) for fact in facts]
         for _ in facts:
             while options.unanswerable and rng.random() < options.unanswerable:  # so that it is the share of all
-                unsaid = never_told(rng, facts, held_out, options.third_person)
-                exchanges.append(asking_unknown(rng, unsaid, form, held_out))
+                unsaid = untold_fact(rng, facts, held_out, options.third_person)
+                exchanges.append(unanswerable_exchange(rng, unsaid, form, held_out))
         if replies:
             (replied,) = sample_facts(rng, 1, held_out, options.third_person)
-            statement = acknowledged(rng, stating(rng, replied, "chat", held_out))
+            statement = statement_exchange(rng, statement_sentence(rng, replied, "chat", held_out))
             exchanges.append(rng.choice((statement, small_talk(rng, 1))))
         return Episode(history, [system + exchange for exchange in exchanges], f"generated episode {index}")
 

@@ -114,7 +114,7 @@ def other_value(rng: random.Random, fact: Fact, facts: Sequence[Fact], held_out:
             return other
 
 
-def never_told(
+def untold_fact(
     rng: random.Random, facts: Sequence[Fact], held_out: HeldOut, third_person: float = 0.0, kin: float = 0.5
 ) -> Fact:
     """Draw a fact that is none of `facts`, with probability `kin` about an attribute of the kind of one of them."""
@@ -129,7 +129,7 @@ def never_told(
             return fact
 
 
-def alike(rng: random.Random, facts: Sequence[Fact], count: int, held_out: HeldOut) -> list[Fact]:
+def similar_facts(rng: random.Random, facts: Sequence[Fact], count: int, held_out: HeldOut) -> list[Fact]:
     """Draw `count` facts of the user about other attributes than those of `facts`.
 
     Those of the kind of the first of `facts` come before those of the others' kinds, and these before all others.

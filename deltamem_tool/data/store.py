@@ -228,7 +228,7 @@ def _rows(
     episodes: Sequence[Episode], encoder: Encoder, skip_bad_rows: bool, report: Report | None = None
 ) -> Iterator[dict[str, Any]]:
     skipped: list[DataError] = []
-    for done, encoded in enumerate(encoder.attempt(episodes), start=1):
+    for done, encoded in enumerate(encoder.encode_each(episodes), start=1):
         if isinstance(encoded, EncodedEpisode):
             yield _row(encoded)
         elif skip_bad_rows:

@@ -56,12 +56,12 @@ class DialogueEpisodes(Dataset[Episode]):
         most = int(ceiling) + (of_batch.random() < ceiling % 1)
         count = of_batch.randint(max(1, math.ceil(self.fewest * most)), most)
         facts = dialogues.sample_facts(rng, count, held_out=self.held_out)
-        history = dialogues.telling(rng, facts, self.held_out, asked=ASKED, unanswerable=self.unanswerable)
-        exchanges = [dialogues.asking(rng, fact) for fact in facts]
+        history = dialogues.fact_history(rng, facts, self.held_out, asked=ASKED, unanswerable=self.unanswerable)
+        exchanges = [dialogues.question_exchange(rng, fact) for fact in facts]
         for _ in facts:
             while self.unanswerable and rng.random() < self.unanswerable:  # so that it is the share of all questions
-                exchanges.append(dialogues.asking_unknown(rng, dialogues.never_told(rng, facts, self.held_out)))
+                exchanges.append(dialogues.unanswerable_exchange(rng, dialogues.untold_fact(rng, facts, self.held_out)))
         if self.replies and rng.random() < self.replies:
             replied = dialogues.sample_facts(rng, 1, held_out=self.held_out)
-            exchanges.append(dialogues.telling(rng, replied, held_out=self.held_out)[:2])
+            exchanges.append(dialogues.fact_history(rng, replied, held_out=self.held_out)[:2])
         return Episode(history, exchanges, f"generated episode {index}")

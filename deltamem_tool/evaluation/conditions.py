@@ -74,7 +74,7 @@ class EvalProtocol:
         return cls(text, views[text])
 
 
-def in_words(name: str) -> str:
+def readable_name(name: str) -> str:
     """Return the name of a condition or metric as it appears in prose."""
     return name.replace("_", " ")
 

@@ -149,7 +149,7 @@ def prepare(harness: Harness, limit: int | None = None) -> HarnessTasks:
         DataError: a task's documents cannot be loaded.
     """
     manager = _manager(harness)
-    tasks = {name: _loaded(manager, name) for name in harness.names}
+    tasks = {name: _load_task(manager, name) for name in harness.names}
     documents = {name: _documents(loaded["tasks"], limit) for name, loaded in tasks.items()}
     return HarnessTasks(harness, tasks, documents, limit)
 
@@ -180,7 +180,7 @@ def _manager(harness: Harness) -> Any:
     return manager
 
 
-def _loaded(manager: Any, name: str) -> dict[str, Any]:
+def _load_task(manager: Any, name: str) -> dict[str, Any]:
     """Load the tasks of a name with their documents."""
     from datasets.exceptions import DatasetsError
 

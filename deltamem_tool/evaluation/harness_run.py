@@ -19,14 +19,14 @@ from deltamem_tool.baselines.static import Static
 from deltamem_tool.config import check_seed
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
-from deltamem_tool.evaluation.conditions import Condition, in_words, select
+from deltamem_tool.evaluation.conditions import Condition, readable_name, select
 from deltamem_tool.evaluation.harness import HarnessTasks, conditions_of
 from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
 from deltamem_tool.evaluation.scoring.statistics import check_margin
-from deltamem_tool.evaluation.subject import under
+from deltamem_tool.evaluation.subject import applied_condition
 
 AS_READ = "as it is read"  # in place of a protocol
 # The harness warns about models that are loaded already, as ours always are.
@@ -101,15 +101,15 @@ def evaluate_harness(
     ]
     # The harness batches each task by itself, and its batches are kept.
     for condition, name in processes.part(lacking):
-        answered.add(_asked(model, tokenizer, harness_tasks, name, condition, batch_size, report))
+        answered.add(_ask_documents(model, tokenizer, harness_tasks, name, condition, batch_size, report))
     answered.gather()
-    records = answered.settle([condition.name for condition in conditions], items)
+    records = answered.store_in_order([condition.name for condition in conditions], items)
     metrics = [name for name in records[0].scores if all(name in record.scores for record in records)]
     groups = list(harness.names)
     return Evaluation(harness.name, AS_READ, metrics, conditions, groups, records, seed, count, margin=margin)
 
 
-def _asked(
+def _ask_documents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     harness_tasks: HarnessTasks,
@@ -127,9 +127,9 @@ def _asked(
 
     def progress(done: int, of: int) -> None:
         if report is not None:
-            report(f"{name}, {in_words(condition.name)}", done, of)
+            report(f"{name}, {readable_name(condition.name)}", done, of)
 
-    with under(model, condition), _quiet():
+    with applied_condition(model, condition), _quiet_logging():
         lm = MemoryLM(model, tokenizer, batch_size, harness.chat, progress)
         _begin(harness_tasks.tasks[name]["tasks"], harness.num_fewshot)
         # Not `simple_evaluate`, which lists all installed packages each time.
@@ -201,7 +201,7 @@ def _is_share(value: Any) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_logging() -> Iterator[None]:
     """Hide the harness's progress bar for prompts, and its warnings about models that it has not loaded itself.
 
     Its other warnings are shown.

@@ -22,7 +22,7 @@ from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS
 from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.memory.file import StoredMemory
-from deltamem_tool.segments.encode import RENDERED, padded
+from deltamem_tool.segments.encode import RENDERED, pad_rows
 from deltamem_tool.segments.template import ChatTemplate
 
 LOGITS = 2**28  # values at once, 1 GiB of float32: answers that have more are scored in parts of the batch
@@ -59,9 +59,9 @@ def scored_answers(
     tokens: dict[str, list[int]] = {}
     for (view, name), item in items.items():
         if name not in written:
-            written[name] = _as_written(template, item)
+            written[name] = _render_pair(template, item)
         before, answer = written[name]
-        answers[view, name] = scored = _encoded(tokenizer, prompts[view, name] + before, answer, item.where)
+        answers[view, name] = scored = _encode_answer(tokenizer, prompts[view, name] + before, answer, item.where)
         _check_length(scored, subject.positions)
         answer_ids = scored.ids[-scored.answer :]
         if tokens.setdefault(name, answer_ids) != answer_ids:
@@ -73,11 +73,11 @@ def scored_answers(
     return answers
 
 
-def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
+def _render_pair(template: ChatTemplate, item: Item) -> tuple[str, str]:
     """Return the text that the template writes between the prompt and the answer's content, and that content."""
     messages = [*item.question, {"role": "assistant", "content": item.answers[0]}]
     try:
-        template = template.having(item.template_kwargs)
+        template = template.with_kwargs(item.template_kwargs)
         _, answer = template.exchange(messages)
         text = template.render(messages)
     except DataError as error:
@@ -93,7 +93,7 @@ def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
     return answer.removesuffix(f"{content}{place.after}"), content
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str) -> ScoredAnswer:
+def _encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str) -> ScoredAnswer:
     encoded = tokenizer(prompt + answer, return_offsets_mapping=True, **RENDERED)
     answer_tokens = sum(end > max(start, len(prompt)) for start, end in encoded["offset_mapping"])
     ids = encoded["input_ids"]
@@ -131,7 +131,7 @@ def log_probs(
         ExportError: the graph has the logits of the last position only.
     """
     values: list[list[float]] = []
-    with subject.under(condition):
+    with subject.applied_condition(condition):
         for part in _parts(subject, rows):
             memories = subject.memory_for(None if memory is None else take_rows(memory, part), len(part))
             values += _log_probs(subject, [rows[row] for row in part], memories, subject.writes(condition))
@@ -166,8 +166,8 @@ def _width(rows: Sequence[ScoredAnswer]) -> int:
 
 def _log_probs(subject: Subject, rows: Sequence[ScoredAnswer], memory: StoredMemory, write: bool) -> list[list[float]]:
     engine = subject.engine
-    ids = padded([row.ids for row in rows], 0, "left").numpy()
-    mask = padded([[1] * len(row.ids) for row in rows], 0, "left").numpy()
+    ids = pad_rows([row.ids for row in rows], 0, "left").numpy()
+    mask = pad_rows([[1] * len(row.ids) for row in rows], 0, "left").numpy()
     first, last = ids.shape[1] - _width(rows), ids.shape[1] - 1  # nothing follows the last token
     written = mask.astype(bool) & write
     past = engine.start(memory)

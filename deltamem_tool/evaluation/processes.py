@@ -58,7 +58,7 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def of_main(self, value: _T) -> _T:
+    def from_main(self, value: _T) -> _T:
         """Return the `value` of the first process."""
         if self.count == 1:
             return value

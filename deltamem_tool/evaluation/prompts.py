@@ -107,7 +107,7 @@ class Views:
         return self._render(item, [*before, {**last, "content": f"{_INTRODUCTION}{context}\n\n{text_of(last)}"}])
 
     def _render(self, item: Item, messages: Sequence[Message]) -> str:
-        return self._template.having(item.template_kwargs).render(messages, generation_prompt=True)
+        return self._template.with_kwargs(item.template_kwargs).render(messages, generation_prompt=True)
 
     def _count(self, text: str) -> int:
         return len(self._subject.tokens([text])[0])

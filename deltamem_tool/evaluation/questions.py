@@ -52,7 +52,7 @@ def _written(item: Item) -> list[Any]:
     return [list(item.history), *([item.template_kwargs] if item.template_kwargs else [])]
 
 
-def others_of(items: Sequence[Item]) -> dict[str, list[str]]:
+def other_histories(items: Sequence[Item]) -> dict[str, list[str]]:
     """Return the histories that replace each one: the next ones, `MEAN_OF` or all. The first of them is its donor.
 
     Raises:

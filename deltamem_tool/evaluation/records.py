@@ -129,7 +129,7 @@ class Records:
         self._kept = None if folder is None else RecordFolder(folder, settings)
         self._records: dict[tuple[str, str], Record] = {}
         stored = self._kept.read() if self._kept is not None and processes.is_main else []
-        self._remember(processes.of_main(stored))
+        self._remember(processes.from_main(stored))
 
     def __contains__(self, condition_and_item: tuple[str, str]) -> bool:
         return condition_and_item in self._records
@@ -147,7 +147,7 @@ class Records:
         for records in self._processes.all(list(self._records.values())):
             self._remember(records)
 
-    def settle(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
+    def store_in_order(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
         """Return the records in this order, and store them so. Other records in the folder follow after them.
 
         The order in which they were added depends on which process was faster, and on where a run stopped.

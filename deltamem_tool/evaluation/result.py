@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltamem_tool.evaluation.conditions import PYTORCH, STATE, Condition, in_words
+from deltamem_tool.evaluation.conditions import PYTORCH, STATE, Condition, readable_name
 from deltamem_tool.evaluation.records import Record
 from deltamem_tool.evaluation.scoring.scales import scale_of
 from deltamem_tool.evaluation.scoring.statistics import Difference, Estimate, difference, estimate, verdict
@@ -50,10 +50,13 @@ class Evaluation:
         """In words: what the state adds to each of the others."""
         metric = self.metrics[0]
         unit = scale_of(metric).unit
-        return [verdict(in_words(name), self.difference(metric, name), unit, self.margin) for name in self.others]
+        return [
+            verdict(readable_name(name), self.difference(metric, name), unit, self.margin)
+            for name in self.other_conditions
+        ]
 
     @property
-    def others(self) -> list[str]:
+    def other_conditions(self) -> list[str]:
         """The conditions beside the state, which they are compared with; none without it."""
         names = [condition.name for condition in self.conditions]
         return [name for name in names if name != STATE] if STATE in names else []

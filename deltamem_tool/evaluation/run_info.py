@@ -39,7 +39,7 @@ def run_json(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "options": {
-            **{name: plain(value) for name, value in options.items() if value is not None},
+            **{name: to_json_value(value) for name, value in options.items() if value is not None},
             "runtime": evaluation.runtime,
             **machine,
         },
@@ -80,12 +80,12 @@ def _of_onnx(model: Any) -> _Description:
     return machine, manifest.mechanism, base, ("onnxruntime", "onnxruntime-gpu")
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Convert a value for JSON and for other readers: a path is shortened to its last part."""
     if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): to_json_value(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [to_json_value(part) for part in value]
     return without_folders(str(value)) if isinstance(value, str | Path) else value
 
 

@@ -32,7 +32,7 @@ from deltamem_tool.evaluation.likelihood import ScoredAnswer, log_probs, mean_lo
 from deltamem_tool.evaluation.memories import has_layers_to_permute, join_rows, mean_rows, permute_layers
 from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.prompts import Views
-from deltamem_tool.evaluation.questions import check, digest_of, others_of
+from deltamem_tool.evaluation.questions import check, digest_of, other_histories
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB
@@ -127,7 +127,7 @@ def evaluate(
         static.check(subject.model)
     everyone = task.items()
     check(everyone)
-    items, others = everyone[:limit], others_of(everyone)
+    items, others = everyone[:limit], other_histories(everyone)
     conditions = select(possible(others=len(others[everyone[0].history_id])), only, subject.runtime)
     asked: dict[str, Any] = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items, everyone, others)}
     asked |= {"seed": seed, **(settings or {})}
@@ -160,7 +160,7 @@ def evaluate(
         metrics,
         conditions,
         groups,
-        records.settle([c.name for c in conditions], names),
+        records.store_in_order([c.name for c in conditions], names),
         seed,
         len(conditions) * len(items) - before,
         subject.runtime,

@@ -162,7 +162,7 @@ def create_task(
     return kind(**arguments)
 
 
-def needs_data(task: str, data: str | None, example: str, **others: str | None) -> str:
+def require_data(task: str, data: str | None, example: str, **others: str | None) -> str:
     """Return `data`, which is required.
 
     Args:

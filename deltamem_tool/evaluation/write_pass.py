@@ -11,7 +11,7 @@ from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.memories import take_rows
 from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.memory.file import StoredMemory
-from deltamem_tool.segments.encode import TaggedChat, batched, tagged
+from deltamem_tool.segments.encode import TaggedChat, batch_chats, tag_messages
 from deltamem_tool.segments.messages import Message
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate
@@ -55,9 +55,9 @@ def memorise(
         for number in range(max(len(histories[row]) for row in rows)):
             batch = [row for row in rows if number < len(histories[row])]
             sessions = [
-                tagged(
+                tag_messages(
                     subject.tokenizer,
-                    template.having(kwargs[row]),
+                    template.with_kwargs(kwargs[row]),
                     histories[row][number],
                     subject.engine.mechanism.granularity,
                 )
@@ -85,7 +85,7 @@ def _check_lengths(
     for place, history, kwargs in zip(places, histories, template_kwargs, strict=True):
         for number, session in enumerate(history, start=1):
             try:
-                length = len(tagged(subject.tokenizer, template.having(kwargs), session, "token").input_ids)
+                length = len(tag_messages(subject.tokenizer, template.with_kwargs(kwargs), session, "token").input_ids)
             except DataError as error:
                 at = f"{place}: session {number} of its history: "
                 raise DataError(at + error.what, error.why, error.next) from error
@@ -101,7 +101,7 @@ def _write(subject: Subject, sessions: Sequence[TaggedChat], memory: StoredMemor
     """Write one session into each memory, in chunks."""
     engine = subject.engine
     # Padded on the right: the first chunk of a short session on the left would be padding alone, with nothing to see.
-    chat = batched(subject.tokenizer, sessions, engine.mechanism.granularity, padding_side="right")
+    chat = batch_chats(subject.tokenizer, sessions, engine.mechanism.granularity, padding_side="right")
     mask = chat.attention_mask.numpy()
     ids = chat.input_ids.numpy() * mask  # the tokenizer's padding may be an id that the model does not have
     tags = None if chat.segment_tags is None else chat.segment_tags.numpy()

@@ -17,7 +17,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.base_model import smollm2
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import HubError, first_line
-from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.conditions import STATE, readable_name
 from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.public_base import Base
@@ -131,7 +131,7 @@ def _results(evaluation: Mapping[str, Any] | None) -> list[EvalResult]:
             dataset_name=f"deltamem {evaluation['task']}: {group}, {count} questions",
             dataset_config=group,  # results of one dataset and configuration are listed together
             metric_type=evaluation["metric"],
-            metric_name=f"{in_words(evaluation['metric'])}, {in_words(name)}",
+            metric_name=f"{readable_name(evaluation['metric'])}, {readable_name(name)}",
             metric_value=evaluation["scores"][name][at][0],
         )
         for at, (group, count) in enumerate(zip(evaluation["groups"], evaluation["questions"], strict=True))
@@ -234,7 +234,7 @@ def _scores(evaluation: Mapping[str, Any] | None) -> list[tuple[str, list[str]]]
     rows = []
     for name in evaluation["conditions"]:
         cells = ["{} ({})".format(*mean_and_interval(*row)) for row in evaluation["scores"][name]]
-        title = _cell(in_words(name))
+        title = _cell(readable_name(name))
         rows.append((f"**{title}**" if name == STATE else title, cells))
     return rows
 

@@ -12,7 +12,7 @@ from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.data import dialogues, facts
 from deltamem_tool.data.fact_conversations import phrasings
 from deltamem_tool.data.fact_words import CHAT, EVERYTHING
-from deltamem_tool.evaluation.scoring.metrics import exact, names_alone
+from deltamem_tool.evaluation.scoring.metrics import exact, mentions_only
 from deltamem_tool.evaluation.tasks.natural_recall import DIALOGUES, NATURAL, NaturalRecall
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.memory.file import read_memory
@@ -38,7 +38,7 @@ class ToldFact:
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer is right by the rules of the recall task with the same words."""
-        score = exact(answer, self.truth) if self.words == DIALOGUES else names_alone(answer, self.truth, self.others)
+        score = exact(answer, self.truth) if self.words == DIALOGUES else mentions_only(answer, self.truth, self.others)
         return bool(score)
 
 

@@ -100,7 +100,7 @@ def _bounds(template: ChatTemplate, messages: Sequence[Message], body: str) -> l
 
 def _bound(template: ChatTemplate, messages: Sequence[Message], index: int, body: str) -> int | None:
     """Return where message `index` starts and the one before it ends; None if the template does not show it."""
-    earlier = template.attempt(messages[:index])
+    earlier = template.try_render(messages[:index])
     if earlier is not None and body.startswith(earlier):
         return len(earlier)
     message = messages[index]

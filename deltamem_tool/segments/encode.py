@@ -77,27 +77,27 @@ def encode_chat(
         raise DataError("There is no conversation to encode.", "The list is empty.", "Give it at least one message.")
     single = isinstance(conversations[0], Mapping)
     batch = cast(Sequence[Sequence[Message]], [conversations] if single else conversations)
-    template = ChatTemplate.of(tokenizer).having(template_kwargs or {})
+    template = ChatTemplate.of(tokenizer).with_kwargs(template_kwargs or {})
     rows = []
     for number, messages in enumerate(batch, start=1):
         try:
-            rows.append(tagged(tokenizer, template, messages, granularity, add_generation_prompt, split))
+            rows.append(tag_messages(tokenizer, template, messages, granularity, add_generation_prompt, split))
         except DataError as error:
             where = "" if single else f"Conversation {number}: "
             raise DataError(where + error.what, error.why, error.next) from error
-    return batched(tokenizer, rows, granularity, padding_side)
+    return batch_chats(tokenizer, rows, granularity, padding_side)
 
 
-def batched(
+def batch_chats(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[TaggedChat], granularity: str, padding_side: str
 ) -> ChatTokens:
     """Batch tagged conversations, as `encode_chat` does."""
     ids = [row.input_ids for row in rows]
     tags = [row.tags for row in rows]
     return ChatTokens(
-        input_ids=padded(ids, pad_token(tokenizer, ids), padding_side, torch.int64),
-        attention_mask=padded([[1] * len(row) for row in ids], 0, padding_side, torch.int64),
-        segment_tags=None if granularity == "token" else padded(tags, SegmentTag.OUTSIDE, padding_side, torch.int8),
+        input_ids=pad_rows(ids, pad_token(tokenizer, ids), padding_side, torch.int64),
+        attention_mask=pad_rows([[1] * len(row) for row in ids], 0, padding_side, torch.int64),
+        segment_tags=None if granularity == "token" else pad_rows(tags, SegmentTag.OUTSIDE, padding_side, torch.int8),
     )
 
 
@@ -127,10 +127,10 @@ def tag_chat(
             the conversation, or does not show where a message ends; a message or a sentence has no token of its own; or
             `split` returns text that is not in the content.
     """
-    return tagged(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
+    return tag_messages(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
 
 
-def tagged(
+def tag_messages(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     messages: Sequence[Message],
@@ -182,7 +182,7 @@ def pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]])
     return pad if pad is not None else 0
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, side: str = "right", dtype: torch.dtype = torch.int64) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], fill: int, side: str = "right", dtype: torch.dtype = torch.int64) -> Tensor:
     """Pad rows of any lengths with `fill` on one side, and return them as one tensor `[B, T]`."""
     width = max(len(row) for row in rows)
     blanks = [[fill] * (width - len(row)) for row in rows]

@@ -77,7 +77,7 @@ class ChatTemplate:
         self._complete: set[tuple[Any, ...]] = set()  # shapes of conversations that are written completely
         self._having: dict[str, ChatTemplate] = {}  # by their arguments
 
-    def having(self, template_kwargs: Mapping[str, Any]) -> ChatTemplate:
+    def with_kwargs(self, template_kwargs: Mapping[str, Any]) -> ChatTemplate:
         """Return the same template with further `template_kwargs`. Templates are cached with what they have learned.
 
         Raises:
@@ -142,7 +142,7 @@ class ChatTemplate:
                 {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
                 for m in messages
             ]
-        text = self._without_none(messages, generation_prompt, self._written(messages, generation_prompt))
+        text = self._without_none(messages, generation_prompt, self._render_raw(messages, generation_prompt))
         check_unicode(text, "The conversation")
         return text
 
@@ -155,12 +155,12 @@ class ChatTemplate:
             return text
         filled = [{**m, "content": _NOTHING} if m.get("content", "") is None else m for m in messages]
         try:
-            other = self._written(filled, generation_prompt)
+            other = self._render_raw(filled, generation_prompt)
         except Refusal:
             return text
         return other.replace(_NOTHING, "") if other.replace(_NOTHING, "None") == text else text
 
-    def _written(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    def _render_raw(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         try:
             text = self._write(list(messages), generation_prompt, **self._kwargs)
         except Exception as error:  # a template is someone else's program and can raise anything
@@ -178,7 +178,7 @@ class ChatTemplate:
         written = []
         for content in (sentinel, [{"type": "text", "text": sentinel}]):
             try:
-                written.append(self._written([{"role": "user", "content": content}]))
+                written.append(self._render_raw([{"role": "user", "content": content}]))
             except Refusal:
                 written.append("")
         text, parts = written
@@ -195,7 +195,7 @@ class ChatTemplate:
         if shape in self._complete:
             return
         probes = [_probe(message, number) for number, message in enumerate(messages)]
-        text = self.attempt(probes)
+        text = self.try_render(probes)
         if text is not None:
             for number, message in enumerate(messages):
                 for key, sentinel in (("content", _SAID), ("tool_calls", _CALLED)):
@@ -207,7 +207,7 @@ class ChatTemplate:
                         )
             if self._kwargs.get("tools"):
                 without = ChatTemplate(self.name, self._write, template_kwargs={**self._kwargs, "tools": None})
-                if text == without.attempt(probes):
+                if text == without.try_render(probes):
                     raise DataError(
                         f"The chat template of {self.name} leaves out the tools.",
                         "The rendered text is the same without them.",
@@ -220,7 +220,7 @@ class ChatTemplate:
 
         A system message may be anywhere: some templates write it with the last question.
         """
-        text = self.attempt([_probe(message, number) for number, message in enumerate(messages)])
+        text = self.try_render([_probe(message, number) for number, message in enumerate(messages)])
         if text is None or text.count(_SAID.format(index)) != 1:
             return False
         after = text.partition(_SAID.format(index))[2]
@@ -230,7 +230,7 @@ class ChatTemplate:
             if message.get("content") and message["role"] not in ("system", "developer")
         )
 
-    def attempt(self, messages: Sequence[Message]) -> str | None:
+    def try_render(self, messages: Sequence[Message]) -> str | None:
         """Return the rendering, or None if there is an error."""
         try:
             return self._rendered(messages)
@@ -276,8 +276,8 @@ class ChatTemplate:
         """
         sentinel = next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
         changed = list(messages)
-        changed[index] = {**messages[index], "content": _shaped(sentinel, messages[index])}
-        other = self.attempt(changed)
+        changed[index] = {**messages[index], "content": _as_content(sentinel, messages[index])}
+        other = self.try_render(changed)
         if other is None or other.count(sentinel) != 1:
             return None
         before, after = other.split(sentinel)
@@ -287,9 +287,9 @@ class ChatTemplate:
         """Return the text that the template writes after an answer: the last one, or else an earlier one."""
         forms: tuple[Message, ...] = ({"content": ""}, {"content": []})  # text, or a list of parts
         for form in forms:
-            talk = [{"role": role, "content": _shaped(role, form)} for role in ("user", "assistant", "user")]
+            talk = [{"role": role, "content": _as_content(role, form)} for role in ("user", "assistant", "user")]
             for messages in (talk[:2], talk):
-                text = self.attempt(messages)
+                text = self.try_render(messages)
                 place = None if text is None else self.content(messages, 1, text)
                 if place is not None and place.after.strip():
                     return place.after
@@ -299,21 +299,21 @@ class ChatTemplate:
         """Return the role's header: the one known header that `before`, the text before the content, ends with."""
         key = (message["role"], isinstance(message.get("content"), list))
         if key not in self._headers:
-            self._headers[key] = self._learned(message)
+            self._headers[key] = self._learn_headers(message)
         matches = [header for header in self._headers[key] if before.endswith(header)]
         if matches:
             return matches[0] if len(matches) == 1 else None
         opening = self.opening(message)
         return opening if opening is not None and before.endswith(opening) else None
 
-    def _learned(self, message: Message) -> set[str]:
+    def _learn_headers(self, message: Message) -> set[str]:
         """Return the headers of messages like this one in short conversations, each the beginning of a longer one."""
         context, sentinel = chr(_PRIVATE_USE[0]), chr(_PRIVATE_USE[1])
         headers = set()
         for roles in _PROBES:
-            earlier = [{"role": role, "content": _shaped(context, message)} for role in roles]
-            start = self.attempt(earlier)
-            text = self.attempt([*earlier, {"role": message["role"], "content": _shaped(sentinel, message)}])
+            earlier = [{"role": role, "content": _as_content(context, message)} for role in roles]
+            start = self.try_render(earlier)
+            text = self.try_render([*earlier, {"role": message["role"], "content": _as_content(sentinel, message)}])
             if start is None or text is None or not text.startswith(start) or text.count(sentinel) != 1:
                 continue
             header = text[len(start) : text.index(sentinel)]
@@ -324,7 +324,7 @@ class ChatTemplate:
     def opening(self, message: Message) -> str | None:
         """Return the text before the content of such a message at the beginning of a conversation."""
         sentinel = chr(_PRIVATE_USE[0])
-        text = self.attempt([{"role": message["role"], "content": _shaped(sentinel, message)}])
+        text = self.try_render([{"role": message["role"], "content": _as_content(sentinel, message)}])
         return None if text is None or text.count(sentinel) != 1 else text[: text.index(sentinel)]
 
     def preamble(self, message: Message, text: str) -> int | None:
@@ -339,7 +339,7 @@ class ChatTemplate:
         return len(opening) - len(header)
 
 
-def _shaped(text: str, message: Message) -> str | list[dict[str, str]]:
+def _as_content(text: str, message: Message) -> str | list[dict[str, str]]:
     """Return `text` as a content of the message's kind, since some templates take only lists of parts."""
     return [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
 
@@ -352,14 +352,14 @@ def _probe(message: Message, number: int) -> Message:
     """Return `message` with placeholders for its content and its tool calls."""
     probe = {**message}
     if message.get("content"):
-        probe["content"] = _shaped(_SAID.format(number), message)
+        probe["content"] = _as_content(_SAID.format(number), message)
     if message.get("tool_calls"):
-        probe["tool_calls"] = [_named(call, _CALLED.format(number)) for call in message["tool_calls"]]
+        probe["tool_calls"] = [_with_name(call, _CALLED.format(number)) for call in message["tool_calls"]]
     return probe
 
 
-def _named(call: Any, name: str) -> Any:
+def _with_name(call: Any, name: str) -> Any:
     """Return a tool call with another function name."""
     if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
-        return {**call, "function": _named(call["function"], name)}
+        return {**call, "function": _with_name(call["function"], name)}
     return {**call, "name": name} if isinstance(call, Mapping) else call

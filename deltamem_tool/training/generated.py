@@ -45,7 +45,7 @@ def held_out_episodes(recipe: Recipe, count: int, encoder: Encoder) -> list[Epis
     data, seed = recipe.data, recipe.training.seed
     episodes: DialogueEpisodes | FactEpisodes
     if data.generated == "facts":
-        options = replace(fact_options(data, encoder).ended(), unanswerable=0.0, replies=0.0)
+        options = replace(fact_options(data, encoder).at_end(), unanswerable=0.0, replies=0.0)
         episodes = FactEpisodes(count, 1, seed, options, EVERYTHING)
     else:
         hardest = (data.facts_last, data.facts_last, 0.0, data.fewest)

@@ -202,7 +202,7 @@ def test_an_exchange_that_is_too_long_is_named(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"(?s)more than max_read_tokens = 30.*Why\?.*Raise max_read_tokens") as refusal:
         Encoder(tokenizer, 10, 30)(episodes)
     assert refusal.value.what.startswith(f"{path}:4: An exchange has ")
-    attempts = list(Encoder(tokenizer, 10, 30).attempt(episodes))
+    attempts = list(Encoder(tokenizer, 10, 30).encode_each(episodes))
     assert [isinstance(each, DataError) for each in attempts] == [False] * 3 + [True]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from data.spoken_facts import answer_in, both, question_in, statements_in
 
-from deltamem_tool.data.fact_conversations import telling
+from deltamem_tool.data.fact_conversations import fact_history
 from deltamem_tool.data.fact_episodes import FactEpisodes, FactOptions, Growth
 from deltamem_tool.data.fact_words import (
     ACKNOWLEDGEMENTS,
@@ -28,7 +28,7 @@ from deltamem_tool.data.fact_words import (
     HeldOut,
     is_held_out,
 )
-from deltamem_tool.data.facts import never_told, sample_facts
+from deltamem_tool.data.facts import sample_facts, untold_fact
 
 ATTRIBUTES_AT_LEAST, VALUES_AT_LEAST = 250, 200  # of a kind
 REMARKS, REPLIES = ({turn[side] for turn in SMALL_TALK} for side in (0, 1))
@@ -91,7 +91,7 @@ def test_numbers_grow_and_never_shrink():
         and numbers[45] == pytest.approx(3.5)
         and set(numbers[70:]) == {6}
     )
-    assert Growth(2, 5).at(0.0) == 5 and growth.ended().at(0.0) == 6
+    assert Growth(2, 5).at(0.0) == 5 and growth.at_end().at(0.0) == 6
     counts, chats, lengths = [], [], []
     for episode in generated(2000, options=GROWING, batch_size=8):
         counts.append(len(episode.exchanges))
@@ -135,7 +135,7 @@ def test_a_correction_says_so_and_comes_after_what_it_corrects():
     rng, forms = random.Random(0), set(both(CORRECTIONS))
     for _ in range(200):
         facts = sample_facts(rng, 3, NOTHING, third_person=0.3)
-        messages = telling(rng, facts, "chat", NOTHING, changed=1.0)
+        messages = fact_history(rng, facts, "chat", NOTHING, changed=1.0)
         said = [spoken for message in messages[::2] for spoken in statements_in(message["content"]) or []]
         (twice,) = [key for key, count in Counter(spoken[:2] for spoken in said).items() if count == 2]
         stale, true = [spoken for spoken in said if spoken[:2] == twice]
@@ -191,7 +191,7 @@ def test_what_was_never_told_is_half_of_the_time_like_what_was():
     rng, kin = random.Random(0), 0
     for _ in range(1000):
         facts = sample_facts(rng, 2, EVERYTHING, third_person=0.3)
-        other = never_told(rng, facts, EVERYTHING, third_person=0.3)
+        other = untold_fact(rng, facts, EVERYTHING, third_person=0.3)
         assert other.key not in {fact.key for fact in facts} and is_held_out(other.attribute)
         kin += other.kind in {fact.kind for fact in facts}
     assert 450 < kin < 650

@@ -86,7 +86,7 @@ def test_a_change_follows_what_it_changes():
     for held_out in (False, True):
         for _ in range(200):
             facts = dialogues.sample_facts(rng, 3, held_out)
-            messages = dialogues.telling(rng, facts, held_out, changed=1.0)
+            messages = dialogues.fact_history(rng, facts, held_out, changed=1.0)
             stated = stated_in(messages)
             assert len(stated) == 4
             (twice,) = {fact.attribute for fact in stated if [f.attribute for f in stated].count(fact.attribute) == 2}

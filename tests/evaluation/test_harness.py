@@ -151,7 +151,7 @@ def test_order_does_not_matter(model, tokenizer, folder):
 
 def test_scores_are_paired_by_document(found):
     assert found.metrics == [SCORE] and found.groups == [CHOICE, ANSWER]  # acc and exact_match
-    assert found.task == f"lm_eval:{CHOICE},{ANSWER}" and found.others == ["scale_zero", "no_adapter"]
+    assert found.task == f"lm_eval:{CHOICE},{ANSWER}" and found.other_conditions == ["scale_zero", "no_adapter"]
     state, documents = found.scores(SCORE, STATE)
     base, same = found.scores(SCORE, "no_adapter")
     assert documents == same and len(set(documents)) == 2 * LIMIT
@@ -168,13 +168,13 @@ def test_a_process_asks_every_second_task(model, tokenizer, prepared, found, mon
             own = {(record.condition, record.item) for record in own}
             return [[record for record in found.records if (record.condition, record.item) not in own]]
 
-        def of_main(self, value):
+        def from_main(self, value):
             return value
 
-    process, own, units = OneOfTwo(number, 2), harness_run._asked, []
+    process, own, units = OneOfTwo(number, 2), harness_run._ask_documents, []
     monkeypatch.setattr(harness_run.Processes, "of", lambda model: process)
     monkeypatch.setattr(
-        harness_run, "_asked", lambda *inputs: units.append((inputs[4].name, inputs[3])) or own(*inputs)
+        harness_run, "_ask_documents", lambda *inputs: units.append((inputs[4].name, inputs[3])) or own(*inputs)
     )
     assert evaluate_harness(model, tokenizer, prepared, batch_size=3).records == found.records
     assert units == [(c.name, name) for c in found.conditions for name in (CHOICE, ANSWER)][number::2]
@@ -186,8 +186,8 @@ def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, tmp_path, monkey
     assert capfd.readouterr().err == "" and not caplog.messages  # of the harness, no bar and no remark
     lines = (tmp_path / RECORDS_FILE).read_text().splitlines(keepends=True)
     (tmp_path / RECORDS_FILE).write_text("".join(lines[:-2]))  # in the middle of the second task
-    own, names = harness_run._asked, []
-    monkeypatch.setattr(harness_run, "_asked", lambda *inputs: names.append(inputs[3]) or own(*inputs))
+    own, names = harness_run._ask_documents, []
+    monkeypatch.setattr(harness_run, "_ask_documents", lambda *inputs: names.append(inputs[3]) or own(*inputs))
     assert evaluate_harness(model, tokenizer, prepared, **options).records == first.records
     assert names == [ANSWER]
     assert evaluate_harness(model, tokenizer, prepared, **options).records == first.records

@@ -13,7 +13,7 @@ from deltamem_tool.evaluation import conditions, questions
 from deltamem_tool.evaluation import subject as subjects
 from deltamem_tool.evaluation.conditions import PERMUTED_STATE, EvalProtocol
 from deltamem_tool.evaluation.memories import has_layers_to_permute, mean_rows, permute_layers, take_rows
-from deltamem_tool.evaluation.questions import others_of
+from deltamem_tool.evaluation.questions import other_histories
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.memory.file import MemoryShape, StoredMemory
 
@@ -69,10 +69,10 @@ def test_which_memories_can_be_permuted():
 def test_others_are_the_next_ones_and_never_oneself(monkeypatch):
     items = [item(number, question) for number in range(5) for question in range(2)]
     everyone = {f"history {number}" for number in range(5)}
-    for name, others in others_of(items).items():
+    for name, others in other_histories(items).items():
         assert set(others) == everyone - {name} and len(others) == 4
     monkeypatch.setattr(questions, "MEAN_OF", 2)
-    assert others_of(items)["history 3"] == ["history 4", "history 0"]
+    assert other_histories(items)["history 3"] == ["history 4", "history 0"]
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])

@@ -7,7 +7,7 @@ from data.spoken_facts import IS, PREFERRED, both, question_in, statements_in
 
 from deltamem_tool.data.fact_words import ACKNOWLEDGEMENTS, CORRECTIONS, SMALL_TALK, WORDS, is_held_out
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.evaluation.scoring.metrics import declines, names, names_alone
+from deltamem_tool.evaluation.scoring.metrics import declines, mentions, mentions_only
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.natural_recall import NaturalRecall
 from deltamem_tool.evaluation.tasks.recall import Recall
@@ -92,9 +92,9 @@ def test_a_delay_comes_after_all_that_is_told(between):
 def test_distractors_are_of_the_asked_kind_first():
     for item in NaturalRecall(1, 30, distractors=2, third_person=0.0).items():
         kind = KIND[asked(item).attribute]
-        names = {spoken.attribute for spoken in told(item)}
-        assert len(names) == 3
-        assert sum(KIND[name] is kind for name in names) == min(3, len(kind.attributes[True]))
+        attributes = {spoken.attribute for spoken in told(item)}
+        assert len(attributes) == 3
+        assert sum(KIND[name] is kind for name in attributes) == min(3, len(kind.attributes[True]))
 
 
 def test_sessions_begin_with_the_system_prompt():
@@ -134,14 +134,14 @@ def test_what_was_never_told_is_declined_and_the_rest_stays_as_it_is():
 def test_as_many_facts_as_there_may_be_are_told_apart():
     (item,) = NaturalRecall(64, 1, third_person=0.0, talk=0.0).items()
     assert len({spoken[:2] for spoken in told(item)}) == 64
-    assert not any(names(item.answers[0], other) or names(other, item.answers[0]) for other in item.others)
+    assert not any(mentions(item.answers[0], other) or mentions(other, item.answers[0]) for other in item.others)
 
 
 def test_a_value_is_named_by_its_words_alone():
-    assert names("Your gym is the Silver Otter!", "The Silver Otter") and names("At 7:45 pm.", "7:45 pm")
-    assert not names("It is 14:305.", "14:30") and not names("Oslofjord", "Oslo") and not names("", "Oslo")
-    assert names_alone("Ines Keller", "ines keller", ["Oslo"]) == 1.0
-    assert names_alone("Ines Keller or Oslo", "Ines Keller", ["Oslo"]) == 0.0
+    assert mentions("Your gym is the Silver Otter!", "The Silver Otter") and mentions("At 7:45 pm.", "7:45 pm")
+    assert not mentions("It is 14:305.", "14:30") and not mentions("Oslofjord", "Oslo") and not mentions("", "Oslo")
+    assert mentions_only("Ines Keller", "ines keller", ["Oslo"]) == 1.0
+    assert mentions_only("Ines Keller or Oslo", "Ines Keller", ["Oslo"]) == 0.0
 
 
 @pytest.mark.parametrize(

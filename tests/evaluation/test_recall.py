@@ -104,7 +104,7 @@ def test_distractors_are_of_the_asked_kind_first():
         assert len(names) == 7 and kinds.count(dialogues.KIND_OF[attribute].question) == 4
     told_first = [dialogues.Fact("door", "navy"), dialogues.Fact("dog", "Rex")]
     for seed in range(5):
-        names = [fact.attribute for fact in dialogues.alike(random.Random(seed), told_first, 7, held_out=True)]
+        names = [fact.attribute for fact in dialogues.similar_facts(random.Random(seed), told_first, 7, held_out=True)]
         assert set(names[:3]) == {"car", "bike", "boat"} and set(names[3:6]) == {"cat", "horse", "parrot"}
     assert Recall([2], 3, distractors=5).items() != Recall([2], 3, distractors=4).items()
 

@@ -26,7 +26,7 @@ from deltamem_tool.evaluation.report.page import FILES, check_folder
 from deltamem_tool.evaluation.report.tables import score_table
 from deltamem_tool.evaluation.report.templating import MAX_SHOWN
 from deltamem_tool.evaluation.run_info import without_folders
-from deltamem_tool.evaluation.scoring.statistics import p_text
+from deltamem_tool.evaluation.scoring.statistics import p_value_text
 
 EVIL = (
     "<script>alert(1)</script><img src=//evil.example/x onerror=alert(2)></style></title></table>\"'>"
@@ -101,7 +101,7 @@ def test_the_page_shows_the_figures_of_the_json(folder):
     assert said["overall"]["state"][0] == 0.75 and scores
     over = said["differences"]["zero_state"]
     shown = next(row for row in page.rows if row[0] == "zero state" and row[1].startswith("+"))
-    assert shown[1].startswith(f"+{over['mean']:.2f}") and shown[2:] == [p_text(over["p_value"], 10), "10"]
+    assert shown[1].startswith(f"+{over['mean']:.2f}") and shown[2:] == [p_value_text(over["p_value"], 10), "10"]
     assert all(f"{line[0].upper()}{line[1:]}." in page.text for line in said["verdict"])
     assert said["group_differences"]["2 facts"]["donor_state"]["histories"] == 10
     assert said["other_metrics"] == {"f1": said["overall"]} and said["other_scores"] == {"f1": said["scores"]}

@@ -14,11 +14,11 @@ from deltamem_tool.evaluation.scoring.statistics import (
     UNDECIDED,
     WITHIN,
     Difference,
-    beside_margin,
     check_margin,
     difference,
     estimate,
     is_clear,
+    position_to_margin,
     verdict,
 )
 
@@ -92,7 +92,7 @@ def test_an_interval_beside_a_margin():
         (-0.11, 0.05, UNDECIDED),
         (-0.3, 0.3, UNDECIDED),
     ):
-        assert beside_margin(low, high, 0.1) == place
+        assert position_to_margin(low, high, 0.1) == place
     for margin in (0.0, -0.1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="Invalid margin"):
             check_margin(margin)

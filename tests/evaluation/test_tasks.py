@@ -20,7 +20,7 @@ from deltamem_tool.evaluation.records import Record
 from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, read_evaluation
 from deltamem_tool.evaluation.report.tables import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
-from deltamem_tool.evaluation.scoring.metrics import best, contains, exact_match, normalise, token_f1
+from deltamem_tool.evaluation.scoring.metrics import best_score, contains, exact_match, normalise, token_f1
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.recall import Recall
 
@@ -96,7 +96,7 @@ def test_metrics_are_the_published_ones(answer, right, same, f1):
 
 
 def test_the_best_of_several_answers_counts():
-    assert best(token_f1, "New York", ["York", "new york"]) == 1.0
+    assert best_score(token_f1, "New York", ["York", "new york"]) == 1.0
     assert contains("It was Paris, in 1990.", "paris") == 1.0 and contains("London", "paris") == 0.0
     assert normalise("An apple — a day") == "apple — day"  # only ASCII punctuation, as the scripts have it
 

@@ -11,7 +11,7 @@ from training.talks import write_talks
 
 from deltamem_tool import DeltaMemConfig
 from deltamem_tool.adapter.config_file import WEIGHTS_FILE
-from deltamem_tool.cli.console import in_words
+from deltamem_tool.cli.console import duration_text
 from deltamem_tool.recipe.load import DataOptions, LoraOptions, Recipe, TrainingOptions
 from deltamem_tool.training import train
 
@@ -58,5 +58,5 @@ def test_dropout_draws_what_it_would_have_drawn(recipe, tmp_path):
         (100_000, "about 28 hours"),
     ],
 )
-def test_in_words(seconds, words):
-    assert in_words(seconds) == words
+def test_duration_text(seconds, words):
+    assert duration_text(seconds) == words

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from deltamem_tool._version import __version__
 from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.conditions import STATE, readable_name
 from deltamem_tool.evaluation.records import ITEMS, RECORDS_FILE, SETTINGS_FILE, Record, read_records
 from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, read_evaluation
 from deltamem_tool.evaluation.report.settings import COST, settings
@@ -19,12 +19,12 @@ from deltamem_tool.evaluation.scoring.scales import scale_of
 from deltamem_tool.evaluation.scoring.statistics import (
     FEWEST,
     Interval,
-    beside_margin,
     check_margin,
     difference,
     difference_of_means,
     is_clear,
-    margin_words,
+    margin_text,
+    position_to_margin,
 )
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
@@ -83,16 +83,16 @@ class Row:
     @property
     def label(self) -> str:
         """The condition in words, or the gain of the state over it."""
-        return f"state over {in_words(self.condition)}" if self.is_gain else in_words(self.condition)
+        return f"state over {readable_name(self.condition)}" if self.is_gain else readable_name(self.condition)
 
     @property
-    def in_words(self) -> str:
+    def sentence(self) -> str:
         """The difference as a sentence."""
         where = self.label if self.group is None else f"{self.group}, {self.label}"
         if self.histories is not None and self.histories < FEWEST:
             return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f}{self.unit})"
         size = plus_minus(self.mean, self.low, self.high, is_signed=not self.is_clear)
-        beside = margin_words(self.low, self.high, self.margin, self.unit)
+        beside = margin_text(self.low, self.high, self.margin, self.unit)
         if not self.is_clear:
             return f"{where}: the difference is not distinguishable from 0 ({size}{self.unit}){beside}"
         word = "higher" if self.mean > 0 else "lower"
@@ -107,7 +107,7 @@ class Row:
         """Return the row, and its position relative to the margin if there is one and enough histories."""
         if self.margin is None or (self.histories is not None and self.histories < FEWEST):
             return asdict(self)
-        return {**asdict(self), "beside_margin": beside_margin(self.low, self.high, self.margin)}
+        return {**asdict(self), "beside_margin": position_to_margin(self.low, self.high, self.margin)}
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Comparison:
 
     def verdict(self) -> list[str]:
         """Return the differences as sentences: over all questions or else by group, then the gain of the state."""
-        return [row.in_words for row in [*(self.overall or self.rows), *self.gains]]
+        return [row.sentence for row in [*(self.overall or self.rows), *self.gains]]
 
     @property
     def overall(self) -> list[Row]:
@@ -368,7 +368,7 @@ def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str
 def _alone(a: EvaluationFile, b: EvaluationFile) -> list[str]:
     """Return the conditions and groups that only one evaluation has, as remarks."""
     return [
-        f"only {label} has the {kind} {in_words(name)}"
+        f"only {label} has the {kind} {readable_name(name)}"
         for kind, key in (("condition", "conditions"), ("group", "groups"))
         for label, one, other in (("A", a, b), ("B", b, a))
         for name in one.result[key]

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.conditions import STATE, readable_name
 from deltamem_tool.evaluation.scoring.statistics import Interval
 from deltamem_tool.io.pictures import printable
 
@@ -195,7 +195,7 @@ def _curves(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, S
         means, lows, highs = zip(*rows[name], strict=True)
         axes.plot(places, means, label=_label(name), **style)
         axes.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
-    axes.set_ylabel(in_words(metric))
+    axes.set_ylabel(readable_name(metric))
     axes.set_xticks(places, [_label(group, 12) for group in groups])
     if _are_shares(rows):
         axes.set_ylim(-0.03, 1.03)
@@ -208,7 +208,7 @@ def _dots(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Seq
         places = [group + (at + 1) / (len(rows) + 1) for group in range(len(groups))]
         axes.hlines(places, lows, highs, color=style["color"], linewidth=1.5)
         axes.plot(means, places, linestyle="none", marker=style["marker"], color=style["color"], label=_label(name))
-    axes.set_xlabel(in_words(metric))
+    axes.set_xlabel(readable_name(metric))
     axes.set_yticks([group + 0.5 for group in range(len(groups))], [_label(group, _NARROW) for group in groups])
     axes.set_ylim(len(groups), 0)
     axes.tick_params(axis="y", length=0)
@@ -220,7 +220,7 @@ def _dots(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Seq
 
 def _label(name: str, width: int = _NARROW) -> str:
     """Wrap a name. Text that no font has, such as half of a surrogate pair, becomes question marks."""
-    return fill(printable(in_words(name)), width)
+    return fill(printable(readable_name(name)), width)
 
 
 def _are_shares(rows: Mapping[str, Sequence[Interval]]) -> bool:

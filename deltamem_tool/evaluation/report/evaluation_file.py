@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deltamem_tool._version import __version__
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
-from deltamem_tool.evaluation.scoring.statistics import FEWEST, Difference, beside_margin
+from deltamem_tool.evaluation.scoring.statistics import FEWEST, Difference, position_to_margin
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import read_json
@@ -82,15 +82,17 @@ def evaluation_json(
 
 def _differences(evaluation: Evaluation, group: str | None) -> dict[str, Any]:
     """Return the differences between the state and each other condition."""
-    differences = {name: evaluation.difference(evaluation.metrics[0], name, group) for name in evaluation.others}
-    return {name: {**asdict(one), **_beside_margin(one, evaluation.margin)} for name, one in differences.items()}
+    differences = {
+        name: evaluation.difference(evaluation.metrics[0], name, group) for name in evaluation.other_conditions
+    }
+    return {name: {**asdict(one), **_margin_fields(one, evaluation.margin)} for name, one in differences.items()}
 
 
-def _beside_margin(one: Difference, margin: float | None) -> dict[str, str]:
+def _margin_fields(one: Difference, margin: float | None) -> dict[str, str]:
     """Return the position relative to the margin; empty without a margin, or with too few histories for a test."""
     if margin is None or one.histories < FEWEST:
         return {}
-    return {"beside_margin": beside_margin(one.low, one.high, margin)}
+    return {"beside_margin": position_to_margin(one.low, one.high, margin)}
 
 
 def _row(evaluation: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:
@@ -118,12 +120,12 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     if is_newer(result.get("format_version"), FORMAT_VERSION):
         update = update_command(result.get("deltamem_version"))
         raise DataError(f"{file} has a newer format.", "", f"Update deltamem-tool: {update}")
-    if not _is_whole(result):
+    if not _is_complete(result):
         raise DataError(f"{file} is incomplete.", "It lacks results of the evaluation.", _AGAIN)
     return result
 
 
-def _is_whole(result: dict[str, Any]) -> bool:
+def _is_complete(result: dict[str, Any]) -> bool:
     """Return whether the file has everything that readers, such as the model card, show."""
     texts = [result.get(name) for name in ("adapter", "task", "protocol", "metric")]
     groups, conditions, scores = result.get("groups"), result.get("conditions"), result.get("scores")

@@ -10,12 +10,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.conditions import STATE, readable_name
 from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Record
 from deltamem_tool.evaluation.report.drawing import DARK, differences_figure, scores_figure, svg
 from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, write_evaluation
 from deltamem_tool.evaluation.report.settings import settings
-from deltamem_tool.evaluation.report.templating import rendered
+from deltamem_tool.evaluation.report.templating import render_template
 from deltamem_tool.evaluation.scoring.statistics import FEWEST, is_clear
 from deltamem_tool.io.atomic import check_writable, write_whole
 
@@ -53,13 +53,13 @@ def write_report(folder: Path, result: Mapping[str, Any], records: Sequence[Reco
         result: the result of `evaluation_json`.
         records: the records in the folder.
     """
-    known = _known(result, records)
+    known = _template_values(result, records)
     write_evaluation(folder / EVALUATION_FILE, result)
-    write_whole(folder / MARKDOWN_FILE, rendered("report.md.jinja", **known))
-    write_whole(folder / PAGE_FILE, rendered("report.html.jinja", **known))
+    write_whole(folder / MARKDOWN_FILE, render_template("report.md.jinja", **known))
+    write_whole(folder / PAGE_FILE, render_template("report.html.jinja", **known))
 
 
-def _known(result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+def _template_values(result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     run = result.get("run")
     return {
         "dark": DARK,
@@ -69,7 +69,7 @@ def _known(result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, An
         "state": STATE,
         "total": sum(result["questions"]),
         "histories": len({record.history for record in records}),
-        "meanings": [(in_words(name), meaning) for name, meaning in result["conditions"].items()],
+        "meanings": [(readable_name(name), meaning) for name, meaning in result["conditions"].items()],
         "command": shlex.join(run["command"]) if run else "",
         "settings": settings(result),
         "fewest": FEWEST,
@@ -114,7 +114,7 @@ def _sample(result: Mapping[str, Any], records: Sequence[Record]) -> list[dict[s
 
 def _scores_plot(result: Mapping[str, Any]) -> dict[str, str]:
     rows = {name: result["scores"][name] for name in result["conditions"]}
-    means = "; ".join(f"{in_words(name)} {result['overall'][name][0]:.2f}" for name in rows)
+    means = "; ".join(f"{readable_name(name)} {result['overall'][name][0]:.2f}" for name in rows)
 
     def draw(narrow: bool) -> Figure:
         return scores_figure(result["metric"], result["groups"], rows, narrow=narrow)
@@ -131,7 +131,7 @@ def _differences_plot(result: Mapping[str, Any]) -> dict[str, str]:
         return {}
 
     def draw(narrow: bool) -> Figure:
-        return differences_figure(f"state minus the other, {in_words(result['metric'])}", differences, narrow)
+        return differences_figure(f"state minus the other, {readable_name(result['metric'])}", differences, narrow)
 
     return both_widths("differences", draw, "Gain from the state", "; ".join(result["verdict"]))
 

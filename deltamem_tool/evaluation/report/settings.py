@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deltamem_tool.evaluation.conditions import in_words
+from deltamem_tool.evaluation.conditions import readable_name
 
 COST = "Cost"  # the part of the settings with the time and tokens that a run took
 
@@ -22,7 +22,7 @@ def settings(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
         COST: _cost(run.get("cost")),
     }
     return [
-        (heading, [(in_words(name), readable(value)) for name, value in rows.items()])
+        (heading, [(readable_name(name), value_text(value)) for name, value in rows.items()])
         for heading, rows in parts.items()
         if rows
     ]
@@ -39,14 +39,14 @@ def _cost(cost: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def readable(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as readable text."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return ", ".join(map(readable, value))
+        return ", ".join(map(value_text, value))
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {readable(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {value_text(part)}" for name, part in value.items())
     return str(value)

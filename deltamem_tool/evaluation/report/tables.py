@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from deltamem_tool.evaluation.conditions import in_words
+from deltamem_tool.evaluation.conditions import readable_name
 from deltamem_tool.evaluation.report.drawing import losses_figure, scores_figure
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.digits import mean_and_interval
@@ -25,14 +25,16 @@ def score_table(evaluation: Evaluation, metric: str | None = None) -> Table:
     counts = {
         group: len(evaluation.scores(metric, evaluation.conditions[0].name, group)[0]) for group in evaluation.groups
     }
-    table = Table(title=f"{escape(evaluation.task)}, protocol {evaluation.protocol}: {in_words(metric)}, 95 % interval")
+    table = Table(
+        title=f"{escape(evaluation.task)}, protocol {evaluation.protocol}: {readable_name(metric)}, 95 % interval"
+    )
     table.add_column("", style="bold", overflow="fold")
     for group in evaluation.groups:
         # Fold, so that numbers stay complete if many groups share a narrow screen.
         table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right", overflow="fold")
     for condition in evaluation.conditions:
         estimates = [evaluation.estimate(metric, condition.name, group) for group in evaluation.groups]
-        table.add_row(escape(in_words(condition.name)), *(_cell(metric, one) for one in estimates))
+        table.add_row(escape(readable_name(condition.name)), *(_cell(metric, one) for one in estimates))
     return table
 
 

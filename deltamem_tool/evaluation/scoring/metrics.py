@@ -93,14 +93,14 @@ def contains(answer: str, right: str) -> float:
     return float(normalise(right) in normalise(answer))
 
 
-def names(answer: str, value: str) -> bool:
+def mentions(answer: str, value: str) -> bool:
     """Whether a value occurs in the answer as whole words, once both are normalised."""
     return f" {normalise(value)} " in f" {normalise(answer)} "
 
 
-def names_alone(answer: str, value: str, others: Sequence[str]) -> float:
+def mentions_only(answer: str, value: str, others: Sequence[str]) -> float:
     """Whether a value occurs in the answer, and none of the others."""
-    return float(names(answer, value) and not any(names(answer, other) for other in others))
+    return float(mentions(answer, value) and not any(mentions(answer, other) for other in others))
 
 
 def declines(answer: str) -> bool:
@@ -108,6 +108,6 @@ def declines(answer: str) -> bool:
     return _DECLINES.search(answer.lower().replace("\u2019", "'")) is not None
 
 
-def best(metric: Callable[[str, str], float], answer: str, answers: Sequence[str]) -> float:
+def best_score(metric: Callable[[str, str], float], answer: str, answers: Sequence[str]) -> float:
     """The score against the answer that fits best."""
     return max(metric(answer, right) for right in answers)

@@ -127,14 +127,14 @@ def check_margin(margin: float | None) -> None:
         )
 
 
-def beside_margin(low: float, high: float, margin: float) -> str:
+def position_to_margin(low: float, high: float, margin: float) -> str:
     """Where the whole interval of a difference is: BEYOND the margin on either side, WITHIN it, or UNDECIDED."""
     if low > margin or high < -margin:
         return BEYOND
     return WITHIN if -margin <= low and high <= margin else UNDECIDED
 
 
-def margin_words(low: float, high: float, margin: float | None, unit: str = "") -> str:
+def margin_text(low: float, high: float, margin: float | None, unit: str = "") -> str:
     """The same as the end of a sentence about the difference; empty without a margin."""
     if margin is None:
         return ""
@@ -144,7 +144,7 @@ def margin_words(low: float, high: float, margin: float | None, unit: str = "") 
         WITHIN: f"within {size}",
         UNDECIDED: f"which may be within {size} or beyond it",
     }
-    return f", {words[beside_margin(low, high, margin)]}"
+    return f", {words[position_to_margin(low, high, margin)]}"
 
 
 def verdict(against: str, difference: Difference, unit: str = "", margin: float | None = None) -> str:
@@ -159,14 +159,14 @@ def verdict(against: str, difference: Difference, unit: str = "", margin: float 
     if difference.histories < FEWEST:
         return f"over {against}, {difference.histories} histories are too few for a test ({difference.mean:+.2f}{unit})"
     text = plus_minus(difference.mean, difference.low, difference.high, is_signed=not difference.is_clear)
-    beside = margin_words(difference.low, difference.high, margin, unit)
+    beside = margin_text(difference.low, difference.high, margin, unit)
     if not difference.is_clear:
         return f"over {against}, the difference is not distinguishable from 0 ({text}{unit}){beside}"
     word = "adds" if difference.mean > 0 else "costs"
     return f"the state {word} {text}{unit} over {against}{beside}"
 
 
-def p_text(value: float | None, histories: int | None) -> str:
+def p_value_text(value: float | None, histories: int | None) -> str:
     """Of a difference; where too few histories were tested, or none were paired, a dash."""
     if value is None or histories is None or histories < FEWEST:
         return "–"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.scoring.metrics import exact
-from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated
 
 QUESTIONS = Path(__file__).parents[2] / "assets" / "questions.txt"
@@ -48,7 +48,7 @@ class Agreement:
         for option, value in (("words of the start", start), ("tokens of an answer", new_tokens)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"The number of {option} must be 1 or more.", f"It is {value!r}.", "Correct it.")
-        self._data = needs_data(self.name, str(QUESTIONS) if data is None else data, "questions.txt", history=history)
+        self._data = require_data(self.name, str(QUESTIONS) if data is None else data, "questions.txt", history=history)
         self._history, self._facts, self._seed = history, facts, seed
         self._start, self.max_new_tokens = start, new_tokens
 

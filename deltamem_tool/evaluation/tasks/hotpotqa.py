@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.scoring.metrics import exact_match, token_f1
-from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.segments.messages import Message
 
 _ASK = "{question}\nAnswer with the name, the few words, or yes or no alone."
@@ -31,7 +31,7 @@ class HotpotQA:
     max_new_tokens = 32
 
     def __init__(self, data: str | None = None, config: str | None = None, split: str | None = None) -> None:
-        self._data = needs_data(self.name, data, "hotpot_dev_distractor_v1.json", config=config, split=split)
+        self._data = require_data(self.name, data, "hotpot_dev_distractor_v1.json", config=config, split=split)
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:

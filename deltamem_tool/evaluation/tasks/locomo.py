@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.segments.messages import Message
 
 GROUPS = {1: "multi-hop", 2: "temporal", 3: "open domain", 4: "single-hop", 5: "adversarial"}
@@ -44,7 +44,7 @@ class LoCoMo:
     max_new_tokens = 32
 
     def __init__(self, data: str | None = None, config: str | None = None, split: str | None = None) -> None:
-        self._data = needs_data(self.name, data, "locomo10.json", config=config, split=split)
+        self._data = require_data(self.name, data, "locomo10.json", config=config, split=split)
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:

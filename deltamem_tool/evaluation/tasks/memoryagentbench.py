@@ -13,7 +13,7 @@ from typing import Any
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.chunks import Count, sentence_chunks, token_counter
-from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.evaluation.tasks.memoryagentbench_scores import Movies, answer_scores
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.segments.messages import Message
@@ -151,7 +151,7 @@ class MemoryAgentBench:
         without_judge: bool = False,
     ) -> None:
         texts = {"config": config, "split": split, "tokenizer": tokenizer, "movies": movies}
-        self._data = needs_data(self.name, data, "ai-hyz/MemoryAgentBench", **texts)
+        self._data = require_data(self.name, data, "ai-hyz/MemoryAgentBench", **texts)
         if chunk is not None and (type(chunk) is not int or chunk < 1):
             raise ConfigError(
                 f"The chunk size {chunk!r} is not valid.", "A chunk has one token or more.", "Use 1 or more."

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.evaluation.scoring.metrics import best, contains, exact_match, rouge, token_f1
+from deltamem_tool.evaluation.scoring.metrics import best_score, contains, exact_match, rouge, token_f1
 
 CUTOFFS = (1, 5, 10)  # of the recall of recommendations
 _ANSWER = "Answer:"
@@ -29,9 +29,9 @@ def first_answer(text: str) -> str:
 def text_scores(answer: str, right: Sequence[str]) -> dict[str, float]:
     """The best over the right answers, by metric: the script's `calculate_metrics`."""
     scores = {
-        "exact_match": best(exact_match, answer, right),
-        "f1": best(token_f1, answer, right),
-        "substring_exact_match": best(contains, answer, right),
+        "exact_match": best_score(exact_match, answer, right),
+        "f1": best_score(token_f1, answer, right),
+        "substring_exact_match": best_score(contains, answer, right),
     }
     for kind in ("rougeL", "rougeLsum"):
         rouges = [rouge(answer, one, kind) for one in right]

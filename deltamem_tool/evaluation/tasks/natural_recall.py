@@ -12,7 +12,7 @@ from deltamem_tool.data.fact_conversations import FORMS
 from deltamem_tool.data.fact_words import EVERYTHING, SYSTEMS, HeldOut
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
-from deltamem_tool.evaluation.scoring.metrics import declines, names_alone
+from deltamem_tool.evaluation.scoring.metrics import declines, mentions_only
 from deltamem_tool.evaluation.task import Item, create_task
 from deltamem_tool.evaluation.tasks.recall import (
     FALSE_ANSWER,
@@ -121,10 +121,12 @@ class NaturalRecall(Recall):
         """`contains`, and those of the other metrics that are asked for."""
         assert isinstance(item, AskedFact)
         value, others, knows = item.answers[0], item.others, not declines(answer)
-        right = names_alone(answer, value, [*others, *filter(None, [item.stale])]) if item.is_told else float(not knows)
+        right = (
+            mentions_only(answer, value, [*others, *filter(None, [item.stale])]) if item.is_told else float(not knows)
+        )
         scores = {CONTAINS: right}
         if OLD in self.metrics:
-            scores[OLD] = names_alone(answer, item.stale, [*others, value]) if item.stale else 0.0
+            scores[OLD] = mentions_only(answer, item.stale, [*others, value]) if item.stale else 0.0
         if FALSE_ANSWER in self.metrics:
             scores[FALSE_ANSWER] = float(knows and not right)
         return scores
@@ -132,42 +134,42 @@ class NaturalRecall(Recall):
     def _sample(self, rng: random.Random, count: int) -> list[Any]:
         return facts.sample_facts(rng, count, self._held_out, self._third_person, self._bare)
 
-    def _alike(self, rng: random.Random, told: Sequence[Any], count: int) -> list[Any]:
-        return facts.alike(rng, told, count, self._held_out)
+    def _similar_facts(self, rng: random.Random, told: Sequence[Any], count: int) -> list[Any]:
+        return facts.similar_facts(rng, told, count, self._held_out)
 
     def _other_value(self, rng: random.Random, fact: Any, told: Sequence[Any]) -> Any:
         return facts.other_value(rng, fact, told, self._held_out)
 
-    def _never_told(self, rng: random.Random, told: Sequence[Any]) -> Any:
-        return facts.never_told(rng, told, self._held_out, self._third_person)
+    def _untold_fact(self, rng: random.Random, told: Sequence[Any]) -> Any:
+        return facts.untold_fact(rng, told, self._held_out, self._third_person)
 
-    def _telling(
+    def _fact_history(
         self, rng: random.Random, told: Sequence[Any], anew: Any = None, is_change: bool = False
     ) -> list[Message]:
         messages = fact_conversations.system_prompt(rng, self._form, self._systems, self._system)
         if anew is None:
-            return messages + fact_conversations.telling(rng, told, self._form, self._held_out, self._talk)
-        messages += fact_conversations.telling(rng, told, self._form, self._held_out, self._talk, changed=0.0)
+            return messages + fact_conversations.fact_history(rng, told, self._form, self._held_out, self._talk)
+        messages += fact_conversations.fact_history(rng, told, self._form, self._held_out, self._talk, changed=0.0)
         if is_change:
-            return messages + fact_conversations.acknowledged(rng, anew.change(rng, self._held_out))
-        sentence = fact_conversations.stating(rng, anew, self._form, self._held_out)
-        return messages + fact_conversations.acknowledged(rng, sentence)
+            return messages + fact_conversations.statement_exchange(rng, anew.change(rng, self._held_out))
+        sentence = fact_conversations.statement_sentence(rng, anew, self._form, self._held_out)
+        return messages + fact_conversations.statement_exchange(rng, sentence)
 
     def _small_talk(self, rng: random.Random, turns: int) -> list[Message]:
         return fact_conversations.small_talk(rng, turns)
 
     def _other_facts(self, rng: random.Random, told: Sequence[Any], turns: int) -> tuple[list[Message], list[str]]:
-        others = facts.alike(rng, told, min(turns, _OTHERS), self._held_out)
+        others = facts.similar_facts(rng, told, min(turns, _OTHERS), self._held_out)
         messages: list[Message] = []
         values: list[str] = []
         for turn in range(turns):
             fact = others[turn % len(others)]
             if turn < len(others):
-                sentence = fact_conversations.stating(rng, fact, self._form, self._held_out)
+                sentence = fact_conversations.statement_sentence(rng, fact, self._form, self._held_out)
             else:
                 fact = others[turn % len(others)] = facts.other_value(rng, fact, [*told, *others], self._held_out)
                 sentence = fact.change(rng, self._held_out)
-            messages += fact_conversations.acknowledged(rng, sentence)
+            messages += fact_conversations.statement_exchange(rng, sentence)
             values.append(fact.value)
         return messages, values
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.evaluation.tasks.unrelated import FACTS, unrelated
 from deltamem_tool.segments.messages import Message
 
@@ -60,7 +60,7 @@ class Perplexity:
         if type(turns) is not int or turns < 1:
             raise ConfigError("The number of turns to score must be 1 or more.", f"It is {turns!r}.", "Correct it.")
         texts = {"split": split, "revision": revision, "history": history}
-        self._data = needs_data(self.name, data, "conversations.jsonl", **texts)
+        self._data = require_data(self.name, data, "conversations.jsonl", **texts)
         self._turns, self._split, self._revision = turns, split, revision
         self._facts, self._history, self._seed = facts, history, seed
 

@@ -131,11 +131,11 @@ class Recall:
         asked = rng.choice(chosen)
         if self._distractors:
             others = [fact for fact in chosen if fact != asked]
-            chosen += self._alike(rng, [asked, *others], self._distractors)
+            chosen += self._similar_facts(rng, [asked, *others], self._distractors)
             rng.shuffle(chosen)
         messages, stale = self._messages(rng, chosen, asked)
         other_rng = random.Random(f"{name}/{self._seed}")  # so that all other conversations stay as they are
-        unsaid = self._never_told(other_rng, chosen) if never_told else None
+        unsaid = self._untold_fact(other_rng, chosen) if never_told else None
         said_later: list[str] = []
         if delay and self._between == OTHER_FACTS:
             told = chosen if unsaid is None else [*chosen, unsaid]
@@ -163,10 +163,10 @@ class Recall:
     def _messages(self, rng: random.Random, facts: Sequence[Any], asked: Any) -> tuple[list[Message], Any]:
         """The conversation that tells `facts`; and what was said of the one that is `asked` before it was told anew."""
         if self._kind == STATED:
-            return self._telling(rng, facts), None
+            return self._fact_history(rng, facts), None
         stale = self._other_value(rng, asked, facts)
         first = [stale if fact == asked else fact for fact in facts]
-        return self._telling(rng, first, asked, is_change=self._kind == CHANGED), stale
+        return self._fact_history(rng, first, asked, is_change=self._kind == CHANGED), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
         """The metric that decides, and those of the others that are asked for."""
@@ -182,24 +182,24 @@ class Recall:
     def _sample(self, rng: random.Random, count: int) -> list[Any]:
         return dialogues.sample_facts(rng, count, held_out=True)
 
-    def _alike(self, rng: random.Random, facts: Sequence[Any], count: int) -> list[Any]:
-        return dialogues.alike(rng, facts, count, held_out=True)
+    def _similar_facts(self, rng: random.Random, facts: Sequence[Any], count: int) -> list[Any]:
+        return dialogues.similar_facts(rng, facts, count, held_out=True)
 
     def _other_value(self, rng: random.Random, fact: Any, facts: Sequence[Any]) -> Any:
         return dialogues.sample_value(rng, fact.attribute, held_out=True, other_than=fact.value)
 
-    def _never_told(self, rng: random.Random, facts: Sequence[Any]) -> Any:
-        return dialogues.never_told(rng, facts, held_out=True)
+    def _untold_fact(self, rng: random.Random, facts: Sequence[Any]) -> Any:
+        return dialogues.untold_fact(rng, facts, held_out=True)
 
-    def _telling(
+    def _fact_history(
         self, rng: random.Random, facts: Sequence[Any], anew: Any = None, is_change: bool = False
     ) -> list[Message]:
         """A conversation that tells `facts`, and at its end, if there is one, the fact `anew`."""
         if anew is None:
-            return dialogues.telling(rng, facts, held_out=True)
+            return dialogues.fact_history(rng, facts, held_out=True)
         sentence = anew.change(rng) if is_change else anew.statement(rng)
-        messages = dialogues.telling(rng, facts, held_out=True, changed=0.0)
-        return messages + dialogues.acknowledged(rng, sentence)
+        messages = dialogues.fact_history(rng, facts, held_out=True, changed=0.0)
+        return messages + dialogues.statement_exchange(rng, sentence)
 
     def _small_talk(self, rng: random.Random, turns: int) -> list[Message]:
         return dialogues.small_talk(rng, turns)

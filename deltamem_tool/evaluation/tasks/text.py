@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated
 
 _ASK = "Go on with this text:\n\n"
@@ -34,7 +34,7 @@ class Text:
     ) -> None:
         if type(words) is not int or words < 2:
             raise ConfigError("The number of words of a passage must be 2 or more.", f"It is {words!r}.", "Correct it.")
-        self._data, self._words = needs_data(self.name, data, "text.txt", history=history), words
+        self._data, self._words = require_data(self.name, data, "text.txt", history=history), words
         self._history, self._facts, self._seed = history, facts, seed
 
     def items(self) -> list[Item]:
