@@ -371,7 +371,9 @@ def _check_fits(engine: Engine, memory: StoredMemory) -> None:
     rows = {len(state) for state in memory.states.values()}
     if rows != {1}:
         raise MemoryStateError(
-            "A conversation starts from one memory.", f"This one holds {max(rows)} rows.", "Pick one row."
+            "A memory to start from must hold one conversation.",
+            f"This one holds {max(rows)}.",
+            "Select one with `MemoryState.select`, and save it.",
         )
 
 

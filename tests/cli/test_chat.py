@@ -102,7 +102,7 @@ def test_a_memory_that_does_not_fit_is_refused_before_the_first_prompt(here, del
     write_memory("small", StoredMemory({0: np.zeros((1, 1, 2, 2), np.float32)}, {}, engine.adapter))
     write_memory("two", StoredMemory({i: np.repeat(s, 2, 0) for i, s in empty.states.items()}, {}, engine.adapter))
     before = {path.name: path.read_bytes() for path in here.iterdir()}
-    for name, says in (("stranger", "another adapter"), ("small", "does not fit"), ("two", "one memory")):
+    for name, says in (("stranger", "another adapter"), ("small", "does not fit"), ("two", "one conversation")):
         piped(monkeypatch, TOLD)
         deltamem("chat", "builtin:adapter", "--memory", name).assert_short_error(says, code=1)
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before

@@ -12,12 +12,12 @@ ONNX Runtime's `LinearAttention` decays, writes, and then reads, by the rule
 One product of the hidden states gives the inputs of both slots side by side, and a reshape turns them into steps. An
 input that a slot does not use is a zero weight, or a gate that the ceiling keeps shut:
 
-    | slot  | query and key | value | z (of β) | y (of λ = sigmoid(−y)), where it is not z |
+    | slot  | query and key | value | z (of β) | y (of λ = sigmoid(−y)), unless it is z    |
     | read  | query         | 0     | shut     | shut                                      |
     | write | key           | value | z        | y                                         |
 
 The readings of the second slot are dropped. α/R and the learned scales are part of Δ. The hidden states of padding are
-used as they are, and padding reads from the state; nobody sees the result. A NaN there would reach every other token
+used as they are. Padding reads from the state, and the result is ignored. A NaN there would reach every other token
 through the values of attention, with or without a memory.
 """
 
@@ -37,8 +37,8 @@ from deltamem_tool.onnx.export.rewrites import LEAN_MEMORY
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.onnx_scan import linear_attention
 
-# A gate's pre-activation goes up to here: e^-20 of a state is nothing beside what is written, in float32, and the sum
-# of z and log keep, which should cancel, is exact to 1e-6.
+# Maximum pre-activation of a gate. In float32, e^-20 of a state is negligible beside what is written, and z and log
+# keep, which should cancel, do so to 1e-6.
 OPEN = 20.0
 SHUT = -1e4  # its sigmoid, its exponential and its softplus are 0
 UNBOUNDED = 3e38  # no ceiling
@@ -46,9 +46,9 @@ READ, WRITE, SLOTS = 0, 1, 2
 
 
 def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> dict[int, FusedMemory]:
-    """What takes the place of the memories of `adapter` in a graph for `target`, by layer.
+    """Return the replacements of the memories of `adapter` in a graph for `target`, by layer.
 
-    Empty where nothing can, or where `without` names it among the rewrites to leave out.
+    Empty if the memories cannot be replaced, or if `without` has this rewrite.
     """
     if target.fusions is None or adapter.config.granularity != "token" or LEAN_MEMORY in without:
         return {}
@@ -57,13 +57,13 @@ def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection
 
 
 class Constants:
-    """What all memories of an adapter share, so that the graph computes it once.
+    """Constants that all memories of an adapter share, so that the graph has them once.
 
     Attributes:
-        ceiling: `[slots, C]`, the highest pre-activations of a token that writes, where C is groups · H·R.
-        shut: `[slots, C]`, those of one that does not.
+        ceiling: `[slots, C]`, maximum pre-activations of a token that writes, where C is groups · H·R.
+        shut: `[slots, C]`, maximum pre-activations of a token that does not write.
         zero, minus: `[H·R]`, 0 and −1, the bias and the factor of a softplus.
-        length: `[R]`, what makes a norm of mean squares one of sums.
+        length: `[R]`, the scale that turns an RMS norm into an L2 norm.
     """
 
     def __init__(self, config: DeltaMemConfig) -> None:
@@ -79,13 +79,13 @@ class Constants:
 
 
 class FusedMemory(nn.Module):
-    """In the place of a `memory` whose tokens all write by themselves, with the same methods.
+    """A replacement, with the same methods, for the memory of a layer in which every token writes.
 
-    Its weights are copies, rearranged.
+    Its weights are rearranged copies.
 
     Args:
-        memory: the layer's.
-        constants: of the adapter.
+        memory: the memory of the layer.
+        constants: constants of the adapter.
     """
 
     projection: Tensor
@@ -121,12 +121,12 @@ class FusedMemory(nn.Module):
         self.delta = nn.ParameterDict({branch: self._delta(memory, branch) for branch in config.branches})
 
     def _by_row(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """A gate for every row of a state `[H·R, D]`, `[H·R]`, where there may be one a head."""
+        """Return weight and bias of a gate for every row of a state, `[H·R, D]` and `[H·R]`; gates may be per head."""
         copies = self.rows // len(weight)
         return weight.repeat_interleave(copies, 0), bias.repeat_interleave(copies, 0)
 
     def _delta(self, memory: DeltaMemLayer, branch: str) -> nn.Parameter:
-        """Δ by all that scales it, `[out, H·R]`."""
+        """Return Δ times all its scales, `[out, H·R]`."""
         scale = torch.tensor(memory.config.scale, dtype=torch.float32)
         if memory.scale_raw is not None:
             which = BRANCHES.index(branch) if memory.config.delta_scale == "branch" else 0
@@ -134,14 +134,14 @@ class FusedMemory(nn.Module):
         return nn.Parameter(memory.delta_of(branch).weight * scale, requires_grad=False)
 
     def matrices(self) -> Iterator[Tensor]:
-        """Every matrix that the graph gets, `[out, in]`."""
+        """Yield every matrix that goes into the graph, `[out, in]`."""
         yield self.projection
         yield from self.delta.values()
 
     def forward(
         self, hidden: Tensor, state: Tensor, read_mask: Tensor | None, write_mask: Tensor, *segments: Tensor | None
     ) -> LayerOutput:
-        """Do what `DeltaMemLayer.forward` does; readings are `[B, T, H·R]`.
+        """Compute the same as `DeltaMemLayer.forward`; readings are `[B, T, H·R]`.
 
         Padding reads too. There are no `segments`.
         """
@@ -166,7 +166,10 @@ class FusedMemory(nn.Module):
         return LayerOutput(readings[:, READ::SLOTS], state, None, None)
 
     def _gates(self, value: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """u, b and log keep, each `[B, slots·T, H·R]`; None where everything is kept. `y` is z where λ is 1 − β."""
+        """Return u, b and log keep, each `[B, slots·T, H·R]`; log keep is None if everything is kept.
+
+        `y` is z if λ is 1 − β.
+        """
         if self.config.update_rule == "no_lambda":
             return value, torch.sigmoid(z), None
         log_keep = _node("com.microsoft::LinearAttentionGate", [y, self.zero, self.minus], y.shape, version=1)
@@ -176,15 +179,15 @@ class FusedMemory(nn.Module):
         return value * torch.exp(log_keep), beta, log_keep
 
     def scaled(self, readings: Tensor) -> Tensor:
-        """As they are: Δ is scaled."""
+        """Return the readings unchanged, because Δ includes the scale."""
         return readings
 
     def correct(self, branch: str, readings: Tensor, output: Tensor) -> Tensor:
-        """`output` `[B, T, out]` of a branch's projection with its correction."""
+        """Add the correction to the `output` `[B, T, out]` of a branch's projection."""
         return output + self.correction(branch, readings).to(output.dtype)
 
     def correction(self, branch: str, readings: Tensor) -> Tensor:
-        """What `readings` add to one branch, float32 `[B, T, out]`."""
+        """Return the correction of one branch by `readings`, float32 `[B, T, out]`."""
         steer = F.linear(readings, self.delta[branch])
         return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
@@ -196,7 +199,7 @@ def _node(
     attributes: dict[str, Any] | None = None,
     version: int | None = None,
 ) -> Tensor:
-    """One operator, where PyTorch's exporter would write several."""
+    """Return the output of a single operator for which PyTorch's exporter would write several."""
     return torch.onnx.ops.symbolic(
         name, inputs, attributes or {}, dtype=torch.float32, shape=list(shape), version=version
     )

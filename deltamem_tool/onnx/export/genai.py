@@ -36,17 +36,17 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def read_start(path: str | Path, adapter: DeltaMemAdapter, target: Target) -> MemoryState:
-    """The memory file that a graph of `adapter` for `target` shall start from.
+    """Read the memory file that a graph of `adapter` for `target` starts from.
 
     Raises:
         ConfigError: the graph takes the state as an input.
-        MemoryStateError: it is missing or damaged, belongs to another adapter, or holds several conversations.
+        MemoryStateError: the memory is missing or damaged, belongs to another adapter, or holds several conversations.
     """
     if not target.genai:
         raise ConfigError(
-            f"A graph for {target.name} has no memory of its own.",
+            f"A graph for {target.name} cannot contain a memory.",
             "It takes the state as an input.",
-            "Leave the memory out, and give it to the runtime.",
+            "Leave the memory out, and pass it at run time.",
         )
     memory = MemoryState.load(path)
     _check_start(memory, adapter.memory_shape, adapter.fingerprint)
@@ -57,7 +57,7 @@ def write_adapter_file(folder: str | Path, memory: str | Path, out: str | Path) 
     """Write a memory file as an adapter file that starts conversations of a folder for onnxruntime-genai.
 
     Args:
-        folder: what `deltamem export … --target genai` wrote.
+        folder: a folder written by `deltamem export … --target genai`.
         memory: a memory file of the same adapter, with one conversation.
         out: the `.onnx_adapter` file, written whole or not at all.
 
@@ -88,12 +88,14 @@ def _check_start(memory: MemoryState, shape: MemoryShape, adapter: str) -> None:
     check_memory(memory.shape, memory.adapter, shape, adapter)
     if memory.batch_size != 1:
         raise MemoryStateError(
-            "A conversation starts from one memory.", f"This one holds {memory.batch_size} rows.", "Pick one row."
+            "A memory to start from must hold one conversation.",
+            f"This one holds {memory.batch_size}.",
+            "Select one with `MemoryState.select`, and save it.",
         )
 
 
 def _defaults(start: MemoryState) -> dict[str, NDArray[Any]]:
-    """Its states `[1, H, R, R]` by the names of the graph's inputs."""
+    """Return the states `[1, H, R, R]` by the names of the graph's inputs."""
     return {
         contract.carried_name(contract.INITIAL, i, contract.STATE): state.numpy() for i, state in start.layers.items()
     }
@@ -103,7 +105,7 @@ def _check_interface(interface: Interface) -> None:
     """Check that onnxruntime-genai can run a graph of this interface.
 
     Raises:
-        ExportError: it cannot.
+        ExportError: onnxruntime-genai cannot run it.
     """
     if interface.segment:
         raise ExportError(
@@ -132,11 +134,11 @@ def set_defaults(program: onnx_ir.Model, interface: Interface, start: MemoryStat
 def configuration(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface: Interface
 ) -> dict[str, dict[str, Any]]:
-    """What `genai_config.json` says.
+    """Return the content of `genai_config.json`.
 
     Raises:
-        ExportError: onnxruntime-genai cannot run the graph, or the model does not say how long its context is or what
-            ends an answer.
+        ExportError: onnxruntime-genai cannot run the graph, or the configs of the model lack the length of its context
+            or the token that ends an answer.
     """
     _check_interface(interface)
     described = _model(model, tokenizer, interface)
@@ -152,12 +154,12 @@ def write_config(folder: Path, content: dict[str, dict[str, Any]]) -> None:
 
 
 def spelled_out(template: str) -> str:
-    """Write the text of `template` as strings, so that every engine reads its white space alike.
+    """Rewrite the text of `template` as string expressions, so that every engine renders the same whitespace.
 
-    transformers takes off line ends after blocks and indentation before them, which onnxruntime-genai does not.
+    transformers strips line ends after blocks and indentation before them; onnxruntime-genai does not.
     """
     lexer = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    # The lexer has dropped what blocks strip before them; what they strip behind them is in their own token.
+    # The lexer has dropped the text that blocks strip before them; what they strip after them is in their token.
     pieces = []
     for _, kind, value in lexer.lex(template):
         if kind == "data":
@@ -181,7 +183,7 @@ def _model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface
         **_special_tokens(model, tokenizer, interface),
         "decoder": {
             "filename": contract.MODEL_FILE,
-            # Or every session says of every initial state that it has a default.
+            # Otherwise every session logs, for every initial state, that it has a default.
             "session_options": {"log_severity_level": 3, "provider_options": []},
             "num_hidden_layers": len(interface.layers),
             "num_attention_heads": getattr(config, "num_attention_heads", heads),
@@ -195,7 +197,7 @@ def _model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface
 
 
 def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface: Interface) -> dict[str, Any]:
-    """Ids by their names in the configuration; onnxruntime-genai takes 0 for one that is missing."""
+    """Return token ids by their names in the configuration. onnxruntime-genai uses 0 for a missing one."""
     token_ids: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         sources = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
@@ -206,7 +208,7 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     ends += sorted(stop_tokens(model, ChatText.from_tokenizer(tokenizer)).difference(ends))
     if not ends:
         raise ExportError(
-            "The model does not say which token ends an answer.",
+            "The model's configs do not name the token that ends an answer.",
             "onnxruntime-genai would use token 0 instead.",
             "Set eos_token_id in the base model's generation_config.json.",
         )
@@ -219,7 +221,7 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def _context_length(interface: Interface) -> int:
     if not interface.positions:
         raise ExportError(
-            "The model does not say how long its context is.",
+            "The model's config does not have the length of its context.",
             "onnxruntime-genai needs this length.",
             "Set max_position_embeddings in the base model's config.json.",
         )
@@ -227,9 +229,9 @@ def _context_length(interface: Interface) -> int:
 
 
 def _search(model: PreTrainedModel, interface: Interface) -> dict[str, Any]:
-    """Sampling as the model wants it, one beam, since beams are not reordered with their states; and who has the room.
+    """Return the search options: the model's own sampling, with one beam, because states do not follow their beams.
 
-    Packed keys and values are written into one buffer of `max_length` columns, which the package allocates.
+    Packed keys and values are written into one buffer of `max_length` columns, which onnxruntime-genai allocates.
     """
     wanted = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
     settings = {name: value for name, value in wanted.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Small editing steps from which rewrites of a graph are built."""
+"""Helpers with which rewrites edit a graph."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
 def given(node: ir.Node, position: int = 0) -> ir.Value:
-    """An input that is not left out."""
+    """Return an input of `node`, which must not be left out."""
     value = node.inputs[position]
     assert value is not None
     return value
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that `value` comes from, if it is one of `op_types`."""
+    """Return the node that produces `value`, if its type is one of `op_types`, or else None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type in op_types else None
 
 
 def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The node that reads `value`, if it alone does and is an `op_type`."""
+    """Return the node that reads `value`, if it is the only one and has the type `op_type`, or else None."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and uses[0].node.op_type == op_type else None
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """What is known of a value before the graph runs."""
+    """Return the array of a constant; None for any other value."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Register a constant, under this name or one like it."""
+    """Register a constant under this name, with a number appended if it is taken."""
     value = ir.Value(name=free_name(graph, name), const_value=ir.tensor(np.ascontiguousarray(array)))
     value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
     graph.register_initializer(value)
@@ -41,7 +41,7 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def free_name(graph: ir.Graph, name: str) -> str:
-    """`name`, or with a number behind it."""
+    """Return `name`, with a number appended if it is taken."""
     number, free = 0, name
     while free in graph.initializers:
         number += 1
@@ -50,7 +50,7 @@ def free_name(graph: ir.Graph, name: str) -> str:
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:
-    """Whoever reads `old` reads `new`, which has its type and, as an output of the graph, its name."""
+    """Replace `old` by `new` wherever it is read. `new` gets its type and, as an output of the graph, its name."""
     if new.shape is None:
         new.shape = old.shape
     copy_dtype(old, new)
@@ -61,6 +61,6 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
 
 
 def copy_dtype(source: ir.Value | None, value: ir.Value) -> None:
-    """Say of `value`, whose type is not known, that it is that of `source`."""
+    """Set the type of `value`, which is unknown, to that of `source`."""
     if value.dtype is None and source is not None and source.dtype is not None:
         value.dtype = source.dtype

@@ -38,11 +38,11 @@ def interface_of(
     target: Target,
     max_length: int = 0,
 ) -> Interface:
-    """What the graph of `model` for `target` will take and give, found by running one token.
+    """Derive the inputs and outputs of the graph of `model` for `target` by running one token.
 
     Raises:
-        ExportError: the model keeps something other than keys and values between calls, or, where keys and values are
-            to be of the fixed length `max_length`, not those of every token.
+        ExportError: the model keeps values between calls that a graph cannot carry, or a fixed length `max_length` is
+            requested and it does not keep the keys and values of every token.
     """
     if logits not in contract.LOGITS:
         raise ExportError(f"Invalid logits {logits!r}.", "", f"Choose one of {', '.join(contract.LOGITS)}.")
@@ -67,12 +67,12 @@ def interface_of(
     states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment_width
     layers = []
     for i in range(max(len(cache.layers), *(index + 1 for index in states))):
-        # A layer that reads the keys of another one keeps none, and may have no place in the cache.
+        # A layer that reads the keys of another layer keeps none itself, and the cache may have no entry for it.
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         columns = tuple((part, x.shape[-1]) for part, x in columns_of(held).items())
         layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held), columns, _ngrams(held)))
-    own_states = any(layer.base_states for layer in layers)  # which padding changes in PyTorch, and not in the graph
+    own_states = any(layer.base_states for layer in layers)  # padding changes them in PyTorch, but not in the graph
     loses_padding = not (packed or own_states or max_length or target.genai) and options.loses_padding(model)
     return Interface(
         packed=packed,
@@ -98,10 +98,10 @@ def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
 
 
 def _base_states(held: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
-    """Return the sizes of a cache layer's states of convolutions and of a recurrence: see `Layer`."""
+    """Return the sizes of a cache layer's states of convolutions and of a recurrence; see `Layer`."""
     if not isinstance(held, LinearAttentionCacheLayerMixin):
         return (), None
-    # transformers keeps one column more than later outputs depend on.
+    # transformers keeps one more column than later outputs depend on.
     states = {0: held.conv_states[0]} if _ngrams(held) else held.conv_states
     convolutions = tuple((x.shape[1], x.shape[2] - 1) for x in states.values() if x is not None)
     recurrent = held.recurrent_states[0]
@@ -109,7 +109,7 @@ def _base_states(held: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...
 
 
 def _ngrams(held: Any) -> tuple[int, int, int] | None:
-    """Return the sizes of a cache layer's states of n-gram embeddings: see `Layer`."""
+    """Return the sizes of a cache layer's states of n-gram embeddings; see `Layer`."""
     states = list(held.conv_states.values()) if isinstance(held, LinearAttentionCacheLayerMixin) else []
     if not states or states[-1] is None or states[-1].ndim != 2:
         return None
@@ -127,7 +127,7 @@ def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> No
         raise ExportError(
             f"{type(model).__name__} cannot be exported with a fixed length.",
             "Its layers of linear attention or convolutions keep states, whose size is fixed already.",
-            "Leave --max-length out: what its attention keeps is written in place all the same.",
+            "Leave --max-length out. Keys and values of its attention layers are written in place in any case.",
         )
     if target.genai:
         raise ExportError(
@@ -146,8 +146,8 @@ def _check_columns(model: PreTrainedModel, target: Target, max_length: int) -> N
     if max_length or target.genai:
         raise ExportError(
             f"{type(model).__name__} cannot be exported " + ("with a fixed length." if max_length else "for genai."),
-            "Its layers keep more of each token than keys and values, such as the keys of an indexer, which "
-            + ("grows with the text." if max_length else "onnxruntime-genai does not feed."),
+            "Besides keys and values, its layers keep more for each token, such as the keys of an indexer, which "
+            + ("grow with the text." if max_length else "onnxruntime-genai does not feed."),
             "Leave --max-length out." if max_length else "Choose another target, such as cpu.",
         )
 
@@ -166,8 +166,8 @@ def _check_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
         if type(layer) not in carried and not can_carry(layer):
             raise ExportError(
                 f"{type(model).__name__} cannot be exported yet.",
-                f"Beside keys and values its layers keep {type(layer).__name__}, which the graph does not carry.",
-                "Run it in PyTorch, or export a model whose layers are all attention.",
+                f"Besides keys and values, its layers keep {type(layer).__name__}, which the graph does not carry.",
+                "Run it in PyTorch, or export a model that only has attention layers.",
             )
 
 
@@ -175,8 +175,8 @@ def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int,
     """Check that the graph can have keys and values of a fixed length.
 
     Raises:
-        ExportError: `max_length` is too small, the target's runtime has buffers of its own, or a static layer of the
-            model is a window that goes round, where keys and values are not packed.
+        ExportError: `max_length` is too small, the target's runtime has its own buffers, or keys and values are not
+            packed and a static cache layer of the model is a rolling window.
     """
     if max_length < contract.MIN_LENGTH:
         raise ExportError(

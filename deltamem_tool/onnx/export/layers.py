@@ -1,9 +1,9 @@
 """Trace identical decoder layers only once.
 
 Two layers are identical if their modules, shapes and settings are, and they are called with the same arguments. The
-model runs once to find that out. While it is traced, the first layer of each kind runs between two marks, and every
-other one leaves a node that stands for it. `repeat` replaces each of these nodes by a copy of the traced layer, with
-its own weights.
+model runs once to find out. While it is traced, the first layer of each kind runs between two marks, and every other
+one leaves a node that stands for it. `repeat` replaces each of these nodes by a copy of the traced layer with the
+layer's own weights.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.onnx.contract import Interface
 
-DOMAIN = "deltamem"  # of nodes that no graph keeps
-BEGIN, END, COPY = "LayerBegin", "LayerEnd", "LayerCopy"  # each gives what it takes
-HIDDEN = "hidden_states"  # the first argument of a layer, by name
-LAYER = "layer"  # their attribute: the index
-# What the number of a layer is called in the modules of a model: layers that differ by it alone are alike.
+DOMAIN = "deltamem"  # of nodes that are replaced before a graph is written
+BEGIN, END, COPY = "LayerBegin", "LayerEnd", "LayerCopy"  # their output is their input
+HIDDEN = "hidden_states"  # name of a layer's first argument
+LAYER = "layer"  # attribute of these nodes: the index of the layer
+# Names of a layer's index in the modules of a model: layers may differ in it and still be identical.
 _INDEX = re.compile(r"(layer_?|block_?|l)?(idx|index|id|number)")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype)
 
-Past = Sequence[Mapping[str, Tensor]]  # what each layer is given, by part
+Past = Sequence[Mapping[str, Tensor]]  # the carried tensors of each layer, by part
 _Key = tuple[Any, ...]
 _Forward = Callable[..., Any]
 
@@ -42,14 +42,14 @@ class TracedLayers:
     """The decoder layers of a model while it is traced.
 
     Args:
-        model: has a memory, or had one.
-        adapter: that memory; None for a graph without one.
-        interface: of the graph.
-        call: calls the model, with padding, so that it makes every mask.
+        model: the model, with its memory or after it was detached.
+        adapter: the memory; None for a graph without one.
+        interface: interface of the graph.
+        call: function that calls the model with padding, so that it builds every mask.
 
     Attributes:
-        names: of the layers' modules, by index.
-        copies: the layers that are not traced, by index: which one each is a copy of.
+        names: names of the layers' modules, by index.
+        copies: for each layer that is not traced, by index, the layer that it is a copy of.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class TracedLayers:
         self._layers = {index: model.get_submodule(name) for index, name in self.names.items()}
         self._users = Counter(id(x) for layer in self._layers.values() for x in _tensors(layer).values())
         self.copies: dict[int, int] = {}
-        self._others: dict[int, int | None] = {}  # what an original gives beside its output: so many None, or no tuple
+        self._others: dict[int, int | None] = {}  # of originals: the number of None after the output; None: no tuple
         self._find(call)
 
     def _find(self, call: Callable[[], object]) -> None:
-        """See which layers are copies, and of which."""
+        """Find the layers that are copies, and their originals."""
         first: dict[_Key, int] = {}
-        kept: list[Any] = []  # their ids are in keys: nothing else may get one of them
+        kept: list[Any] = []  # arguments whose ids are in keys are kept alive, so that no other object gets their ids
 
         def watched(index: int, forward: _Forward) -> _Forward:
             signature = self._signature(index)
@@ -82,7 +82,7 @@ class TracedLayers:
                 result = forward(*args, **kwargs)
                 others = result[1:] if isinstance(result, tuple) else ()
                 if any(other is not None for other in others):
-                    return result  # something that later layers may use
+                    return result  # later layers may use it
                 if key in first:
                     self.copies[index] = first[key]
                 else:
@@ -97,7 +97,7 @@ class TracedLayers:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Inside, copies have no weights, and leave a node each: what is not there need not be traced."""
+        """Remove the weights of copies inside the block, where each copy only leaves a node."""
         adapter_layers = self._adapter.layers if self._adapter is not None else nn.ModuleDict()
         memories = {str(i): adapter_layers[str(i)] for i in self.copies if str(i) in adapter_layers}
         parents = {i: self._model.get_submodule(self.names[i].rpartition(".")[0]) for i in self.copies}
@@ -107,7 +107,7 @@ class TracedLayers:
         attachment = find_attachment(self._model)
         path = [] if attachment is None else attachment.path
         if attachment is not None:
-            attachment.path = []  # or its hooks would look for the layers' own
+            attachment.path = []  # otherwise its hooks would look for the modules of the layers
         try:
             yield
         finally:
@@ -118,12 +118,12 @@ class TracedLayers:
                 setattr(parent, str(index), self._layers[index])
 
     def marked(self) -> AbstractContextManager[None]:
-        """Inside, originals run between marks."""
+        """Make originals run between marks inside the block."""
         return self._forwards(self._marked)
 
     @contextmanager
     def _forwards(self, wrap: Callable[[int, _Forward], _Forward]) -> Iterator[None]:
-        """Inside, each layer's `forward` is what `wrap` makes of it."""
+        """Replace each layer's `forward` by the result of `wrap` inside the block."""
         own = {index: vars(layer).get("forward") for index, layer in self._layers.items()}
         for index, layer in self._layers.items():
             vars(layer)["forward"] = wrap(index, layer.forward)
@@ -151,12 +151,12 @@ class TracedLayers:
         return run
 
     def _copied(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """One node for layer `index`. What it is given and gives beside that is put in with the copy."""
+        """Return the node for layer `index`. Its other inputs and outputs are added with the copy."""
         output, others = _node(COPY, _taken_apart(args, kwargs)[0], index), self._others[self.copies[index]]
         return output if others is None else (output, *[None] * others)
 
     def _signature(self, index: int) -> _Key:
-        """What has to be alike beside the arguments."""
+        """Return everything besides the arguments that has to be equal in identical layers."""
         memory = None
         if self._adapter is not None and str(index) in self._adapter.layers:
             memory = _described(self._adapter.layers[str(index)])
@@ -167,11 +167,11 @@ class TracedLayers:
 
 
 class _Copy(nn.Module):
-    """In the place of a layer: without its weights, and whatever else is asked for is the layer's."""
+    """A replacement for a layer, without its weights. All other attributes are those of the layer."""
 
     def __init__(self, layer: nn.Module, run: _Forward) -> None:
         super().__init__()
-        self._of, self._run = (layer,), run  # a tuple: it is no module of this one's
+        self._of, self._run = (layer,), run  # a tuple, so that the layer is not registered as a submodule
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -185,16 +185,16 @@ class _Copy(nn.Module):
 
 
 def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The hidden states that a layer is called with, and the arguments beside them."""
+    """Split the arguments of a layer into the hidden states and all others."""
     if args:
         return args[0], args[1:], kwargs
     return kwargs[HIDDEN], (), {name: value for name, value in kwargs.items() if name != HIDDEN}
 
 
 def _layer_names(model: PreTrainedModel) -> dict[int, str]:
-    """The decoder layers by index: the modules of the list that the attention modules are in.
+    """Return the names of the decoder layers by index: the modules of the list that contains the attention modules.
 
-    Empty if a layer of the model has several attention modules, whose indices are then not its own.
+    Empty if a layer of the model has several attention modules, because their indices are not those of layers.
     """
     names: dict[int, str] = {}
     for layer in attention_layers(model):
@@ -208,17 +208,17 @@ def _layer_names(model: PreTrainedModel) -> dict[int, str]:
 
 
 def _siblings(model: PreTrainedModel, parent: str) -> dict[int, str]:
-    """All modules of a list of layers: a hybrid has some without attention."""
+    """Return the names of all modules in a list of layers; some layers of a hybrid have no attention."""
     return {int(number): f"{parent}.{number}" for number, _ in model.get_submodule(parent).named_children()}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each once."""
+    """Return parameters and buffers by name, each once."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _described(module: nn.Module) -> _Key:
-    """Types, shapes, settings and hooks of a module and those in it."""
+    """Describe the types, shapes, settings and hooks of a module and its submodules."""
     described = []
     for name, part in module.named_modules():
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
@@ -226,15 +226,15 @@ def _described(module: nn.Module) -> _Key:
         settings = tuple(
             (key, _setting(value)) for key, value in sorted(vars(part).items()) if not _INDEX.fullmatch(key)
         )
-        # Those of a memory are one function each, with arguments.
+        # The hooks of a memory are partials of the same function.
         functions = tuple(id(hook.func if isinstance(hook, partial) else hook) for hook in hooks_of(part))
         described.append((name, type(part), shapes, settings, functions))
     return tuple(described)
 
 
 def _setting(value: Any) -> Any:
-    """What tells one setting from another; None for what is not one."""
-    if isinstance(value, Tensor):  # neither a parameter nor a buffer: a constant of what is traced
+    """Return a value by which settings are compared; None if `value` is not a setting."""
+    if isinstance(value, Tensor):  # neither a parameter nor a buffer: it becomes a constant of the graph
         return id(value)
     if isinstance(value, list | tuple):
         return tuple(map(_setting, value))
@@ -242,7 +242,7 @@ def _setting(value: Any) -> Any:
 
 
 def _key(argument: Any) -> Any:
-    """Two arguments are the same if this is equal."""
+    """Return a value by which arguments are compared."""
     if isinstance(argument, dict):
         return tuple((name, _key(value)) for name, value in sorted(argument.items()))
     if isinstance(argument, list | tuple):
@@ -251,7 +251,7 @@ def _key(argument: Any) -> Any:
 
 
 def _node(name: str, x: Tensor, layer: int) -> Tensor:
-    """One node that gives what it takes."""
+    """Return the output of a node that passes `x` through."""
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{name}", [x], {LAYER: layer}, dtype=x.dtype, shape=list(x.shape), version=1
     )

@@ -1,4 +1,4 @@
-"""Repair operators made by transformers' fusions that ONNX Runtime rejects while a weight is not known yet.
+"""Repair operators created by transformers' fusions that ONNX Runtime rejects.
 
 In half precision, a norm whose weights are computed in float32 (Gemma's and Qwen3.5's 1 + w) is fused with the sum
 before it into one operator, which accepts only one dtype.
@@ -14,7 +14,7 @@ _SKIP_NORM, _NORM = "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormaliz
 
 
 def split_mixed_norms(graph: ir.Graph) -> None:
-    """Make two operators again of each sum and norm whose types differ."""
+    """Split each fused sum and norm whose types differ into two operators."""
     for node in [node for node in graph if node.op_type == _SKIP_NORM]:
         first, second, scale = (given(node, position) for position in range(3))
         if first.dtype == second.dtype == scale.dtype:

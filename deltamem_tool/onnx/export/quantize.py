@@ -1,7 +1,7 @@
-"""Quantise the base model's weights in an exported graph to 8 or 4 bits. The memory's weights stay float32, bit by bit.
+"""Quantise the base model's weights in an exported graph to 8 or 4 bits. The memory's weights stay float32, unchanged.
 
-Quantised are the constant matrices of the base model's products (MatMul, Gemm), including the LM head, and the
-embedding; a tied embedding is stored once. The memory and everything else that is not such a product are unchanged.
+This applies to the constant matrices of the base model's products (MatMul, Gemm), including the LM head, and to the
+embedding. A tied embedding is stored once. The memory and everything else stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from deltamem_tool.onnx.export.graph_edits import MICROSOFT, initializer
 from deltamem_tool.onnx.export.quantized_matrices import QuantizedMatrices
 from deltamem_tool.onnx.manifest import Quantization
 
-# Operators that give nothing but values of their first input: in another shape, type or order, or fewer.
+# Operators whose output only has values of their first input: in another shape, type or order, or fewer of them.
 MOVING = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Transpose", "Slice", "GatherElements", "GatherND")
 
 
 def memory_weights(adapter: DeltaMemAdapter, fused: Mapping[int, FusedMemory]) -> list[NDArray[Any]]:
-    """Every matrix of the memory as the graph holds it, float32 `[in, out]`; `fused`: what was traced in its place."""
+    """Return every matrix of the memory as it is in the graph, float32 `[in, out]`.
+
+    `fused` has the replacements that were traced, if there are any.
+    """
     weights = chain.from_iterable(memory.matrices() for memory in fused.values()) if fused else adapter.parameters()
     return [weight.detach().cpu().numpy().T for weight in weights if weight.dim() == 2]
 
@@ -42,18 +45,18 @@ def quantize_graph(
     memory: Sequence[NDArray[Any]],
     report: Callable[[int, int], object] | None = None,
 ) -> int:
-    """Quantise the graph in `folder`, in place; how many products that were.
+    """Quantise the graph in `folder`, in place, and return the number of quantised products.
 
-    One matrix at a time: the others stay mapped from their file, and those that are done take what they take in it.
+    Only one matrix is in memory unquantised at a time; the others stay mapped from their file.
 
     Args:
-        folder: holds `model.onnx` and its data; both are replaced.
+        folder: folder with `model.onnx` and its data, which are both replaced.
         quantization: bits, groups and zero points.
-        memory: the memory's matrices, from `memory_weights`.
-        report: called with the number of products that are done, and of all, after each.
+        memory: matrices of the memory, from `memory_weights`.
+        report: called after each product with the number of finished products and the total.
 
     Raises:
-        ExportError: the memory's weights are not found in the graph as they are, or there is nothing to quantise.
+        ExportError: the memory's weights do not occur unchanged in the graph, or there is nothing to quantise.
     """
     model = onnx_ir.load(folder / contract.MODEL_FILE)
     columns = _Columns(memory)
@@ -86,10 +89,10 @@ def quantize_graph(
 
 
 class _Columns:
-    """The columns of the memory's matrices: by them its weights are known wherever the fusions have put them."""
+    """The columns of the memory's matrices, by which its weights are recognised wherever fusions have placed them."""
 
     def __init__(self, memory: Sequence[NDArray[Any]]) -> None:
-        # By length and content. A column of zeros says nothing about whose it is.
+        # By length and content. Columns of zeros are left out, because they could belong to any matrix.
         self._by_length: dict[int, dict[bytes, NDArray[Any]]] = {}
         for weight in memory:
             for column in np.ascontiguousarray(weight.T):
@@ -98,9 +101,9 @@ class _Columns:
         self._found: set[bytes] = set()
 
     def among(self, weight: NDArray[Any]) -> bool:
-        """Whether any is a column of `weight` `[in, out]`; it counts as found then."""
+        """Return whether `weight` `[in, out]` has columns of the memory, and count them as found."""
         known = self._by_length.get(len(weight), {})
-        # Most columns differ in their first number: the base's need not be copied to be told apart.
+        # Most columns differ in their first number, so few of the base model's columns have to be copied.
         first = np.array([column[0] for column in known.values()], weight.dtype)
         candidates = (weight[:, i].tobytes() for i in np.flatnonzero(np.isin(weight[0], first)))
         matches = known.keys() & set(candidates)
@@ -111,21 +114,21 @@ class _Columns:
         """Check that every column of the memory was in the graph.
 
         Raises:
-            ExportError: one was not, so that it may have been quantised.
+            ExportError: a column was not, and may have been quantised.
         """
         missing = sum(len(columns.keys() - self._found) for columns in self._by_length.values())
         if missing:
             raise ExportError(
-                "The memory's weights cannot be told apart from the base model's in this graph.",
+                "The memory's weights cannot be distinguished from the base model's in this graph.",
                 f"{missing} of their columns do not occur in it unchanged: other weights were joined to them.",
                 "Export it without --quantize.",
             )
 
 
 def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
-    """Take apart products that fusion has packed into one before a `Split`.
+    """Split products that fusions have packed into one before a `Split`.
 
-    Those of the memory become one of their own, so that the base's beside them can be quantised.
+    The memory's products become a separate one, so that those of the base model can be quantised.
     """
     for node in list(graph):
         if node.domain or node.op_type != "MatMul":
@@ -148,7 +151,7 @@ def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
 def _multiply(
     graph: onnx_ir.Graph, node: onnx_ir.Node, split: onnx_ir.Node, chosen: Sequence[int], parts: Sequence[NDArray[Any]]
 ) -> None:
-    """Give `split`'s chosen outputs, each x times its part of the matrix, by one product of their own."""
+    """Compute the chosen outputs of `split`, each x times its part of the matrix, by a separate product."""
     name = f"{node.outputs[0].name}_{chosen[0]}"
     weight = initializer(graph, f"{name}_weight", np.concatenate([parts[i] for i in chosen], axis=1))
     product = onnx_ir.node("MatMul", [node.inputs[0], weight])
@@ -166,7 +169,7 @@ def _multiply(
 
 
 def _products(graph: onnx_ir.Graph, memory: _Columns) -> tuple[list[onnx_ir.Node], list[onnx_ir.Node]]:
-    """Products with constant matrices: those to quantise, and the memory's."""
+    """Return the products with constant matrices: those to quantise, and those of the memory."""
     products, of_memory = [], []
     for node in filter(_is_product, graph):
         matrix = _matrix(node)
@@ -179,7 +182,7 @@ def _products(graph: onnx_ir.Graph, memory: _Columns) -> tuple[list[onnx_ir.Node
 
 
 def _is_product(node: onnx_ir.Node) -> bool:
-    """Whether it is a · x · W, or a · x · W + b, with a number a and a constant matrix W, and nothing else."""
+    """Return whether a node computes a · x · W or a · x · W + b, with a number a and a constant matrix W."""
     if (node.domain, node.op_type) not in (("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")):
         return False
     turned = [node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")]
@@ -187,7 +190,7 @@ def _is_product(node: onnx_ir.Node) -> bool:
 
 
 def _lookups(graph: onnx_ir.Graph, group_size: int) -> Iterator[onnx_ir.Node]:
-    """The lookups of tokens in an embedding `[V, D]` whose rows are whole groups."""
+    """Yield the lookups of tokens in an embedding `[V, D]` whose rows consist of whole groups."""
     for node in graph:
         if node.domain or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
             continue
@@ -196,16 +199,17 @@ def _lookups(graph: onnx_ir.Graph, group_size: int) -> Iterator[onnx_ir.Node]:
 
 
 def _are_tokens(value: onnx_ir.Value | None) -> bool:
-    """Whether it is of `input_ids`, perhaps in another shape or order."""
+    """Return whether a value consists of `input_ids`, possibly in another shape or order."""
     while value is not None and (node := value.producer()) is not None and node.op_type in MOVING:
         value = node.inputs[0]
     return value is not None and value.is_graph_input() and value.name == contract.INPUT_IDS
 
 
 def _names(nodes: Sequence[onnx_ir.Node]) -> dict[onnx_ir.Node, str]:
-    """A name for the matrix of each of them, the same one for equal matrices: tied ones may be stored transposed."""
+    """Return a name for the matrix of each node. Equal matrices, such as transposed tied ones, get the same name."""
     names: dict[onnx_ir.Node, str] = {}
-    first: dict[tuple[tuple[int, ...], bytes], list[onnx_ir.Node]] = {}  # nodes whose matrices differ, by a few numbers
+    # Nodes with different matrices, by the shape and the first column of their matrix.
+    first: dict[tuple[tuple[int, ...], bytes], list[onnx_ir.Node]] = {}
     for node in nodes:
         matrix = _matrix(node)
         likely = first.setdefault((matrix.shape, matrix[:, 0].tobytes()), [])
@@ -214,7 +218,7 @@ def _names(nodes: Sequence[onnx_ir.Node]) -> dict[onnx_ir.Node, str]:
         if other is None:
             likely.append(node)
             name = _constant(node).name or ""
-            names[node] = f"{name}_{len(names)}" if name in names.values() else name  # one constant, turned
+            names[node] = f"{name}_{len(names)}" if name in names.values() else name  # the same constant, transposed
         else:
             names[node] = names[other]
     return names
@@ -231,12 +235,12 @@ def _is_matrix(value: onnx_ir.Value | None) -> bool:
 
 
 def _constant(node: onnx_ir.Node) -> onnx_ir.Value:
-    """The constant of a product or of a lookup."""
+    """Return the constant of a product or of a lookup."""
     return _input(node, 0 if node.op_type == "Gather" else 1)
 
 
 def _matrix(node: onnx_ir.Node) -> NDArray[Any]:
-    """The constant of a product, `[in, out]`, or of a lookup of columns, where it is: mapped."""
+    """Return the constant of a product or of a lookup of columns as `[in, out]`, without copying the mapped file."""
     constant = _constant(node).const_value
     assert constant is not None
     matrix = constant.numpy()
@@ -245,7 +249,7 @@ def _matrix(node: onnx_ir.Node) -> NDArray[Any]:
 
 
 def _replace(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Node]) -> None:
-    """Put `nodes`, and what else a Gemm or a FusedMatMul does, in the place of one."""
+    """Replace `node` by `nodes`, followed by the scale and bias of a Gemm or a FusedMatMul."""
     output = node.outputs[0]
     nodes[-1].outputs[0].type = output.type
     if (factor := node.attributes.get_float("alpha", 1.0)) != 1.0:

@@ -1,4 +1,4 @@
-"""Constant matrices of a graph in blocks of 4 or 8 bits, and the operators that read them.
+"""Store constant matrices of a graph in blocks of 4 or 8 bits, and create the operators that read them.
 
 `MatMulNBits` multiplies by a matrix, and `GatherBlockQuantized` looks up its rows. Both use the same layout, so a tied
 embedding is a single set of constants. The values are those of ONNX Runtime's own quantiser.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deltamem_tool.onnx.export.graph_edits import MICROSOFT, initializer
 from deltamem_tool.onnx.manifest import Quantization
 
-# Its import configures the root logger, for all messages of all libraries, unless that has a handler.
+# This import configures the root logger, and so the messages of all libraries, unless it has a handler.
 _handler = logging.NullHandler()
 logging.getLogger().addHandler(_handler)
 from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402
@@ -27,8 +27,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402
 
 logging.getLogger().removeHandler(_handler)
 
-# ONNX Runtime's CPU provider quantises activations to int8, each row by itself in blocks, and multiplies whole numbers,
-# two to ten times as fast as float32 for one token. Others compute in the type of the activations.
+# At this level, ONNX Runtime's CPU provider quantises activations to int8, in blocks of each row, and multiplies
+# integers: for one token, two to ten times as fast as float32. Other providers compute in the type of the activations.
 ACCURACY_LEVEL = 4
 
 
@@ -37,9 +37,9 @@ class _Blocks:
     """A matrix `[out, in]` as initializers.
 
     Args:
-        numbers: uint8 `[out, blocks, block bytes]`; two of 4 bits a byte, the first one lowest.
+        numbers: uint8 `[out, blocks, block bytes]`; with 4 bits, two per byte, the first one in the lower bits.
         scales: `[out, blocks]`, in the type of the matrix.
-        zeros: uint8 `[out, blocks]`, packed like the numbers; None where every zero is in the middle.
+        zeros: uint8 `[out, blocks]`, packed like the numbers; None if all zero points are in the middle of the range.
     """
 
     numbers: onnx_ir.Value
@@ -52,14 +52,14 @@ class _Blocks:
 
 
 class QuantizedMatrices:
-    """The matrices of `graph` that have been quantised, each once, however many operators read it."""
+    """The quantised matrices of `graph`. Each is stored once, however many operators read it."""
 
     def __init__(self, graph: onnx_ir.Graph, quantization: Quantization) -> None:
         self._graph, self._quantization = graph, quantization
         self._blocks: dict[str, _Blocks] = {}  # by the name of the matrix
 
     def product(self, x: onnx_ir.Value, name: str, matrix: NDArray[Any]) -> onnx_ir.Node:
-        """A node for x · `matrix` `[in, out]`; `name` is the same for the same matrix."""
+        """Return a node for x · `matrix` `[in, out]`. Equal matrices must have the same `name`."""
         blocks = self._blocks_of(name, matrix)
         attributes = {"K": matrix.shape[0], "N": matrix.shape[1], "bits": self._quantization.bits}
         attributes |= {"block_size": self._quantization.group_size, "accuracy_level": ACCURACY_LEVEL}
@@ -67,9 +67,9 @@ class QuantizedMatrices:
         return onnx_ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT)
 
     def lookup(self, indices: onnx_ir.Value, name: str, matrix: NDArray[Any]) -> list[onnx_ir.Node]:
-        """Nodes for the columns of `matrix` `[in, out]` at `indices` `[…]`; the last one gives them, `[…, in]`.
+        """Return nodes that look up the columns of `matrix` `[in, out]` at `indices` `[…]`; the last gives `[…, in]`.
 
-        `in` is a multiple of the group size: each block is whole.
+        `in` must be a multiple of the group size.
         """
         blocks = self._blocks_of(name, matrix)
         shape = np.array([matrix.shape[1], -1], np.int64)
@@ -93,10 +93,10 @@ class QuantizedMatrices:
 def quantized(
     matrix: NDArray[Any], quantization: Quantization
 ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8] | None]:
-    """Quantise `matrix` `[in, out]` as ONNX Runtime's own quantiser does, each column in blocks.
+    """Quantise the columns of `matrix` `[in, out]` in blocks with ONNX Runtime's own quantiser.
 
     Returns:
-        Numbers, scales and zero points, as `_Blocks` has them.
+        Numbers, scales and zero points, as in `_Blocks`.
     """
     config = DefaultWeightOnlyQuantConfig(
         block_size=quantization.group_size, is_symmetric=quantization.symmetric, bits=quantization.bits

@@ -1,4 +1,4 @@
-"""Copy traced layers in a graph, each copy with its own weights, and precompute what depends on weights only.
+"""Copy traced layers in a graph, each copy with its own weights, and precompute values that only depend on weights.
 
 A graph is optimised without the weights of its layers (`without_weights`). Whatever is computed from such a weight
 stays in the graph, because the weight of another layer will replace it. `LayerRepeater` replaces each layer that was
@@ -28,7 +28,7 @@ from deltamem_tool.onnx.export.layers import BEGIN, COPY, DOMAIN, END, LAYER
 
 @contextmanager
 def without_weights(graph: ir.Graph, names: set[str]) -> Iterator[None]:
-    """Inside, the initializers `names` are inputs of the graph, whose values nothing can look at."""
+    """Turn the initializers `names` into inputs of the graph inside the block, so that no pass sees their values."""
     values = {name: graph.initializers.pop(name) for name in names if name in graph.initializers}
     constants = {name: value.const_value for name, value in values.items()}
     for value in values.values():
@@ -44,13 +44,13 @@ def without_weights(graph: ir.Graph, names: set[str]) -> Iterator[None]:
 
 
 class LayerRepeater:
-    """What puts copies in place.
+    """Inserts the copies of layers into a graph.
 
     Args:
-        graph: as it was traced.
-        copies: the layers that were not traced: which one each is a copy of.
-        own: the names of each layer's own weights, by what they are called in it.
-        weights: every weight of the model and the adapter by its name in the graph.
+        graph: the traced graph.
+        copies: for each layer that was not traced, the layer that it is a copy of.
+        own: names of each layer's own weights, by their names inside the layer.
+        weights: all weights of the model and the adapter, by their names in the graph.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LayerRepeater:
         self._places = {_layer(node): node for node in graph if _is(node, COPY)}
 
     def repeat(self) -> None:
-        """Put the copies in place, and take the marks away."""
+        """Insert the copies and remove the marks."""
         bodies = {original: self._body(original) for original in set(self._copies.values())}
         for layer, place in self._places.items():
             self._put_copy(place, bodies[self._copies[layer]], self._copies[layer], layer)
@@ -78,7 +78,7 @@ class LayerRepeater:
                 self._graph.remove(node, safe=True)
 
     def _body(self, layer: int) -> list[ir.Node]:
-        """A layer's own nodes: what its input, its past or its weights go into, up to its output."""
+        """Return a layer's own nodes: those that depend on its input, its past or its weights, up to its output."""
         begin, end = (self._marks[mark][layer] for mark in (BEGIN, END))
         own = {begin.outputs[0]}
         for value in (*self._graph.inputs, *self._graph.initializers.values()):
@@ -86,7 +86,7 @@ class LayerRepeater:
                 own.add(value)
         body = []
         for node in self._graph:
-            # Sizes are those of every layer: later ones read them where the first one has them.
+            # Sizes are the same in every layer, so copies read those of the original.
             sizes = node.op_type == "Shape" and self._is_of_inputs(given(node).shape)
             if node not in (begin, end) and not sizes and any(value in own for value in _read_by(node)):
                 own.update(node.outputs)
@@ -137,7 +137,7 @@ class LayerRepeater:
         self._graph.remove(place, safe=True)
 
     def _is_of_inputs(self, shape: ir.Shape | None) -> bool:
-        """Whether every size is a number or made of the sizes of the graph's inputs."""
+        """Return whether every size is a number or depends only on sizes of the graph's inputs."""
         sizes = [None] if shape is None else list(shape)
         return all(
             isinstance(size, int) or (size is not None and size.value is not None and _symbols(size) <= self._sizes)
@@ -145,7 +145,7 @@ class LayerRepeater:
         )
 
     def _copied_shape(self, shape: ir.Shape | None) -> ir.Shape | None:
-        """The same, without the names of sizes that depend on data, such as the number of an expert's tokens."""
+        """Return `shape` without the names of sizes that depend on data, such as an expert's number of tokens."""
         if shape is None:
             return None
         return ir.Shape([size if _symbols(size) <= self._sizes else None for size in shape])
@@ -166,7 +166,7 @@ class LayerRepeater:
 
 
 def fold_weights(graph: ir.Graph) -> None:
-    """Replace every node that reads weights alone by what it gives, computed when it is written."""
+    """Replace every node that only reads weights by its result, computed when the graph is written."""
     for node in list(graph):
         values = [value for value in node.inputs if value is not None]
         if not values or node.domain or not all(value.is_initializer() for value in values):
@@ -200,7 +200,7 @@ class _Computed:
         self._node = proto
 
     def output(self, position: int, like: ir.Value) -> ir.TensorProtocol:
-        """One of them, of the type and shape of `like`, computed whenever it is read."""
+        """Return one output, with the type and shape of `like`, which is computed whenever it is read."""
         compute = partial(self._compute, position)
         if like.dtype is None or like.shape is None or not all(isinstance(size, int) for size in like.shape):
             return compute()
@@ -209,11 +209,11 @@ class _Computed:
     def _compute(self, position: int) -> ir.TensorProtocol:
         arrays = {f"i{i}": tensor.numpy() for i, tensor in enumerate(self._inputs) if tensor is not None}
         results: Any = ReferenceEvaluator(self._node).run(None, arrays)
-        return ir.tensor(np.ascontiguousarray(results[position]))  # others are written number by number
+        return ir.tensor(np.ascontiguousarray(results[position]))  # other arrays are written number by number
 
 
 def _symbols(size: int | ir.SymbolicDim) -> set[str]:
-    """What a size is made of, if it is not a number."""
+    """Return the symbols in a size; none if it is a number."""
     return set() if isinstance(size, int) else set(re.findall(r"[A-Za-z_]\w*", size.value or ""))
 
 
@@ -222,7 +222,7 @@ def _layer(node: ir.Node) -> int:
 
 
 def _of_layer(name: str, layer: int) -> str:
-    """The same part of another layer: `present.3.key`."""
+    """Return the name of the same part in another layer, such as `present.3.key`."""
     prefix, _, part = name.split(".", 2)
     return contract.carried_name(prefix, layer, part)
 
@@ -232,7 +232,7 @@ def _is(node: ir.Node, mark: str) -> bool:
 
 
 def _read_by(node: ir.Node) -> Iterator[ir.Value]:
-    """Inputs of a node, and what the graphs in it read from outside."""
+    """Yield the inputs of a node, and the outer values that its subgraphs read."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -242,7 +242,7 @@ def _read_by(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _copied_attribute(attribute: ir.Attr) -> ir.Attr:
-    """A graph belongs to one node; it reads nothing from outside but what all layers share."""
+    """Copy an attribute. A subgraph is cloned, because it belongs to one node; it only reads values of all layers."""
     if attribute.type != ir.AttributeType.GRAPH:
         return attribute
     return ir.AttrGraph(attribute.name, attribute.as_graph().clone(allow_outer_scope_values=True))

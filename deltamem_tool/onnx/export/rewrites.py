@@ -1,7 +1,7 @@
 """Rewrites of a traced graph, applied after transformers' fusions. Each has a name by which you can leave it out.
 
-They compute the same as what they replace, and leave a graph unchanged if they do not apply. Weights are values like
-any others here: joins of weights are computed when the graph is written (`fold_weights`).
+A rewrite does not change what a graph computes, and leaves a graph unchanged if it does not apply. Weights are treated
+like any other values: joins of weights are computed when the graph is written (`fold_weights`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deltamem_tool.onnx.export.graph_edits import (
 from deltamem_tool.onnx.export.repeat import fold_weights
 from deltamem_tool.onnx.export.targets import Target
 
-LEAN_MEMORY = "lean_memory"  # the memory in as few nodes as it takes: done while it is traced, by `fused_memory`
+LEAN_MEMORY = "lean_memory"  # the memory in as few nodes as possible; applied while tracing, by `fused_memory`
 JOINED_CORRECTIONS = "joined_corrections"  # a projection and its correction in one product
 JOINED_PROJECTIONS = "joined_projections"  # q, k and v in one product
 PLAIN_PRODUCTS, PLAIN_SHAPES = "plain_products", "plain_shapes"
@@ -42,12 +42,12 @@ _SKIP_NORM = {"SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization"
 
 
 def optimize(program: ir.Model, target: Target, without: Collection[str] = ()) -> None:
-    """Apply every rewrite of the table, in its order, but for those named in `without`, and compute what is constant.
+    """Apply all rewrites except those in `without`, in the order of the table, and compute constants.
 
-    Graphs of standard operators are left as they are but for the latter.
+    In graphs of standard operators, only the constants are computed.
 
     Raises:
-        ExportError: there is no such rewrite.
+        ExportError: `without` has an unknown name.
     """
     check_rewrites(without)
     for name, rewrite in REWRITES.items():
@@ -58,10 +58,10 @@ def optimize(program: ir.Model, target: Target, without: Collection[str] = ()) -
 
 
 def check_rewrites(without: Collection[str]) -> None:
-    """Check that every name is one of a rewrite.
+    """Check that every name is that of a rewrite.
 
     Raises:
-        ExportError: one is not.
+        ExportError: a name is unknown.
     """
     unknown = sorted(set(without) - set(REWRITES))
     if unknown:
@@ -72,12 +72,12 @@ def check_rewrites(without: Collection[str]) -> None:
 class _Terms:
     """A sum of products with weights, and of biases: `x W + r Δ + b`."""
 
-    products: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)  # what is multiplied, and by which weights
+    products: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)  # pairs of an input and its weights
     biases: list[ir.Value] = field(default_factory=list)
 
 
 def _terms(value: ir.Value | None) -> _Terms | None:
-    """`value` as a sum of such terms; None where it is something else, or something else reads a part of it."""
+    """Return `value` as a sum of such terms; None if it is not one, or if another node reads a part of it."""
     if value is None:
         return None
     node = producer(value, "MatMul", "Add")
@@ -102,7 +102,7 @@ def _terms(value: ir.Value | None) -> _Terms | None:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    """Whether it is a weight, or computed from weights alone."""
+    """Return whether a value is a weight or computed from weights only."""
     if value.is_initializer():
         return True
     node = value.producer()
@@ -110,7 +110,7 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def multiply_plainly(graph: ir.Graph) -> None:
-    """`MatMul` with a transposed weight, where a fusion has put the transposition into the product."""
+    """Replace a product that transposes its weight by a `MatMul` with the transposed weight."""
     for node in graph:
         if node.op_type != "FusedMatMul" or node.domain != MICROSOFT or not node.attributes.get_int("transB", 0):
             continue
@@ -130,12 +130,12 @@ def multiply_plainly(graph: ir.Graph) -> None:
 
 
 def _is_matrix_of_one(value: ir.Value) -> bool:
-    """Whether it is a weight that one product alone reads: the embedding is where it is looked up."""
+    """Return whether a value is a matrix of weights with a single user; a tied embedding has two."""
     return _is_weight(value) and value.shape is not None and len(value.shape) == 2 and len(value.uses()) == 1
 
 
 def join_projections(graph: ir.Graph) -> None:
-    """The products that make q, k and v for one attention as one, which the attention takes as it is."""
+    """Join the products that compute q, k and v into one, which the attention operator accepts."""
     for node in [node for node in graph if node.op_type == ATTENTION and node.inputs[1] is not None]:
         values = [given(node, position) for position in range(3)]
         parts = [part for value in values if (part := _terms(value)) is not None and len(value.uses()) == 1]
@@ -147,7 +147,7 @@ def join_projections(graph: ir.Graph) -> None:
 
 
 def _packed(graph: ir.Graph, before: ir.Node, parts: list[_Terms], widths: list[int]) -> ir.Value | None:
-    """The sums side by side `[B, T, q + k + v]`: each input times the weights of all that read it, or zeros."""
+    """Return the sums side by side `[B, T, q + k + v]`: each input times its weights in every sum, or zeros."""
     inputs = dict.fromkeys(x for part in parts for x, _ in part.products)
     if any(len({x for x, _ in part.products}) < len(part.products) for part in parts):
         return None
@@ -181,7 +181,7 @@ def _added(graph: ir.Graph, before: ir.Node, total: ir.Value | None, more: ir.Va
 
 
 def _side_by_side(graph: ir.Graph, before: ir.Node, weights: list[ir.Value]) -> ir.Value:
-    """Weights joined at their last axis."""
+    """Concatenate weights along their last axis."""
     joined = ir.node("Concat", weights, attributes={"axis": -1})
     copy_dtype(weights[0], joined.outputs[0])
     joined.outputs[0].shape = ir.Shape([*list(weights[0].shape or [])[:-1], sum(_width(w) or 0 for w in weights)])
@@ -209,12 +209,12 @@ def _rows(weight: ir.Value) -> int:
 
 
 def join_corrections(graph: ir.Graph) -> None:
-    """`x W + r Δ`, a projection and its correction by readings r, as one product `[x, r] [W; Δ]`."""
-    joined: dict[tuple[ir.Value, ...], ir.Value] = {}  # inputs, which several sums may have in common
+    """Compute `x W + r Δ`, a projection and its correction by readings r, as one product `[x, r] [W; Δ]`."""
+    joined: dict[tuple[ir.Value, ...], ir.Value] = {}  # joined inputs, which several sums may share
     for node in [node for node in graph if node.op_type == "Add" and not node.domain]:
         users = list(node.outputs[0].uses())
         if any(use.node.op_type == "Add" and _terms(use.node.outputs[0]) is not None for use in users):
-            continue  # a part of a larger sum
+            continue  # part of a larger sum
         terms = _terms(node.outputs[0])
         if terms is None or len(terms.products) < 2 or len({weight.dtype for _, weight in terms.products}) > 1:
             continue
@@ -236,7 +236,7 @@ def join_corrections(graph: ir.Graph) -> None:
 
 
 def skip_norms(graph: ir.Graph) -> None:
-    """A sum and the norm of it as one operator, which gives both."""
+    """Fuse a sum and its norm into one operator, which returns both."""
     for norm in [node for node in graph if node.op_type in _SKIP_NORM]:
         add = producer(norm.inputs[0], "Add")
         if add is None or norm.attributes.get_int("axis", -1) != -1 or given(norm, 1).dtype != add.outputs[0].dtype:
@@ -257,11 +257,11 @@ def skip_norms(graph: ir.Graph) -> None:
         if node.op_type in _SKIP_NORM.values():
             for output in node.outputs[1:]:
                 if not output.uses() and not output.is_graph_output():
-                    output.name = ""  # or mean and deviation are computed for nobody
+                    output.name = ""  # so that mean and deviation are not computed
 
 
 def _is_flow(value: ir.Value) -> bool:
-    """Whether it is `[B, T, D]`, not a constant that would be broadcast."""
+    """Return whether a value is `[B, T, D]` and not a constant that would be broadcast."""
     return not value.is_initializer() and value.shape is not None and len(value.shape) == 3
 
 
@@ -271,7 +271,7 @@ def _drop_unused(graph: ir.Graph) -> None:
 
 
 def gather_states(graph: ir.Graph) -> None:
-    """One reshape for the states of all layers, on the way in and on the way out, instead of two a layer."""
+    """Reshape the states of all layers together, once before and once after the layers, instead of twice per layer."""
     scans = []
     for scan in graph:
         if scan.op_type != SCAN or len(scan.inputs) < 4:
@@ -302,7 +302,7 @@ def gather_states(graph: ir.Graph) -> None:
 
 
 def _gathered(graph: ir.Graph, values: list[ir.Value], shape: np.ndarray, name: str) -> list[ir.Node]:
-    """`values` side by side on axis 1, in another shape, and apart again."""
+    """Return nodes that concatenate `values` along axis 1, reshape them, and split them again."""
     joined = ir.node("Concat", values, attributes={"axis": 1})
     shaped = ir.node("Reshape", [joined.outputs[0], initializer(graph, f"{name}_shape", shape)])
     apart = ir.node(
@@ -312,9 +312,9 @@ def _gathered(graph: ir.Graph, values: list[ir.Value], shape: np.ndarray, name: 
 
 
 def tidy_attention(graph: ir.Graph) -> None:
-    """Remove copies of queries, keys and values between two orders of their axes and back.
+    """Remove transpositions of queries, keys and values that cancel each other.
 
-    They are left where transformers has taken an attention operator apart that is slower than its parts.
+    They remain where transformers has split an attention operator that is slower than its parts.
     """
     for node in list(graph):
         if node.op_type == "Reshape" and (same := _reshaped_back(node)) is not None:
@@ -333,7 +333,7 @@ def tidy_attention(graph: ir.Graph) -> None:
 
 
 def _reshaped_back(node: ir.Node) -> ir.Value | None:
-    """x, if `node` gives x `[·, ·, heads, width]` its shape again after its heads were put into one axis."""
+    """Return x if `node` restores the shape of x `[·, ·, heads, width]` after its heads were merged, or else None."""
     merged = producer(node.inputs[0], "Reshape")
     if merged is None or _shape_of(merged) != [0, 0, -1]:
         return None
@@ -343,14 +343,14 @@ def _reshaped_back(node: ir.Node) -> ir.Value | None:
 
 
 def _heads(value: ir.Value) -> int | None:
-    """Size of the last axis but one of a value of four, where that is known."""
+    """Return the size of the second-to-last axis of a value with four; None if it is unknown."""
     if value.shape is not None:
         return value.shape[2] if len(value.shape) == 4 and isinstance(value.shape[2], int) else None
     swapped = producer(value, "Transpose")
     product = producer(swapped.inputs[0], "MatMul") if swapped is not None else None
     if product is None or swapped is None or _perm(swapped) != SWAPPED_HEADS:
         return None
-    back = producer(product.inputs[1], "Transpose")  # of the values, whose heads the product has
+    back = producer(product.inputs[1], "Transpose")  # of the values, which have the heads of the product
     if back is None or _perm(back) != SWAPPED_HEADS:
         return None
     shaped = producer(back.inputs[0], "Reshape")
@@ -359,7 +359,7 @@ def _heads(value: ir.Value) -> int | None:
 
 
 def rejoin_shapes(graph: ir.Graph) -> None:
-    """Remove a reshape that the next one undoes, and one to the shape that is there."""
+    """Remove reshapes that the next one undoes, and reshapes to the same shape."""
     for node in [node for node in graph if node.op_type == "Reshape"]:
         inner = producer(node.inputs[0], "Reshape")
         if inner is not None and node.outputs[0].shape is not None and 0 not in (_shape_of(node) or []):
@@ -371,7 +371,7 @@ def rejoin_shapes(graph: ir.Graph) -> None:
 
 
 def _is_known(shape: ir.Shape) -> bool:
-    """Whether every size is a number or has a name."""
+    """Return whether every size is a number or has a name."""
     return all(isinstance(size, int) or size.value is not None for size in shape)
 
 
@@ -385,7 +385,7 @@ REWRITES: dict[str, Callable[[ir.Graph], None] | None] = {
     GATHERED_STATES: gather_states,
     PLAIN_ATTENTION: tidy_attention,
 }
-JOIN_WEIGHTS = (JOINED_CORRECTIONS,)  # what puts the memory's weights into the base's
+JOIN_WEIGHTS = (JOINED_CORRECTIONS,)  # rewrites that join the memory's weights with the base model's
 
 
 def _perm(transpose: ir.Node) -> list[int]:
@@ -393,6 +393,6 @@ def _perm(transpose: ir.Node) -> list[int]:
 
 
 def _shape_of(reshape: ir.Node) -> list[int] | None:
-    """What a reshape is to, if it is a constant."""
+    """Return the target shape of a reshape; None if it is not a constant."""
     target = constant(reshape.inputs[1])
     return None if target is None else target.tolist()

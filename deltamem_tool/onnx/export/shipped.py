@@ -18,12 +18,12 @@ _KEY = 16  # hexadecimal digits
 
 
 def is_shipped(name: str) -> bool:
-    """Whether `name` is `builtin:NAME` of an adapter that the package ships."""
+    """Return whether `name` is the `builtin:NAME` of an adapter shipped with the package."""
     return name.startswith(BUILTIN) and (ASSETS / name.removeprefix(BUILTIN) / CONFIG_FILE).is_file()
 
 
 def shipped_folder(name: str) -> Path:
-    """Where the ONNX folder of `builtin:NAME` is, or will be: another place for every version of it and the package."""
+    """Return the path of the ONNX folder of `builtin:NAME`. It differs for each version of adapter and package."""
     content = hashlib.sha256(__version__.encode())
     for file in sorted((ASSETS / name.removeprefix(BUILTIN)).iterdir()):
         content.update(file.read_bytes())
@@ -32,23 +32,23 @@ def shipped_folder(name: str) -> Path:
 
 
 def export_shipped(name: str, progress: Callable[[str, int, int], object]) -> None:
-    """Export `builtin:NAME` to its folder, whole or not at all, unless it is there.
+    """Export `builtin:NAME` to its folder, completely or not at all, unless the folder exists.
 
     Args:
-        name: of an adapter that the package ships.
+        name: name of an adapter shipped with the package.
         progress: as in `export_onnx`.
 
     Raises:
-        DeltaMemError: its base model cannot be fetched, or the export fails; there is no folder then.
+        DeltaMemError: the base model cannot be fetched, or the export fails. No folder is created.
     """
     from deltamem_tool.adapter.load import load
     from deltamem_tool.base_model.tokenizer import tokenizer_of
     from deltamem_tool.onnx.export.export import export_onnx
 
     folder = shipped_folder(name)
-    with locked(folder):  # whoever waited for another program to export it finds it
+    with locked(folder):  # another program may have exported it while this one waited
         if not folder.is_dir():
-            for part in folder.parent.glob(f".{folder.name}.*"):  # of a program that was killed
+            for part in folder.parent.glob(f".{folder.name}.*"):  # left by a program that was killed
                 shutil.rmtree(part, ignore_errors=True)
             progress("Loading the model", 0, 0)
             model = load(name)

@@ -1,4 +1,4 @@
-"""One call of a model as a function of tensors, to be traced."""
+"""A call of a model as a function of tensors, which can be traced."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from deltamem_tool.segments.tags import SegmentTag
 
 
 class Step(nn.Module):
-    """One call as a function of tensors: what is traced. Its nested names become the graph's.
+    """A call of a model as a function of tensors, which is traced. Its nested names become those of the graph.
 
-    Without an `adapter`, of the model without a memory: `write_mask` is taken all the same, so that both graphs are
-    called alike.
+    Without an `adapter`, it is a call of the model without a memory. It still takes `write_mask`, so that both graphs
+    are called in the same way.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self._interface, self._target = interface, target
-        self._max_length = interface.max_length  # 0 where keys and values grow
-        self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
+        self._max_length = interface.max_length  # 0 if keys and values grow
+        self.adapter = adapter  # not a submodule of the model; registered here, so that its weights are in the graph
         self._fingerprint = "" if adapter is None else adapter.fingerprint
         self._options = options
         self.layers = layers
 
     @property
     def positions(self) -> int | None:
-        """Tokens of a context; None where nothing limits them."""
+        """Maximum number of tokens in a context; None for no limit."""
         return self._options.positions
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """None, for the exporter, which would cast every input to the type of the first one.
+        """Return no parameters, because the exporter would cast every input to the type of the first one.
 
-        In a model of half precision the states stay float32. What is traced are the `named_parameters`.
+        In a half-precision model, the states stay float32. The exporter traces the `named_parameters`.
         """
         return iter(())
 
@@ -74,12 +74,12 @@ class Step(nn.Module):
         initial: Sequence[dict[str, Tensor]] = (),
         past_length: Tensor | None = None,
     ) -> dict[str, Any]:
-        """The graph's inputs to its outputs, as `contract` names them; those of layers are in lists of dictionaries."""
+        """Map the graph's inputs to its outputs, as named in `contract`; those of layers are lists of dictionaries."""
         if self._interface.packed:
             return self._packed_call(
                 input_ids, attention_mask, write_mask, past_key_values, segment_end, initial, past_length
             )
-        columns, valid = None, None  # of the mask, where the tokens are: its last, or
+        columns, valid = None, None  # of the mask, for the call's tokens; None for its last ones
         if past_length is not None:
             columns = past_length + torch.arange(input_ids.shape[1])
             valid = attention_mask.index_select(1, columns).bool()
@@ -103,7 +103,7 @@ class Step(nn.Module):
     def _base_states(
         self, attention_mask: Tensor, input_ids: Tensor, cache: MemoryCache, past: Past
     ) -> AbstractContextManager[None]:
-        """A call of the model with the states of its own that `past` has; keys of a fixed length go without any."""
+        """Start the model's own states from `past` inside the block; with a fixed length, it has none."""
         if self._max_length:
             return nullcontext()
         valid = attention_mask[:, -input_ids.shape[1] :].bool()
@@ -122,7 +122,7 @@ class Step(nn.Module):
         initial: Past,
         past_length: Tensor | None,
     ) -> dict[str, Any]:
-        """As `forward`, where each row's keys and values lie at the front of their buffer."""
+        """Do the same as `forward` if each row's keys and values are at the front of their buffer."""
         tokens = input_ids.shape[1]
         if past_length is None:
             valid = attention_mask[:, -tokens:].bool()
@@ -163,7 +163,7 @@ class Step(nn.Module):
         memory: MemoryState | None,
         max_length: int = 0,
     ) -> Any:
-        """A cache that holds no keys and values yet; masks `[B, T]`, `valid` where the model is given no mask."""
+        """Return a cache without keys and values; masks are `[B, T]`. Pass `valid` if the model gets no mask."""
         if self.adapter is None:
             config = self.model.config
             return StaticCache(config=config, max_cache_len=max_length) if max_length else DynamicCache(config=config)
@@ -176,10 +176,10 @@ class Step(nn.Module):
         return cache
 
     def _memory(self, past_key_values: Past, initial: Past, begins: Tensor | None) -> MemoryState | None:
-        """What the call begins with; rows that begin a conversation, bool `[B, 1, 1, 1]`, with what is `initial`."""
+        """Return the memory before the call. Rows in `begins`, bool `[B, 1, 1, 1]`, start from the `initial` states."""
         if self.adapter is None:
             return None
-        shapes = self._interface.state_shapes  # other layers may have a recurrent state of the base's
+        shapes = self._interface.state_shapes  # in other layers, it is a recurrent state of the base model
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if i in shapes and past}
         if initial and begins is not None:
             states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
@@ -187,7 +187,7 @@ class Step(nn.Module):
         return MemoryState(states, self._fingerprint, segments)
 
     def _results(self, logits: Tensor, cache: Any, past_key_values: Past) -> dict[str, Any]:
-        """The graph's outputs."""
+        """Return the graph's outputs."""
         present: list[dict[str, Tensor]] = []
         for i, past in enumerate(past_key_values):
             present.append({})
@@ -207,11 +207,11 @@ class Step(nn.Module):
 
 
 def segment_tags(write: Tensor, end: Tensor) -> Tensor:
-    """What `MemoryCache.segment_tags` takes, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
+    """Return `MemoryCache.segment_tags`, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
     inside = torch.where(end, SegmentTag.LAST, SegmentTag.INSIDE)
-    return torch.where(write, inside, SegmentTag.OUTSIDE).to(torch.int8)  # int64 before: browsers have no Where of int8
+    return torch.where(write, inside, SegmentTag.OUTSIDE).to(torch.int8)  # cast last: browsers have no Where for int8
 
 
 def _begins(attention_mask: Tensor, tokens: int) -> Tensor:
-    """Rows whose past holds no token, bool `[B, 1, 1, 1]`: all their valid tokens are among the last."""
+    """Return the rows without past tokens, bool `[B, 1, 1, 1]`: all their valid tokens belong to this call."""
     return (attention_mask.sum(-1) == attention_mask[:, -tokens:].sum(-1))[:, None, None, None]

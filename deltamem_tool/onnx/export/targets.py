@@ -1,4 +1,4 @@
-"""The targets of an export: the operators each may use, and its data types and quantisations."""
+"""The targets of an export, with their operators, data types and quantisations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32
 from deltamem_tool.onnx.manifest import Quantization
 
 NO_QUANTIZATION, INT8, INT4 = "none", "int8", "int4"
-WASM_MEMORY = 2**32  # bytes that WebAssembly's 32-bit addresses reach, weights and all else
-PORTABLE_OPSET = 18  # what torch translates to; every later one would be a conversion of it
+WASM_MEMORY = 2**32  # bytes that WebAssembly can address with 32 bits, for weights and everything else
+PORTABLE_OPSET = 18  # the opset that torch exports to; later ones would be conversions from it
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Target:
     """One kind of runtime.
 
     Args:
-        fusions: the ONNX Runtime provider whose fused operators the graph uses; None for standard operators alone.
+        fusions: the ONNX Runtime provider whose fused operators the graph uses; None for standard operators only.
         scan: the implementation of `deltamem_tool.ops` that is traced.
-        opset: of standard operators; None for the exporter's own choice.
-        dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
-        quantizations: of the base model's weights.
-        genai: whether onnxruntime-genai loads the folder: its names and configuration, and no inputs but what it feeds.
-        max_bytes: the largest weights that what runs the graph can hold; None for any.
+        opset: opset of standard operators; None for the exporter's default.
+        dtypes: supported types of the base model's weights, and of keys and values. State and scan are always float32.
+        quantizations: supported quantisations of the base model's weights.
+        genai: whether onnxruntime-genai loads the folder, with its names and configuration, and only inputs it feeds.
+        max_bytes: maximum size of the weights that the runtime can hold, in bytes; None for no limit.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Target:
 
     @property
     def is_standard(self) -> bool:
-        """Whether its graphs are for any runtime: standard operators, checked by ONNX's own checker."""
+        """Whether its graphs are for any runtime: they only have standard operators, and pass ONNX's checker."""
         return self.fusions is None
 
 
 TARGETS = {
     target.name: target
     for target in (
-        # ONNX Runtime's CPU provider takes float16 (it computes most of it in float32), and has no bfloat16 MatMul.
+        # ONNX Runtime's CPU provider supports float16 (computed mostly in float32), but has no MatMul for bfloat16.
         Target("cpu", "cpu", "onnx", None, (FLOAT32, FLOAT16), (NO_QUANTIZATION, INT8, INT4)),
         Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION, INT8, INT4)),
         Target("portable", None, "portable", PORTABLE_OPSET, (FLOAT32,), (NO_QUANTIZATION,)),
@@ -56,25 +56,25 @@ TARGETS = {
     )
 }
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
-# What a quantisation takes.
+# Supported data types of each quantisation.
 QUANTIZATIONS = {NO_QUANTIZATION: DTYPES, INT8: (FLOAT32, FLOAT16), INT4: (FLOAT32, FLOAT16)}
 BITS = {INT8: 8, INT4: 4}
-GROUP_SIZES = (16, 32, 64, 128, 256)  # those that ONNX Runtime's operators take
+GROUP_SIZES = (16, 32, 64, 128, 256)  # supported by ONNX Runtime's operators
 GROUP_SIZE, SYMMETRIC = 32, True
 _TYPE_BITS = {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16}
 
 
 def check_size(target: Target, parameters: int, dtype: str, quantize: str) -> None:
-    """Check that what runs the graph can hold the weights.
+    """Check that the target's runtime can hold the weights.
 
     Args:
-        target: what runs the graph.
-        parameters: how many numbers the weights are.
-        dtype: their type.
-        quantize: how they are quantised: all of them, for this purpose.
+        target: target of the graph.
+        parameters: number of weights.
+        dtype: type of the weights.
+        quantize: quantisation; the check assumes that it applies to all weights.
 
     Raises:
-        ExportError: they are too large.
+        ExportError: the weights are too large.
     """
     size = parameters * (BITS.get(quantize) or _TYPE_BITS[dtype]) // 8
     if target.max_bytes is not None and size > target.max_bytes:
@@ -86,7 +86,7 @@ def check_size(target: Target, parameters: int, dtype: str, quantize: str) -> No
 
 
 def target_of(name: str, dtype: str, quantize: str) -> Target:
-    """The target called `name`, if it can do both.
+    """Return the target `name`, after checking that it supports the type and the quantisation.
 
     Raises:
         ExportError: there is no such target, or it has no operators for the type or the quantisation.
@@ -109,16 +109,16 @@ def target_of(name: str, dtype: str, quantize: str) -> Target:
 
 
 def quantization_of(quantize: str, group_size: int, symmetric: bool, width: int | None = None) -> Quantization | None:
-    """How `quantize` is done; None where it is not.
+    """Return the settings of the quantisation `quantize`; None if it is "none".
 
     Args:
         quantize: a name in `QUANTIZATIONS`.
-        group_size: weights of one output that share a scale.
-        symmetric: without zero points.
-        width: of the model, whose embedding has whole groups; None if it is not known yet.
+        group_size: number of weights of one output that share a scale.
+        symmetric: whether to quantise without zero points.
+        width: width of the model, which groups must divide; None if it is not known yet.
 
     Raises:
-        ExportError: no operator has such groups, or they do not divide the width.
+        ExportError: no operator supports groups of this size, or they do not divide the width.
     """
     if quantize == NO_QUANTIZATION:
         return None

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_ROUTED = {"top_k_index", "top_k_weights"}  # arguments by which experts are told from other modules
-_COUNTS = ("total_experts", "num_experts")  # what such a module calls the number of them
+_ROUTED = {"top_k_index", "top_k_weights"}  # arguments that identify modules of experts
+_COUNTS = ("total_experts", "num_experts")  # attributes with the number of experts
 
 
 class InOnnx(TorchFunctionMode):
-    """Inside, what the exporter's operators do not cover is computed by others.
+    """Replace calls that the exporter's operators do not support inside the block.
 
-    A part of complex numbers is made of the same part of their real and imaginary ones, and an axis that is not of size
-    1 is not squeezed: torch leaves it as it is, and ONNX refuses.
+    Indexing complex numbers becomes indexing their real and imaginary parts. Squeezing an axis whose size is not 1 is
+    left out: torch ignores it, but ONNX rejects it.
     """
 
     def __torch_function__(
@@ -46,12 +46,12 @@ class InOnnx(TorchFunctionMode):
 
 
 class _EveryExpert(TorchFunctionMode):
-    """Inside, a loop over the experts that some token has chosen goes over all of them.
+    """Make a loop over the experts that tokens have chosen run over all experts, inside the block.
 
-    Which ones those are is not known while a model is traced, and an expert without a token adds nothing.
+    The chosen ones are not known while a model is traced, and an expert without tokens adds nothing.
 
     Args:
-        experts: how many there are.
+        experts: number of experts.
     """
 
     def __init__(self, experts: int) -> None:
@@ -67,16 +67,16 @@ class _EveryExpert(TorchFunctionMode):
     ) -> Any:
         """Compute `function`."""
         if function in (Tensor.nonzero, torch.nonzero) and args[0].ndim == 1:
-            return np.arange(self._experts)[:, None]  # [experts, 1], whose numbers are known
+            return np.arange(self._experts)[:, None]  # [experts, 1], with known values
         result = function(*args, **(kwargs or {}))
         if function is Tensor.numel and not isinstance(result, int):
-            return 1  # whether an expert has tokens is asked in order to leave it out
+            return 1  # models skip experts without tokens
         return result
 
 
 @contextmanager
 def every_expert(model: nn.Module) -> Iterator[None]:
-    """Inside, modules of experts compute with all of theirs."""
+    """Make modules of experts compute with all their experts inside the block."""
 
     def run(forward: Callable[..., Any], count: int, *args: Any, **kwargs: Any) -> Any:
         with _EveryExpert(count):
@@ -96,7 +96,7 @@ def every_expert(model: nn.Module) -> Iterator[None]:
 
 
 def _count(module: nn.Module) -> int:
-    """How many experts `module` has, 0 if it is something else."""
+    """Return the number of experts of `module`; 0 if it is not a module of experts."""
     if not inspect.signature(module.forward).parameters.keys() >= _ROUTED:
         return 0
     return next((count for name in _COUNTS if (count := getattr(module, name, 0))), 0)

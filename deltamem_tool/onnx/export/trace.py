@@ -51,12 +51,12 @@ def traced(
     target: Target,
     without: Collection[str] = (),
 ) -> onnx_ir.Model:
-    """The graph, in the operators of `target`, before its rewrites; `without` names those that will be left out.
+    """Return the graph in the operators of `target`, before its rewrites; `without` names rewrites to leave out.
 
-    Without an `adapter`, `model` has no memory, and `options` were made while it had one.
+    If `adapter` is None, `model` has no memory, and `options` were created while it had one.
 
     Raises:
-        ExportError: PyTorch's exporter has no graph for the model.
+        ExportError: PyTorch's exporter cannot trace the model.
     """
     layers = TracedLayers(model, adapter, interface, partial(_call_with_padding, model, adapter, options))
     with torch.no_grad(), use_implementation(target.scan), _fused(adapter, target, without):
@@ -65,7 +65,7 @@ def traced(
         try:
             with rotary, every_expert(model), InOnnx():
                 return _graph_of(step, interface, target)
-        except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
+        except Exception as error:  # torch's exporters have no exception type for models that they cannot trace
             if (interrupt := _interrupt_behind(error)) is not None:
                 raise interrupt from None
             raise ExportError(
@@ -84,9 +84,9 @@ def _interrupt_behind(error: BaseException) -> BaseException | None:
 
 
 def _graph_of(step: Step, interface: Interface, target: Target) -> onnx_ir.Model:
-    """`step`, whose arguments are called what the inputs of `interface` are, as a graph for `target`."""
+    """Trace `step`, whose arguments have the names of the inputs of `interface`, as a graph for `target`."""
     inputs, axes = _sample(interface, step.layers.copies, step.positions)
-    # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
+    # Guards from a model's own shape checks need not hold for the graph, which is compared with PyTorch later.
     config = OnnxConfig(
         dynamic_shapes=axes,
         opset_version=target.opset,
@@ -103,18 +103,18 @@ def _graph_of(step: Step, interface: Interface, target: Target) -> onnx_ir.Model
         _without_collection(),
         step.layers.without_copies(),
     ):
-        # Any module will do.
+        # The exporter accepts any module.
         program = cast(onnx_ir.Model, OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program)
         _optimize(program, step.layers, weights, interface, target)
     _name_axes(program.graph, interface)
     for graph in program.graphs():
         for node in graph:
-            node.metadata_props.clear()  # of the exporter, with this machine's paths
+            node.metadata_props.clear()  # the exporter's metadata has paths of this machine
     return program
 
 
 def _call_with_padding(model: PreTrainedModel, adapter: DeltaMemAdapter | None, options: CallOptions) -> None:
-    """Call it on two short texts."""
+    """Call the model with two short texts, one of them padded."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=model.device)
     cache = DynamicCache(config=model.config) if adapter is None else MemoryCache(model)
     options.logits(model, torch.zeros_like(mask), mask, cast(MemoryCache, cache))
@@ -122,7 +122,7 @@ def _call_with_padding(model: PreTrainedModel, adapter: DeltaMemAdapter | None, 
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Inside, nobody looks for cycles of objects: tracing makes millions, and a tenth of its time would go into it."""
+    """Disable garbage collection inside the block. It would take 10 % of the time, as tracing creates many objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -139,7 +139,7 @@ def _optimize(
     interface: Interface,
     target: Target,
 ) -> None:
-    """Fold and fuse what was traced, and put copies of it in the place of the layers that were not."""
+    """Fold constants, fuse operators, and insert copies for the layers that were not traced."""
     own = _own_weights(weights, layers.names)
     with without_weights(program.graph, {name for names in own.values() for name in names.values()}):
         onnxscript.optimizer.optimize(program)
@@ -163,7 +163,7 @@ def _order(graph: onnx_ir.Graph, interface: Interface) -> None:
 
 
 def _own_weights(weights: Mapping[str, Tensor], layers: Mapping[int, str]) -> dict[int, dict[str, str]]:
-    """Names of each layer's own weights by what they are called in it; other weights are those of several layers."""
+    """Return the names of each layer's own weights by their names inside the layer; shared weights are left out."""
     own = {}
     for index, layer in layers.items():
         prefixes = (f"model.{layer}.", f"adapter.layers.{index}.")
@@ -178,7 +178,7 @@ def _own_weights(weights: Mapping[str, Tensor], layers: Mapping[int, str]) -> di
 
 @contextmanager
 def _fused(adapter: DeltaMemAdapter | None, target: Target, without: Collection[str]) -> Iterator[None]:
-    """Inside, `adapter` has fused memories in the place of its own, where that can be."""
+    """Replace the memories of `adapter` by fused ones inside the block, if possible."""
     if adapter is None:
         yield
         return
@@ -194,16 +194,16 @@ def _fused(adapter: DeltaMemAdapter | None, target: Target, without: Collection[
 def _sample(
     interface: Interface, copies: Collection[int], positions: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments to trace with, and which of their axes vary; none for layers that are `copies`.
+    """Return the arguments to trace with and their dynamic axes; layers in `copies` have none.
 
-    Sizes of 0 and 1 would be taken for constants. Lengths are such that a context of `positions` holds both: what a
-    model does beyond its positions is not traced.
+    Sizes of 0 and 1 would be treated as constants. A context of `positions` has room for past and new tokens, because
+    the graph is not traced beyond the model's positions.
     """
     sizes = {contract.BATCH: 2, contract.TOKENS: 3, contract.PAST_TOKENS: 4, contract.ALL_TOKENS: 7}
     longest = None if positions is None else max(positions - 2, sizes[contract.PAST_TOKENS])
     dims = {name: Dim(name, max=longest) for name in (contract.TOKENS, contract.PAST_TOKENS)}
     dims[contract.BATCH] = Dim(contract.BATCH)
-    # The mask's length is the sum of two others, which torch cannot be told: it finds out.
+    # The mask's length is the sum of two others. This cannot be declared, but torch infers it.
     dims[contract.ALL_TOKENS] = Dim.DYNAMIC
     nested = (contract.PAST, contract.INITIAL) if interface.defaults() else (contract.PAST,)
     inputs: dict[str, Any] = {prefix: [{} for _ in interface.layers] for prefix in nested}
@@ -226,7 +226,7 @@ def _sample(
 
 
 def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:
-    """Call the varying axes of inputs and outputs what the contract calls them, not s12 or s70."""
+    """Give the dynamic axes of inputs and outputs the names of the contract instead of s12 or s70."""
     expected = {**interface.inputs(), **interface.outputs()}
     for value in (*graph.inputs, *graph.outputs):
         if value.name in expected and value.shape is not None:
@@ -237,7 +237,7 @@ def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of what went wrong first, which torch's exporters wrap several times."""
+    """Return the first line of the original error, which torch's exporters wrap several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     message = str(error).partition("For more information")[0].strip().partition("\n")[0]

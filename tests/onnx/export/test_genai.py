@@ -389,10 +389,10 @@ def test_what_onnxruntime_genai_cannot_run_is_refused_before_tracing(model, toke
     monkeypatch.setattr(export, "interface_of", interface_of)
     with monkeypatch.context() as patch:
         patch.setattr(model.config, "max_position_embeddings", 0)
-        refused(model, tokenizer, tmp_path / "out", "how long its context is")
+        refused(model, tokenizer, tmp_path / "out", "the length of its context")
     with monkeypatch.context() as patch:
         for holder in (model.config, model.generation_config):
             patch.setattr(holder, "eos_token_id", None)
         endless = copy.deepcopy(tokenizer)
         endless.eos_token = endless.chat_template = None
-        refused(model, endless, tmp_path / "out", "which token ends an answer")
+        refused(model, endless, tmp_path / "out", "the token that ends an answer")

@@ -213,7 +213,7 @@ def test_a_memory_that_does_not_fit_is_refused(qwen3):
     model = OnnxModel(qwen3.folder)
     with pytest.raises(MemoryStateError, match="does not fit"):
         Conversation(model, StoredMemory({0: np.zeros((1, 2, 4, 4), np.float32)}, {}, model.adapter))
-    with pytest.raises(MemoryStateError, match="one memory"):
+    with pytest.raises(MemoryStateError, match="one conversation"):
         Conversation(model, StoredMemory({i: np.zeros((2, 2, 4, 4), np.float32) for i in (0, 1)}, {}, model.adapter))
 
 
