@@ -1,4 +1,4 @@
-"""The models to compare: the base model, alone, with the memory, and with a LoRA; in PyTorch and as graphs."""
+"""Prepare the models to compare: the base model alone, with the memory, and with a LoRA, in PyTorch and as graphs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, De
     """Load the base model without its memory, and the memory, both on the CPU.
 
     Raises:
-        ConfigError: a prompt and what is decoded after it are longer than the model's positions.
-        DeltaMemError: as `deltamem.load`.
+        ConfigError: a prompt and its decoded tokens need more positions than the model has.
+        DeltaMemError: as for `deltamem.load`.
     """
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = load(setting.adapter, base=setting.base, trust_remote_code=setting.trust_remote_code, **options)
@@ -49,7 +49,7 @@ def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, De
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that shares all weights, so that a memory or a LoRA can be put on one and not on the other."""
+    """Return a copy that shares all weights, so that a memory or a LoRA can be attached to only one of them."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
@@ -59,7 +59,7 @@ def equip(name: str, model: PreTrainedModel, adapter: DeltaMemAdapter, setting: 
 
     Raises:
         ConfigError: PEFT is not installed, or a LoRA does not fit the model.
-        AdapterError: the LoRA is damaged, or of another base model.
+        AdapterError: the LoRA is damaged, or belongs to another base model.
     """
     if name == MEMORY:
         hook(model, adapter)
@@ -82,11 +82,13 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manifest]:
-    """Read the export called `name`; `adapter` is the fingerprint of the adapter that it must be of.
+    """Read the export `name`, which must belong to the adapter with the fingerprint `adapter`.
 
     Raises:
-        ExportError: it is damaged, of another adapter, of another dtype than asked for, or for onnxruntime-genai.
-        ConfigError: it has no room for the prompts, or is quantised and to be compared with a LoRA or PyTorch.
+        ExportError: the export is damaged, belongs to another adapter, has another dtype than requested, or is for
+            onnxruntime-genai.
+        ConfigError: the export has no room for the prompts, or it is quantised and would be compared with a LoRA or
+            PyTorch.
     """
     folder = find_onnx(name)
     manifest = Manifest.read(folder)
@@ -102,7 +104,7 @@ def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manife
             f"Choose --models {BASE},{MEMORY} --runtimes {ONNX}, or an export that is not quantised.",
         )
     if manifest.quantize != NO_QUANTIZATION and manifest.quantization is None:
-        raise _refused(name, "was quantised by an older version, and does not say how")
+        raise _refused(name, "was quantised by an older version, and does not record how")
     if setting.dtype not in (None, interface.dtype):
         raise _refused(name, f"has dtype {interface.dtype}, but --dtype is {setting.dtype}")
     setting.check_length(interface.max_length, f"{name} has room for {interface.max_length}.")
@@ -121,14 +123,14 @@ def write_graphs(
     scratch: Path,
     report: Callable[[str], object],
 ) -> dict[str, GraphFolder]:
-    """Write a graph for each of the setting's models into `scratch`; the memory's only if there is no `export`.
+    """Write a graph for each model of the setting into `scratch`; that of the memory only if there is no `export`.
 
     Args:
-        model: the base without its memory, on the CPU.
-        adapter: its memory.
-        setting: which models, and how.
-        export: from `read_export`.
-        scratch: a folder; the graphs stay there.
+        model: the base model without its memory, on the CPU.
+        adapter: the memory.
+        setting: the setting of the benchmark.
+        export: result of `read_export`.
+        scratch: folder for the graphs, which are kept.
         report: called with the name of each step.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Measure the peak memory of one model in one runtime, in a process that holds nothing else.
+"""Measure the peak memory of one model in one runtime, in a separate process.
 
-`python -m deltamem_tool.bench.peak` is that process. It reads the pickled setting from stdin, and prints JSON.
+The process is `python -m deltamem_tool.bench.peak`. It reads the pickled setting from stdin, and prints JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _PEAK = re.compile(r"VmHWM:\s*(\d+) kB")
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of a process, or of a GPU's memory.
+    """Peak memory of a process, or of a GPU, in bytes.
 
     Args:
-        imports: what the libraries take, before anything is loaded.
-        by_prompt: the peak beyond that by the end of each prompt and its decode, by the prompt's number of tokens.
-            Prompts run one after another, the shortest first, so each is the largest so far.
+        imports: memory of the libraries, before anything is loaded.
+        by_prompt: the peak beyond that after each prompt and its decoded tokens, by the prompt's number of tokens.
+            Prompts run sequentially, the shortest first, so each one sets the peak so far.
     """
 
     imports: int
@@ -40,10 +40,10 @@ class Peak:
 
 
 def peak_of(setting: Setting, runtime: str, model: str, graph: GraphFolder | None = None) -> Peak:
-    """Start the process, and wait for it.
+    """Start the process and wait for its result.
 
     Raises:
-        DeltaMemError: it failed, or was killed.
+        DeltaMemError: the process failed or was killed.
     """
     paths = [str(Path(deltamem_tool.__file__).parents[1]), os.environ.get("PYTHONPATH")]
     process = subprocess.run(
@@ -65,9 +65,9 @@ def peak_of(setting: Setting, runtime: str, model: str, graph: GraphFolder | Non
 
 
 def peak_resident() -> int:
-    """The peak resident memory of this process, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # not getrusage, whose figure starts with that of the parent process
+    if status.exists():  # preferred to getrusage, which starts from the parent's peak
         match = _PEAK.search(status.read_text())
         assert match is not None
         return int(match[1]) * 1024
@@ -81,12 +81,12 @@ def peak_resident() -> int:
 
 
 def main() -> None:
-    """Measure what stdin asks for, and print it."""
+    """Run the measurement requested on stdin, and print the result."""
     setting, runtime, model, graph = pickle.loads(sys.stdin.buffer.read())
     if graph is not None:
         import onnxruntime  # noqa: F401  (counts as imports)
 
-        import deltamem_tool.onnx.runtime.buffered_graph  # counts too
+        import deltamem_tool.onnx.runtime.buffered_graph  # part of the libraries' memory
     else:
         import deltamem_tool.bench.models  # noqa: F401
 
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def torch_side(name: str, setting: Setting) -> tuple[Side, int]:
-    """The model called `name` alone, and its vocabulary's size."""
+    """Return the side of the model `name`, and the size of its vocabulary."""
     import torch
 
     from deltamem_tool.bench.models import equip, load_apart, vocabulary
@@ -123,9 +123,9 @@ def torch_side(name: str, setting: Setting) -> tuple[Side, int]:
 
 
 def _gpu_memory(setting: Setting, runtime: str) -> Callable[[], int]:
-    """A function that returns the GPU memory in use, in bytes.
+    """Return a function that returns the GPU memory in use, in bytes.
 
-    PyTorch counts its peak. ONNX Runtime does not, but gives nothing back, so the device's free memory tells.
+    PyTorch counts its peak. ONNX Runtime does not, but it never frees memory, so the device's free memory shows it.
     """
     import torch
 

@@ -25,7 +25,7 @@ PREFILL, FIRST, DECODE, PEAK = (
 )
 _RUNTIMES = {PYTORCH: "PyTorch", ONNX: "ONNX\nRuntime"}
 _MODELS = {BASE: "base", MEMORY: "memory", LORA: "LoRA"}
-# Heading, unit, and the factor from the figure's unit to it.
+# Heading, unit, and the factor that converts a figure to this unit.
 _COLUMNS = {
     PREFILL: ("prefill", "tokens/s", 1.0),
     FIRST: ("first token", "ms", 1e3),
@@ -36,7 +36,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its range: the quartiles of values, the smallest and the largest of ratios."""
+    """A median with its range: the quartiles for values, the minimum and maximum for ratios."""
 
     median: float
     low: float
@@ -45,9 +45,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, and its ratio to the base's in the same runtime, taken in each repeat.
+    """A value, and its ratio to that of the base model in the same runtime, computed in each repeat.
 
-    The ratio is None for the base itself, and where the base's value is zero.
+    The ratio is None for the base model itself, and if its value is zero.
     """
 
     value: Spread
@@ -56,12 +56,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one conversation.
+    """Sizes for one conversation, in bytes.
 
     Args:
-        memory_file: of a memory file on disk.
-        state: of the numbers in it.
-        cache: of keys and values in the base model, by the prompt's number of tokens.
+        memory_file: size of a memory file.
+        state: size of the states in it.
+        cache: size of the base model's keys and values, by the prompt's number of tokens.
     """
 
     memory_file: int
@@ -74,11 +74,11 @@ class BenchResult:
     """The result of `bench`.
 
     Args:
-        setting: what was measured, and how.
-        about: the models, the machine, the packages.
+        setting: the setting of the benchmark.
+        about: description of the models, the machine and the packages.
         rounds: durations by prompt.
-        peaks: by side; empty if they were not measured.
-        sizes: of a memory file and of the cache.
+        peaks: peak memory by side; empty if it was not measured.
+        sizes: sizes of a memory file and of the cache.
     """
 
     setting: Setting
@@ -88,7 +88,7 @@ class BenchResult:
     sizes: Sizes
 
     def _values(self, prompt: int, side: str) -> dict[str, list[float]]:
-        """One entry for each repeat."""
+        """Return the values of each figure, one per repeat."""
         batch, visits = self.setting.batch_size, self.rounds[prompt].values[side]
         values = {
             PREFILL: [batch * prompt / seconds.prefill for seconds in visits],
@@ -100,9 +100,9 @@ class BenchResult:
         return values
 
     def figures(self, prompt: int, runtime: str, model: str) -> dict[str, Figure]:
-        """Figures by name; `PEAK`, measured once, in bytes beyond what the libraries take.
+        """Return the figures by name. `PEAK` is measured once, in bytes beyond the memory of the libraries.
 
-        A tiny base may take none beyond it; then the peak has no ratio.
+        A tiny base model may need no memory beyond that. The peak then has no ratio.
         """
         base = self._values(prompt, name_of(runtime, BASE))
         figures = {}
@@ -115,7 +115,7 @@ class BenchResult:
         return figures
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints: settings, figures, and each repeat's durations in the order they were taken in."""
+        """Return what `--json` prints: settings, figures, and each repeat's durations in the order of measurement."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -143,7 +143,7 @@ class BenchResult:
         return {"tokens": prompt, "order": rounds.order, "sides": sides}
 
     def table(self, prompt: int) -> Table:
-        """A row for each model and runtime: medians with quartiles, and below them ratios to the base with ranges."""
+        """Return a table with a row per model and runtime: medians and quartiles, and below them ratios and ranges."""
         setting = self.setting
         batch = "" if setting.batch_size == 1 else f", {setting.batch_size} at once"
         table = Table(title=f"{prompt} tokens of prompt, {setting.decode} decoded{batch}", show_lines=True)
@@ -154,24 +154,24 @@ class BenchResult:
         for runtime, model in setting.sides:
             figures, cells = self.figures(prompt, runtime, model), []
             for name, (_, _, factor) in columns.items():
-                # The peak is measured once, so below it is not a range but what the libraries take.
+                # The peak is measured once, so the memory of the libraries is below it instead of a range.
                 imports = self.peaks[name_of(runtime, model)].imports if name == PEAK else None
                 cells.append(_cell(figures[name], factor, imports))
             table.add_row(f"{_RUNTIMES[runtime]}\n[bold]{_MODELS[model]}[/bold]", *cells)
         return table
 
     def sentences(self) -> Iterator[str]:
-        """How to read the tables, the sizes, and what was measured on which machine."""
+        """Yield notes: how to read the tables, the sizes, the models and the machine."""
         setting, about, sizes = self.setting, self.about, self.sizes
         yield (
-            f"Medians of {setting.repeats} repeats and their quartiles; below them the ratio to the base in the same "
-            "runtime, taken in every repeat: its median and range."
+            f"Medians and quartiles of {setting.repeats} repeats. Below them: the ratio to the base model in the same "
+            "runtime, computed in every repeat, as median and range."
         )
         if self.peaks:
             yield (
-                "Peak memory: of a process that does nothing else; + what the libraries take before it loads anything."
+                "Peak memory is that of a separate process; + is the memory of the libraries before anything is loaded."
             )
-        yield f"A memory file is {sizes.memory_file:,} bytes ({sizes.state:,} of state), however long the text was."
+        yield f"A memory file has {sizes.memory_file:,} bytes ({sizes.state:,} of state), however long the text was."
         caches = [
             f"{count:,} ({count / sizes.memory_file:,.1f}× the file) of {tokens:,}"
             for tokens, count in sizes.cache.items()
@@ -194,7 +194,7 @@ class BenchResult:
 
 
 def quartiles(values: Sequence[float]) -> Spread:
-    """The median of `values`, and their first and third quartile."""
+    """Return the median and the first and third quartile of `values`."""
     low, median, high = np.percentile(values, (25, 50, 75))
     return Spread(float(median), float(low), float(high))
 
@@ -214,5 +214,5 @@ def _cell(figure: Figure, factor: float, imports: int | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits or more."""
+    """Format a number with at least three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -29,25 +29,25 @@ from deltamem_tool.onnx.export.targets import NO_QUANTIZATION
 
 _OPTIONAL = ("peft", "onnxruntime", "onnxruntime-gpu")  # packages that need not be installed
 
-Report = Callable[[str, int, int], object]  # the current step, steps done, of
+Report = Callable[[str, int, int], object]  # current step, number of finished steps, total
 
 
 def bench(setting: Setting, peaks: bool = True, report: Report = lambda step, done, of: None) -> BenchResult:
-    """Measure what the adapter's memory costs.
+    """Measure the cost of the adapter's memory.
 
     Args:
-        setting: what to measure, and how.
-        peaks: measure peak memory too, in a process for each model and runtime.
-        report: called as steps begin.
+        setting: the setting of the benchmark.
+        peaks: whether to measure peak memory too, in a separate process per model and runtime.
+        report: called when a step begins.
 
     Raises:
-        DeltaMemError: the adapter, its base, the LoRA or the export is missing, damaged, or does not belong to the
-            others; or prompts are longer than the model takes.
+        DeltaMemError: the adapter, its base model, the LoRA or the export is missing or damaged, they do not belong
+            together, or prompts are longer than the model supports.
     """
     threads_before, threads = torch.get_num_threads(), setting.threads or default_threads()
     setting = dataclasses.replace(setting, threads=threads)
     folder, export = read_adapter(setting.adapter), None
-    if setting.lora is not None:  # checks that need no base model come before it is loaded
+    if setting.lora is not None:  # check this before the base model is loaded
         Lora.read(setting.lora).check_base_name([name for name in (setting.base, folder.base.name) if name])
     if setting.onnx is not None:
         export = read_export(setting, setting.onnx, folder.fingerprint)
@@ -66,8 +66,8 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda step, do
             if ONNX in setting.runtimes:
                 graphs = write_graphs(model, adapter, setting, export, scratch, steps.show)
             rounds = _time(model, adapter, setting, graphs, steps)
-            sizes = _sizes(model, adapter, setting, scratch)  # now the model is on the device
-            del model, adapter  # the processes that follow need the room
+            sizes = _sizes(model, adapter, setting, scratch)  # the model is on the device by now
+            del model, adapter  # free memory for the processes that follow
             by_side = {}
             for runtime, model_name in setting.sides if peaks else ():
                 side = name_of(runtime, model_name)
@@ -80,7 +80,7 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda step, do
 
 
 class _Steps:
-    """Counts steps: a visit of a side, or its process."""
+    """Counts steps: visits of a side, and its process."""
 
     def __init__(self, setting: Setting, peaks: bool, report: Report) -> None:
         self._of = len(setting.sides) * (len(setting.prompts) * (setting.repeats + 1) + peaks)
@@ -90,7 +90,7 @@ class _Steps:
         self._report(step, self._done, self._of)
 
     def begin(self, step: str) -> None:
-        """Begin a step, which is done when the next one begins."""
+        """Begin a step. It ends when the next one begins."""
         self.show(step)
         self._done += 1
 

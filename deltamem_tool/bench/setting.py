@@ -13,7 +13,7 @@ from deltamem_tool.config import check_seed
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.io.cores import MAX_THREADS
 
-_MAX_TOKENS = 2**31 - 1  # at once
+_MAX_TOKENS = 2**31 - 1  # in one batch
 
 
 @dataclass(frozen=True)
@@ -21,25 +21,25 @@ class Setting:
     """The options of a measurement.
 
     Args:
-        adapter: an adapter folder or a Hub id.
-        base: where the base model is, if not where the adapter says.
-        lora: a PEFT adapter folder or a Hub id; None for a random LoRA of about the memory's size.
-        onnx: an export of the adapter; None to make one.
-        models: some of `MODELS`, the base among them.
+        adapter: adapter folder or Hub id.
+        base: location of the base model, if it differs from the adapter's config.
+        lora: folder of a PEFT adapter or Hub id; None for a random LoRA of about the memory's size.
+        onnx: export of the adapter; None to create one.
+        models: some of `MODELS`, including the base model.
         runtimes: some of `RUNTIMES`.
-        prompts: numbers of tokens.
-        decode: tokens after the first one.
-        batch_size: conversations at once.
-        repeats: how often everything is measured.
-        threads: of one call; None for `OMP_NUM_THREADS`, or the cores that this process may use.
-        device: as torch names it.
-        dtype: of the base's weights; None for that of `onnx`, or else the checkpoint's own.
-        seed: of tokens, order and random weights.
+        prompts: lengths of the prompts, in tokens.
+        decode: number of tokens to decode after the first one.
+        batch_size: number of conversations per batch.
+        repeats: number of repeats of every measurement.
+        threads: threads per call; None for `OMP_NUM_THREADS`, or the cores that this process may use.
+        device: device, as torch names it.
+        dtype: data type of the base model's weights; None for that of `onnx`, or else that of the checkpoint.
+        seed: random seed for tokens, order and weights.
         trust_remote_code: whether Python files of the base model may run.
 
     Raises:
-        ConfigError: a list is empty, has an unknown or a repeated entry, or lacks the base; a number is not positive;
-            `lora` or `onnx` would not be used; or a runtime cannot use the device.
+        ConfigError: a list is empty, has an unknown or repeated entry, or lacks the base model; a number is not
+            positive; `lora` or `onnx` would not be used; or a runtime does not support the device.
     """
 
     adapter: str
@@ -83,8 +83,8 @@ class Setting:
                 "Choose cuda:0, or hide the other GPUs with CUDA_VISIBLE_DEVICES.",
             )
         if len(set(self.prompts)) < len(self.prompts) or not self.prompts:
-            why = "One is given twice." if self.prompts else "There are none."
-            raise ConfigError("Invalid prompt lengths.", why, "Give numbers of tokens, such as 512,2048.")
+            why = "A length is repeated." if self.prompts else "There are none."
+            raise ConfigError("Invalid prompt lengths.", why, "Pass numbers of tokens, such as 512,2048.")
         counts = {"prompt length": min(self.prompts), "decode": self.decode, "batch size": self.batch_size}
         for name, count in {**counts, "repeats": self.repeats, "threads": self.threads or 1}.items():
             if count < 1:
@@ -115,15 +115,15 @@ class Setting:
         return [(runtime, model) for runtime in self.runtimes for model in self.models]
 
     def ids(self, prompt: int, vocab_size: int) -> NDArray[np.int64]:
-        """Random tokens, int64 `[B, prompt]`; the same ones in every process."""
+        """Return random tokens, int64 `[B, prompt]`, which are the same in every process."""
         random = np.random.default_rng((self.seed, prompt))
         return random.integers(vocab_size, size=(self.batch_size, prompt), dtype=np.int64)
 
     def check_length(self, limit: int | None, why: str) -> None:
-        """Raise unless the longest prompt and what is decoded after it fit into `limit` tokens.
+        """Check that the longest prompt and its decoded tokens fit into `limit` tokens.
 
         Raises:
-            ConfigError: they do not; `why` says where the limit comes from.
+            ConfigError: they do not fit. The message includes `why`, the source of the limit.
         """
         longest = max(self.prompts)
         if limit and longest + self.decode > limit:
@@ -139,10 +139,10 @@ class Setting:
 def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
-        why = f"{unknown[0]!r} is unknown." if unknown else "One is given twice." if names else "There are none."
+        why = f"{unknown[0]!r} is unknown." if unknown else "A name is repeated." if names else "There are none."
         raise ConfigError(f"Invalid {option}: {','.join(names)!r}.", why, f"Choose from {','.join(known)}.")
 
 
 def name_of(runtime: str, model: str) -> str:
-    """The name of a model in a runtime, as results show it, such as "pytorch memory"."""
+    """Return the name of a model in a runtime, as shown in results, such as "pytorch memory"."""
     return f"{runtime} {model}"

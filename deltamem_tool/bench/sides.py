@@ -1,6 +1,6 @@
 """A model in a runtime, as the benchmark measures it: tokens in, logits out, and a cache that is passed between calls.
 
-Each side imports its own runtime when it is created. Otherwise, the other runtime would count in its peak memory.
+Each side imports its runtime only when it is created, so that the other runtime does not count in its peak memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from deltamem_tool.bench import SEGMENT
 if TYPE_CHECKING:
     from deltamem_tool.onnx.contract import Interface
 
-Past = Any  # the cache, of the runtime's own type
+Past = Any  # the cache, with a type of the runtime
 Logits = Any  # [B, V] of the last position, as the runtime returns them
 
 
 @dataclass(frozen=True)
 class GraphFolder:
-    """Where an ONNX graph is, and its inputs and outputs."""
+    """The folder and the interface of an ONNX graph."""
 
     folder: Path
     interface: Interface
@@ -34,13 +34,13 @@ class Side(Protocol):
     """A model in a runtime."""
 
     def call(self, ids: NDArray[Any], past: Past = None) -> tuple[Logits, Past]:
-        """Feed tokens, int64 `[B, T]`, after `past`, or as a new conversation; return when all work has finished.
+        """Feed tokens, int64 `[B, T]`, after `past` or to a new conversation. Return when all work has finished.
 
         `past` may be changed in place.
         """
 
     def choose(self, logits: Logits) -> NDArray[Any]:
-        """The likeliest tokens, int64 `[B, 1]`."""
+        """Return the most likely tokens, int64 `[B, 1]`."""
 
 
 class TorchSide:
@@ -94,14 +94,14 @@ class TorchSide:
 
 
 def _tags(ids: NDArray[Any]) -> NDArray[Any]:
-    """Segment tags of a prompt, as `MemoryCache.segment_tags` takes it, int8 `[B, T]`."""
+    """Return segment tags of a prompt for `MemoryCache.segment_tags`, int8 `[B, T]`."""
     from deltamem_tool.segments.tags import SegmentTag
 
     return np.where(_ends(ids), SegmentTag.LAST, SegmentTag.INSIDE).astype(np.int8)
 
 
 def _ends(ids: NDArray[Any]) -> NDArray[Any]:
-    """Tokens that end a segment, bool `[B, T]`; decoded tokens join the last segment, which stays open."""
+    """Return the tokens that end a segment, bool `[B, T]`. Decoded tokens join the last segment, which stays open."""
     row = np.arange(1, ids.shape[1] + 1) % SEGMENT == 0
     return np.broadcast_to(row, ids.shape)
 

@@ -1,4 +1,4 @@
-"""Take measurements in turn, so that other work on the machine affects all of them alike."""
+"""Take measurements in turn, so that other work on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rounds(Generic[T]):
-    """What each name measured, one entry for each repeat, and the order within each repeat."""
+    """The results of each measurement, one per repeat, and the order within each repeat."""
 
     values: dict[str, list[T]]
     order: list[list[str]]
@@ -32,13 +32,13 @@ def in_turn(
     seed: int = 0,
     report: Callable[[str], object] = lambda name: None,
 ) -> Rounds[T]:
-    """Take every measurement once in every repeat, in an order drawn anew, after a warm-up round that is not counted.
+    """Take every measurement once per repeat, in a new random order, after a warm-up round that does not count.
 
     Args:
-        measurements: by name; each call returns what it measured.
-        repeats: rounds that count.
-        seed: of the order.
-        report: called with the name of each measurement that begins.
+        measurements: functions by name; each call returns its result.
+        repeats: number of rounds that count.
+        seed: random seed for the order.
+        report: called with the name of a measurement when it begins.
     """
     draw = random.Random(seed)
     rounds: Rounds[T] = Rounds({name: [] for name in measurements}, [])
@@ -57,7 +57,7 @@ def in_turn(
 
 @dataclass(frozen=True)
 class Seconds:
-    """Durations of one visit: of the prompt's call, until the first token is chosen, and of all later tokens."""
+    """Durations of one visit: until the prompt's call returns, until the first token, and of all later tokens."""
 
     prefill: float
     first_token: float
@@ -65,7 +65,7 @@ class Seconds:
 
 
 def visit(side: Side, ids: NDArray[np.int64], decode: int, clock: Callable[[], float] = time.perf_counter) -> Seconds:
-    """Run a prompt, int64 `[B, T]`, choose its first token, and decode further `decode` tokens greedily."""
+    """Run a prompt, int64 `[B, T]`, choose its first token, and decode `decode` further tokens greedily."""
     start = clock()
     logits, past = side.call(ids)
     prefilled = clock()
@@ -78,7 +78,7 @@ def visit(side: Side, ids: NDArray[np.int64], decode: int, clock: Callable[[], f
 
 
 def cpu_name() -> str:
-    """The processor's name as the operating system reports it."""
+    """Return the name of the processor, as reported by the operating system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

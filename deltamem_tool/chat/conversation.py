@@ -372,7 +372,7 @@ def _check_fits(engine: Engine, memory: StoredMemory) -> None:
     if rows != {1}:
         raise MemoryStateError(
             "A memory to start from must hold one conversation.",
-            f"This one holds {max(rows)}.",
+            f"This one holds {max(rows)} rows.",
             "Select one with `MemoryState.select`, and save it.",
         )
 

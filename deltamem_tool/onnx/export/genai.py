@@ -89,7 +89,7 @@ def _check_start(memory: MemoryState, shape: MemoryShape, adapter: str) -> None:
     if memory.batch_size != 1:
         raise MemoryStateError(
             "A memory to start from must hold one conversation.",
-            f"This one holds {memory.batch_size}.",
+            f"This one holds {memory.batch_size} rows.",
             "Select one with `MemoryState.select`, and save it.",
         )
 

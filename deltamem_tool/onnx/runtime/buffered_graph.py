@@ -3,9 +3,9 @@
 Decode steps run through fixed bindings. If the length is fixed, a CUDA graph can record and replay them. Otherwise, a
 conversation that has filled its buffers continues in larger ones.
 
-A call writes behind the columns of its past, so a past stays valid as long as only one call continues it. A second call
+A call writes after the columns of its past, so a past stays valid as long as only one call continues it. A second call
 works on a copy of the buffers. Unused buffers of a fixed length are kept for the next conversations. Prompts run
-between replays, which needs a fix that ONNX Runtime 1.31.1 has (its pull request 32121).
+between replays, which needs a fix in ONNX Runtime 1.31.1 (pull request 32121).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from deltamem_tool.onnx.runtime.graph import Graph, LoadedGraph, Past, is_cache,
 from deltamem_tool.onnx.runtime.ortvalue import copied, on_device, on_host, wrapped
 from deltamem_tool.onnx.runtime.rows_graph import RowsGraph
 
-NOT_RECORDED = -1  # ONNX Runtime's gpu_graph_id of a call that it shall neither record nor replay
-# Tokens. Attention takes room, and in ONNX Runtime's CPU provider time, for every pair of a token and a column, also
-# for those that it cannot see: a long prompt is fed in pieces.
+NOT_RECORDED = -1  # ONNX Runtime's gpu_graph_id for a call that is neither recorded nor replayed
+# In tokens. A long prompt is fed in pieces, because attention takes memory, and in ONNX Runtime's CPU provider also
+# time, for every pair of a token and a column, even for masked ones.
 LONGEST_CALL = 512
-FIRST_ROOM = 256  # columns of the first buffers of a conversation, where the length is not fixed
+FIRST_ROOM = 256  # columns of a conversation's first buffers, if the length is not fixed
 
 
 class BufferedGraph(LoadedGraph):
-    """A graph of fixed length or with packed keys and values: what `Graph` does, but its pasts are `BufferedPast`.
+    """A graph of fixed length or with packed keys and values: the same as `Graph`, with `BufferedPast` as pasts.
 
     Args:
-        cuda_graph: record decode steps as CUDA graphs and replay them. Then all calls must come from one thread. This
-            has not been run on a GPU yet; the bindings that it needs are those of every decode step, on any provider.
+        cuda_graph: record decode steps as CUDA graphs and replay them. All calls must then come from one thread. This
+            has not been run on a GPU yet, but every decode step uses the same bindings on any provider.
 
     Raises:
-        ExportError: as `Graph`; or `cuda_graph` on another provider than "cuda".
+        ExportError: as for `Graph`, or `cuda_graph` is set and the provider is not "cuda".
     """
 
     def __init__(
@@ -60,49 +60,49 @@ class BufferedGraph(LoadedGraph):
             raise _no_cuda_graph(f"The provider is {provider}.", 'Choose provider="cuda", or leave cuda_graph out.')
         options = {"enable_cuda_graph": "1"} if cuda_graph else {}
         super().__init__(folder, interface, provider, threads, map_weights, options)
-        self.max_length = interface.max_length  # 0 where buffers can be of any length
+        self.max_length = interface.max_length  # 0 if buffers can have any length
         described = interface.inputs() | interface.outputs()
         self.types = {name: dtype for name, (dtype, _) in described.items()}
         self._shapes = {name: shape for name, (_, shape) in described.items()}
         inputs = list(interface.inputs())
-        self.growing = None if self.max_length else contract.ATTENTION_MASK  # the input whose size is not the step's
+        self.growing = None if self.max_length else contract.ATTENTION_MASK  # the input whose size changes
         self.cache_names = [name for name in inputs if is_cache(name)]
         self.input_names = [name for name in inputs if not name.startswith(contract.PAST + ".")]
         self.memory_names = [name for name in inputs if name not in (*self.cache_names, *self.input_names)]
         self.graph_ids: Iterator[int] = count(1)
-        self._cuda_graph = cuda_graph  # whether steps are recorded and replayed; they run through bindings in any case
+        self._cuda_graph = cuda_graph  # whether steps are recorded and replayed; all steps use bindings
         self._thread: int | None = None
-        self._idle: dict[int, list[Buffers]] = {}  # by batch, where all are of one length
+        self._idle: dict[int, list[Buffers]] = {}  # by batch size; used if the length is fixed
 
     def io_binding(self) -> Any:
         """Return an empty binding of the session."""
         return self._session.io_binding()
 
     def run_options(self, graph_id: int) -> onnxruntime.RunOptions:
-        """Options of a call that is recorded under `graph_id`, where CUDA graphs are on."""
+        """Return the options of a call, which is recorded under `graph_id` if CUDA graphs are on."""
         options = onnxruntime.RunOptions()
         if self._cuda_graph:
             options.add_run_config_entry("gpu_graph_id", str(graph_id))
         return options
 
     def zeros(self, name: str, batch: int, room: int = 0) -> OrtValue:
-        """A buffer for an input or output of a call with one token; keys and values have `room` columns.
+        """Return a buffer for an input or output of a call with one token; keys and values have `room` columns.
 
-        Its numbers must be finite from the start: attention multiplies what it leaves out by zero.
+        Its values must be finite from the start, because attention multiplies masked ones by zero.
         """
         array = self.zero_array(name, batch, room)
         if self.device == "cpu":
-            return wrapped(array, self.types[name])  # whose pages the system gives when they are written
+            return wrapped(array, self.types[name])  # the system allocates pages when they are written
         return on_device(array, self.types[name], self.device)
 
     def zero_array(self, name: str, batch: int, room: int = 0) -> NDArray[Any]:
-        """As `zeros`, an array."""
+        """Do the same as `zeros`, as an array."""
         known = {contract.BATCH: batch, contract.TOKENS: 1, contract.PAST_TOKENS: room}
         sizes = [known[s] if isinstance(s, str) else s for s in self._shapes[name]]
         return np.zeros(sizes, np.uint16 if self.types[name] == contract.BFLOAT16 else self.types[name])
 
     def run_bound(self, binding: Any, options: onnxruntime.RunOptions | None = None) -> None:
-        """Call the graph with inputs and outputs that are bound."""
+        """Call the graph with bound inputs and outputs."""
         self._session.run_with_iobinding(binding, options)
 
     def empty_past(
@@ -111,7 +111,7 @@ class BufferedGraph(LoadedGraph):
         states: Mapping[int, NDArray[Any]] | None = None,
         segments: Mapping[int, NDArray[Any]] | None = None,
     ) -> BufferedPast:
-        """As `Graph.empty_past`."""
+        """See `Graph.empty_past`."""
         return BufferedPast(self._lease(batch, 0), np.zeros((batch, 0), np.int64), self._start(batch, states, segments))
 
     def _start(
@@ -123,12 +123,12 @@ class BufferedGraph(LoadedGraph):
     def with_memory(
         self, past: BufferedPast, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]
     ) -> BufferedPast:
-        """As `Graph.with_memory`."""
+        """See `Graph.with_memory`."""
         memory = self.memory_values(past.lease.buffers.batch, states, segments)
         return BufferedPast(past.lease, past.mask, past.memory | memory)
 
     def memory_part(self, past: BufferedPast, part: str) -> dict[int, NDArray[Any]]:
-        """The arrays of `part` by layer, read while no step writes into the buffers."""
+        """Return the arrays of `part` by layer, read while no step writes into the buffers."""
         with past.lease.buffers.lock:
             return super().memory_part(past.memory, part)
 
@@ -140,10 +140,10 @@ class BufferedGraph(LoadedGraph):
         past: BufferedPast,
         segment_end: NDArray[Any] | None = None,
     ) -> tuple[NDArray[Any], BufferedPast]:
-        """As `Graph.step`, with the same masks: `attention_mask` is `[B, P + T]`.
+        """See `Graph.step`. The masks are the same: `attention_mask` is `[B, P + T]`.
 
         Raises:
-            ExportError: P + T is more than `max_length`; nothing has been run.
+            ExportError: P + T is more than `max_length`; nothing was run.
         """
         (batch, tokens), columns = input_ids.shape, attention_mask.shape[1]
         if self.max_length and columns > self.max_length:
@@ -165,14 +165,14 @@ class BufferedGraph(LoadedGraph):
         logits = []
         for start in range(0, tokens, LONGEST_CALL):
             piece = {name: array[:, start : start + LONGEST_CALL] for name, array in feeds.items()}
-            # What the attention of packed keys and values cannot do for several rows: several tokens after a past.
+            # The attention of packed keys and values does not support several rows with several tokens after a past.
             alone = several and piece[contract.INPUT_IDS].shape[1] > 1 and bool(past.length or self.max_length)
             piece_logits, past = (self._row_by_row if alone else self._call)(piece, past)
             logits.append(piece_logits)
         return self._last(logits, valid), past
 
     def _last(self, logits: list[NDArray[Any]], valid: NDArray[Any]) -> NDArray[Any]:
-        """Those of all pieces; or of the last piece, or, for each row, of the last that has tokens of it."""
+        """Return the logits of all pieces, of the last piece, or for each row those of its last piece with tokens."""
         if self.interface.logits == "all":
             return np.concatenate(logits, axis=1)
         if len(logits) == 1 or not self.interface.packed:
@@ -181,7 +181,7 @@ class BufferedGraph(LoadedGraph):
         return np.stack([logits[piece][row] for row, piece in enumerate(last)])
 
     def _row_by_row(self, feeds: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
-        """As `_call`, each row by itself."""
+        """Do the same as `_call`, row by row."""
         rows = []
         for row in range(len(past.mask)):
             alone = self.take(past, row, np.arange(past.length))
@@ -189,12 +189,12 @@ class BufferedGraph(LoadedGraph):
         return np.concatenate([logits for logits, _ in rows]), self.join([after for _, after in rows])
 
     def size(self, past: BufferedPast) -> int:
-        """As `Graph.size`, with all columns of its buffers."""
+        """See `Graph.size`. All columns of the buffers count."""
         values = (*past.lease.buffers.cache.values(), *past.memory.values())
         return sum(value.tensor_size_in_bytes() for value in values)
 
     def take(self, past: BufferedPast, row: int, columns: NDArray[Any]) -> BufferedPast:
-        """As `Graph.take`. The beginning of a single conversation stays in its buffers; all else is copied."""
+        """See `Graph.take`. The beginning of a single conversation stays in its buffers; anything else is copied."""
         buffers = past.lease.buffers
         mask = past.mask[row : row + 1, columns]
         if self.interface.base_states and mask.sum() != past.mask[row].sum():
@@ -205,7 +205,7 @@ class BufferedGraph(LoadedGraph):
             return self._placed(one_row(buffers.cache | past.memory, row, self._columns(past, row, columns)), mask)
 
     def _columns(self, past: BufferedPast, row: int, columns: NDArray[Any]) -> NDArray[Any]:
-        """Where in the buffers the keys and values of the tokens at `columns` of the mask are."""
+        """Return the places in the buffers of the keys and values of the tokens at `columns` of the mask."""
         if not self.interface.packed:
             return columns
         mask = past.mask[row]
@@ -213,7 +213,7 @@ class BufferedGraph(LoadedGraph):
         return places
 
     def join(self, pasts: Sequence[BufferedPast]) -> BufferedPast:
-        """As `Graph.join`."""
+        """See `Graph.join`."""
         if len(pasts) == 1:
             return pasts[0]
         rows: list[dict[str, NDArray[Any]]] = []
@@ -226,28 +226,28 @@ class BufferedGraph(LoadedGraph):
         return self._placed(joined_rows(rows, behind=self.interface.packed), mask)
 
     def _call(self, feeds: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
-        """One call of the graph; the mask among `feeds` is that of its tokens."""
+        """Call the graph once. The mask in `feeds` covers the tokens of this call."""
         tokens = feeds[contract.INPUT_IDS].shape[1]
         past = self._exclusive(past, tokens)
         mask = np.concatenate([past.mask, feeds[contract.ATTENTION_MASK]], axis=1)
-        if self.max_length:  # later columns are not there yet
+        if self.max_length:  # later columns are unused
             whole = np.pad(mask, ((0, 0), (0, self.max_length - mask.shape[1])))
             feeds = feeds | {contract.ATTENTION_MASK: whole, contract.PAST_LENGTH: np.array([past.length], np.int64)}
         else:
             feeds = feeds | {contract.ATTENTION_MASK: mask}
         arrays = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
         with past.lease.buffers.lock:
-            bound = tokens == 1 and past.memory.keys() == set(self.memory_names)  # and nothing that is given once
+            bound = tokens == 1 and past.memory.keys() == set(self.memory_names)  # and no initial states
             logits, after = (self._decode if bound else self._prefill)(arrays, past)
         after.mask = mask
         if not np.isfinite(logits).all():
-            past.lease.spoil()  # what is no number in these buffers would be none in the next conversation
+            past.lease.spoil()  # NaN in these buffers would spread to the next conversation
         return logits, after
 
     def _exclusive(self, past: BufferedPast, tokens: int) -> BufferedPast:
-        """Reserve `tokens` columns behind `past`.
+        """Reserve `tokens` columns after `past`, and return it.
 
-        Of a copy in other buffers, if something was written there, or if there is no room.
+        If these columns are in use or there is no room, return a copy in other buffers.
         """
         lease = past.lease
         with lease.buffers.lock:
@@ -284,7 +284,7 @@ class BufferedGraph(LoadedGraph):
         return on_host(buffers.logits).copy(), after
 
     def _lease(self, batch: int, columns: int) -> BufferLease:
-        """Take free buffers, or allocate new ones, with room for so many columns and, where they grow, as many more."""
+        """Take free buffers or allocate new ones with at least `columns` columns; twice as many if they can grow."""
         if not self.max_length:
             room = max(FIRST_ROOM, 2 * columns)
             if self.interface.room is not None:
@@ -298,7 +298,7 @@ class BufferedGraph(LoadedGraph):
         return BufferLease(buffers, idle)
 
     def _placed(self, arrays: Mapping[str, NDArray[Any]], mask: NDArray[Any]) -> BufferedPast:
-        """A past in buffers of its own, from carried tensors whose keys and values have at most as many columns."""
+        """Return a past in its own buffers, from carried tensors whose keys and values have at most as many columns."""
         lease = self._lease(*mask.shape)
         lease.taken = mask.shape[1]
         for name, buffer in lease.buffers.cache.items():
@@ -306,15 +306,15 @@ class BufferedGraph(LoadedGraph):
         return BufferedPast(lease, mask, self._on_device({name: arrays[name] for name in self.memory_names}))
 
     def _widened(self, array: NDArray[Any], lease: BufferLease) -> OrtValue:
-        """Keys or values with as many columns as the buffers have."""
+        """Return keys or values, padded to as many columns as the buffers have."""
         whole = np.pad(array, ((0, 0), (0, 0), (0, lease.buffers.room - array.shape[2]), (0, 0)))
         return on_device(whole, self.interface.dtype, self.device)
 
     def _check_thread(self) -> None:
-        """Check that the call comes from the thread of the first one, where CUDA graphs are on.
+        """Check that the call comes from the same thread as the first one, if CUDA graphs are on.
 
         Raises:
-            ExportError: it comes from another thread.
+            ExportError: the call comes from another thread.
         """
         here = threading.get_ident()
         self._thread = self._thread or here
@@ -330,10 +330,10 @@ def open_graph(
     map_weights: bool = False,
     cuda_graph: bool = False,
 ) -> Graph | BufferedGraph:
-    """The graph in `folder`, of the kind that its interface says.
+    """Open the graph in `folder`, with the class that its interface needs.
 
     Raises:
-        ExportError: it cannot be loaded as it is asked for: see `Graph` and `BufferedGraph`.
+        ExportError: the graph cannot be loaded with these options; see `Graph` and `BufferedGraph`.
     """
     if cuda_graph and not interface.max_length:
         raise _no_cuda_graph("Its keys and values grow with the text.", "Export it with --max-length.")

@@ -1,7 +1,7 @@
 """Keys and values that are written in place, and the conversations that use them.
 
-    Buffers        of one batch: keys and values, and the inputs and outputs of a decode step
-    BufferLease    their use by conversations that share their columns
+    Buffers        keys and values of one batch, and the inputs and outputs of a decode step
+    BufferLease    the use of buffers by conversations that share their columns
     BufferedPast   some columns of the buffers, and a memory
 
 ONNX Runtime runs a graph several times before it has recorded it, so a step must give the same result when it runs
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Buffers:
-    """Keys and values of one batch, `[B, heads, N, width]` by input name, where decode steps are bound to them."""
+    """Keys and values of one batch, `[B, heads, N, width]` by input name, to which decode steps are bound."""
 
     def __init__(self, graph: BufferedGraph, batch: int, room: int) -> None:
         self.batch, self.room = batch, room
@@ -36,36 +36,36 @@ class Buffers:
         self.owners: list[weakref.ref[BufferedPast] | None] = [None, None]
         self._graph = graph
 
-    # The rest is of decode steps; buffers of a prompt alone do without.
+    # The rest is only needed for decode steps, and not for a prompt.
 
     @cached_property
     def slots(self) -> list[dict[str, OrtValue]]:
-        """What a step reads, what it writes, and the past whose memory is there, as long as somebody has it."""
+        """The two memories between which steps alternate: each step reads one and writes the other."""
         return [{name: self._graph.zeros(name, self.batch) for name in self._graph.memory_names} for _ in range(2)]
 
     @cached_property
     def inputs(self) -> dict[str, OrtValue]:
-        """Ids, masks and the past's length, as far as their sizes stay."""
+        """Ids, masks and the past's length, except for inputs whose size changes."""
         graph = self._graph
         return {name: graph.zeros(name, self.batch) for name in graph.input_names if name != graph.growing}
 
     @cached_property
     def logits(self) -> OrtValue:
-        """Of one token."""
+        """Logits of one token."""
         return self._graph.zeros(contract.LOGITS_OUTPUT, self.batch)
 
     @cached_property
     def bindings(self) -> list[Any]:
-        """Steps from the first slot to the second, and back."""
+        """Bindings of steps from the first slot to the second, and back."""
         return [self._binding(source) for source in range(2)]
 
     @cached_property
     def options(self) -> list[RunOptions]:
-        """Of these steps."""
+        """Run options of these steps."""
         return [self._graph.run_options(next(self._graph.graph_ids)) for _ in range(2)]
 
     def _binding(self, source: int) -> Any:
-        """A step from one slot to the other. Inputs and outputs stay where they are for good."""
+        """Bind a step from one slot to the other. The addresses of inputs and outputs never change."""
         binding = self._graph.io_binding()
         for name, value in (self.inputs | self.cache | self.slots[source]).items():
             binding.bind_ortvalue_input(name, value)
@@ -76,7 +76,7 @@ class Buffers:
         return binding
 
     def vacate(self, slot: int) -> None:
-        """Move the past that has its memory in `slot` to a copy."""
+        """Copy the memory in `slot` for the past that uses it, if there is one."""
         owner = self.owners[slot]
         past = owner() if owner is not None else None
         if past is not None:
@@ -84,12 +84,12 @@ class Buffers:
         self.owners[slot] = None
 
     def enter(self, slot: int, past: BufferedPast) -> None:
-        """Let `past` have its memory in `slot`."""
+        """Make `slot` the place of the memory of `past`."""
         past.memory = self.slots[slot]
         self.owners[slot] = weakref.ref(past)
 
     def slot_of(self, past: BufferedPast) -> int:
-        """Return the slot of the memory of `past`, which moves into the first one if it is in none."""
+        """Return the slot of the memory of `past`. A memory that is in neither slot is copied to the first one."""
         for slot, owner in enumerate(self.owners):
             if owner is not None and owner() is past:
                 return slot
@@ -104,24 +104,24 @@ class BufferLease:
 
     def __init__(self, buffers: Buffers, idle: list[Buffers] | None) -> None:
         self.buffers = buffers
-        self.taken = 0  # columns that a call has written, or is writing
+        self.taken = 0  # number of columns that calls have written or are writing
         self.keep = None if idle is None else weakref.finalize(self, idle.append, buffers)  # for the next conversations
         if self.keep is not None:
             self.keep.atexit = False
 
     def spoil(self) -> None:
-        """Keep the buffers from other conversations."""
+        """Do not reuse the buffers for other conversations."""
         if self.keep is not None:
             self.keep.detach()
 
 
 class BufferedPast:
-    """A batch of conversations between two calls. Its content never changes; where its memory is may.
+    """A batch of conversations between two calls. Its content never changes, but its memory can move.
 
     Args:
-        lease: the buffers that its keys and values are in.
-        mask: int64 `[B, P]`, of the tokens so far, 0 at padding. They take P columns, the first of the buffers; where
-            they are packed, each row's valid tokens take the first of these.
+        lease: the buffers with its keys and values.
+        mask: int64 `[B, P]`, mask of the tokens so far, 0 at padding. They take the first P columns of the buffers. If
+            keys and values are packed, each row's valid tokens take the first of these columns.
         memory: states and open segments, by input name.
     """
 
@@ -132,5 +132,5 @@ class BufferedPast:
 
     @property
     def length(self) -> int:
-        """P."""
+        """P, the number of past columns."""
         return int(self.mask.shape[1])

@@ -37,7 +37,7 @@ class OnnxModel:
             all calls must come from one thread: see `BufferedGraph`.
 
     Raises:
-        ExportError: a file is missing or damaged, files contradict each other, or the provider is not available.
+        ExportError: a file is missing or damaged, the files do not match, or the provider is not available.
         ConfigError: `map_weights` is set, but the weights are quantised.
         HubError: the folder cannot be fetched from the Hub.
 
@@ -67,11 +67,11 @@ class OnnxModel:
             raise ExportError(
                 f"{folder} is for onnxruntime-genai.",
                 "Its graph writes every token that it reads, and starts conversations by itself.",
-                "Run it there (docs/export.md), or export for the target cpu.",
+                "Run it with onnxruntime-genai (docs/export.md), or export for the target cpu.",
             )
         if map_weights and self.manifest.quantize != "none":
             raise ConfigError(
-                f"{folder} is quantised, so its weights cannot be left in their file.",
+                f"{folder} is quantised, so its weights cannot be memory-mapped.",
                 "A token takes dozens of times as long if ONNX Runtime cannot pack weights of 4 or 8 bits.",
                 "Leave out --map-weights (map_weights).",
             )
@@ -140,7 +140,7 @@ class OnnxModel:
 
 
 def _configured_ends(folder: Path) -> list[int]:
-    """The ids that generation_config.json gives: one, a list, or none."""
+    """Return the ids in generation_config.json, which has one, a list, or none."""
     ids = read_json(folder / contract.GENERATION_CONFIG_FILE).get("eos_token_id")
     listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int for token in listed):
@@ -153,10 +153,10 @@ def _configured_ends(folder: Path) -> list[int]:
 
 
 def _check_mechanism(mechanism: DeltaMemConfig, interface: Interface) -> None:
-    """Check that the graph's memory is that of the mechanism.
+    """Check that the graph's memory matches the mechanism in the manifest.
 
     Raises:
-        ExportError: it is not.
+        ExportError: they do not match.
     """
     shapes = set(interface.state_shapes.values())
     if shapes != {mechanism.state_shape} or interface.segment != mechanism.segment_width:

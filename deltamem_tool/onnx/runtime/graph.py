@@ -1,4 +1,4 @@
-"""Load a graph in ONNX Runtime, check it, and run it so that cache and memory stay on its device between calls."""
+"""Load a graph in ONNX Runtime, check it, and run it with cache and memory staying on its device between calls."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ class LoadedGraph:
         providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = _threads(threads)
-        # Lengths change from call to call: a plan of the memory for one of them is of no use for the next, and costs
-        # a decode step several percent.
+        # Lengths change from call to call. A memory plan for one length is of no use for the next, and costs several
+        # percent of a decode step.
         options.enable_mem_pattern = bool(interface.max_length)
         if interface.defaults():
-            options.log_severity_level = 3  # or it says of every initial state that it has a default
+            options.log_severity_level = 3  # otherwise it logs, for every initial state, that it has a default
         if map_weights:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(Path(folder) / contract.MODEL_FILE), options, providers=providers
             )
-        except Exception as error:  # onnxruntime's exceptions have no common base class of their own
+        except Exception as error:  # onnxruntime's exceptions have no common base class
             raise ExportError(
                 "ONNX Runtime cannot load this graph.", f"{first_line(error)}.", "Export the model again."
             ) from error
@@ -92,7 +92,7 @@ class LoadedGraph:
     def memory_values(
         self, batch: int, states: Mapping[int, NDArray[Any]] | None, segments: Mapping[int, NDArray[Any]] | None
     ) -> Past:
-        """The given states `[B, H, R, R]` and open segments `[B, W]` by layer, or zeros, by input name."""
+        """Return the given states `[B, H, R, R]` and open segments `[B, W]` (by layer), or zeros, by input name."""
         shapes, width = self.interface.state_shapes, self.interface.segment
         states = states or {i: np.zeros((batch, *shape), np.float32) for i, shape in shapes.items()}
         segments = segments or {i: np.zeros((batch, width), np.float32) for i in shapes}
@@ -106,31 +106,31 @@ class LoadedGraph:
         )
 
     def initial_values(self, batch: int, states: Mapping[int, NDArray[Any]] | None) -> Past:
-        """What a graph for onnxruntime-genai takes beside; `states` are one row, for all of the batch."""
+        """Return the further inputs of a graph for onnxruntime-genai; `states` are one row, for the whole batch."""
         values: Past = {}
         for i in self.interface.state_shapes if self.interface.genai else ():
             name = contract.carried_name(contract.PAST, i, contract.CONV)
             values[name] = on_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
-            if states is not None:  # without, it is what the graph has
+            if states is not None:  # otherwise the graph uses its default
                 name = contract.carried_name(contract.INITIAL, i, contract.STATE)
                 values[name] = on_device(states[i], contract.FLOAT32, self.device)
         return values
 
     def base_values(self, batch: int) -> Past:
-        """Zeros, which a conversation's states of the base's own begin with, by input name."""
+        """Return zeros, the initial states of the base model, by input name."""
         sizes = self.interface.base_states
         return self._on_device({name: np.zeros((batch, *of_row), np.float32) for name, of_row in sizes.items()})
 
     def states(self, past: Any) -> dict[int, NDArray[Any]]:
-        """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
+        """Return a copy of the states in `past`: float32 `[B, H, R, R]` by layer."""
         return self.memory_part(past, contract.STATE)
 
     def segments(self, past: Any) -> dict[int, NDArray[Any]]:
-        """The open segments in `past`: float32 `[B, W]` by layer, copied; empty where every token writes."""
+        """Return a copy of the open segments in `past`: float32 `[B, W]` by layer; empty if every token writes."""
         return self.memory_part(past, contract.SEGMENT) if self.interface.segment else {}
 
     def memory_part(self, past: Any, part: str) -> dict[int, NDArray[Any]]:
-        """Copy one part of the memory, `contract.STATE` or `contract.SEGMENT`, from `past`: by layer."""
+        """Return a copy of one part of the memory in `past`, `contract.STATE` or `contract.SEGMENT`, by layer."""
         names = {i: contract.carried_name(contract.PAST, i, part) for i in self.interface.state_shapes}
         return {i: on_host(past[name]).copy() for i, name in names.items()}
 
@@ -141,14 +141,14 @@ class LoadedGraph:
         buffers: Mapping[str, OrtValue] | None = None,
         options: onnxruntime.RunOptions | None = None,
     ) -> tuple[NDArray[Any], Past]:
-        """Call the graph: `arrays` and logits cross between host and device, what is carried stays on its device.
+        """Call the graph. `arrays` and logits are copied between host and device; carried tensors stay on the device.
 
         Args:
             arrays: inputs by name.
             past: the other inputs by name.
-            buffers: where outputs are written, by the name of the input that takes them at the next call; the others
-                are new tensors.
-            options: of the run.
+            buffers: tensors that outputs are written to, by the name of the input that takes them in the next call;
+                other outputs are new tensors.
+            options: run options.
 
         Returns:
             The logits and the next past.
@@ -170,7 +170,7 @@ class LoadedGraph:
         return logits.numpy(), dict(zip(names, present, strict=True))
 
     def _on_device(self, arrays: Mapping[str, NDArray[Any]]) -> Past:
-        """Carried tensors by input name, copied to the device."""
+        """Copy carried tensors, by input name, to the device."""
         types = {True: self.interface.dtype, False: contract.FLOAT32}
         return {name: on_device(array, types[is_cache(name)], self.device) for name, array in arrays.items()}
 
@@ -184,7 +184,7 @@ class Graph(LoadedGraph):
         states: Mapping[int, NDArray[Any]] | None = None,
         segments: Mapping[int, NDArray[Any]] | None = None,
     ) -> Past:
-        """No tokens yet; the given states `[B, H, R, R]` and open segments `[B, W]` by layer, or zeros."""
+        """Return a past without tokens, with the given states `[B, H, R, R]` and open segments `[B, W]`, or zeros."""
         past: Past = {}
         for i, layer in enumerate(self.interface.layers):
             for part, (heads, width) in layer.cache.items():
@@ -196,7 +196,7 @@ class Graph(LoadedGraph):
         return {**past, **initial, **self.memory_values(batch, None if initial else states, segments)}
 
     def with_memory(self, past: Past, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]) -> Past:
-        """`past` with other states `[B, H, R, R]` and open segments `[B, W]` by layer."""
+        """Return `past` with other states `[B, H, R, R]` and open segments `[B, W]` by layer."""
         return {**past, **self.memory_values(len(next(iter(states.values()))), states, segments)}
 
     def step(
@@ -207,14 +207,14 @@ class Graph(LoadedGraph):
         past: Past,
         segment_end: NDArray[Any] | None = None,
     ) -> tuple[NDArray[Any], Past]:
-        """One call of the graph. What it carries stays on its device: only tokens, masks and logits cross.
+        """Call the graph once. Carried tensors stay on the device; only tokens, masks and logits are copied.
 
         Args:
             input_ids: int64 `[B, T]`.
             attention_mask: int64 `[B, P + T]`, 0 at padding.
-            write_mask: bool `[B, T]`, which tokens write; padding never does.
-            past: from `empty_past` or the call before. It is not changed.
-            segment_end: bool `[B, T]`, which tokens end a segment, where the graph has segments.
+            write_mask: bool `[B, T]`, tokens that write; padding never does.
+            past: from `empty_past` or the previous call. It is not changed.
+            segment_end: bool `[B, T]`, tokens that end a segment; None if the graph has no segments.
 
         Returns:
             Logits `[B, 1, V]` (`[B, T, V]` in a graph for all positions) and the next past.
@@ -222,34 +222,34 @@ class Graph(LoadedGraph):
         arrays = {
             contract.INPUT_IDS: input_ids,
             contract.ATTENTION_MASK: attention_mask,
-            **({} if self.interface.genai else {contract.WRITE_MASK: write_mask}),  # there, every token writes
+            **({} if self.interface.genai else {contract.WRITE_MASK: write_mask}),  # with genai, every token writes
             **({} if segment_end is None else {contract.SEGMENT_END: segment_end}),
         }
         return self._run(arrays, past)
 
     def size(self, past: Past) -> int:
-        """Bytes that it takes."""
+        """Return the size of `past` in bytes."""
         return sum(value.tensor_size_in_bytes() for value in past.values())
 
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
-        """One row `[1, ...]` of `past`, with the tokens at the indices `columns` only."""
+        """Return one row `[1, ...]` of `past`, with only the tokens at the indices `columns`."""
         return self._on_device(one_row(past, row, columns))
 
     def join(self, pasts: Sequence[Past]) -> Past:
-        """The rows of all `pasts` as one batch; shorter ones get zeros on the left, which the caller masks."""
+        """Join the rows of all `pasts` to one batch. Shorter ones are padded with zeros on the left; mask them."""
         if len(pasts) == 1:
             return pasts[0]
         return self._on_device(joined_rows([{name: on_host(value) for name, value in past.items()} for past in pasts]))
 
 
 def one_row(values: Mapping[str, OrtValue], row: int, columns: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """One row `[1, ...]` of carried tensors, with the tokens at the indices `columns` only."""
+    """Return one row `[1, ...]` of carried tensors, with only the tokens at the indices `columns`."""
     arrays = {name: on_host(value)[row : row + 1] for name, value in values.items()}
     return {name: array[:, :, columns] if is_cache(name) else array for name, array in arrays.items()}
 
 
 def joined_rows(pasts: Sequence[Mapping[str, NDArray[Any]]], behind: bool = False) -> dict[str, NDArray[Any]]:
-    """The rows of all `pasts` as one batch; keys and values of shorter ones are padded with zeros, left or `behind`."""
+    """Join the rows of all `pasts` to one batch, padding shorter keys and values with zeros on the left or `behind`."""
     joined = {}
     for name in pasts[0]:
         arrays = [past[name] for past in pasts]
@@ -263,10 +263,10 @@ def joined_rows(pasts: Sequence[Mapping[str, NDArray[Any]]], behind: bool = Fals
 
 
 def _threads(chosen: int | None) -> int:
-    """The threads of a call: those that are chosen, or ONNX Runtime's own variable, or as many as in PyTorch.
+    """Return the number of threads per call: the chosen one, that of ONNX Runtime's variable, or PyTorch's.
 
     Raises:
-        ConfigError: that is not a possible number.
+        ConfigError: the number is not valid.
     """
     variable = os.environ.get(_THREADS_VARIABLE)
     number = str(chosen or variable or default_threads())
@@ -277,11 +277,11 @@ def _threads(chosen: int | None) -> int:
             f"It must be a whole number up to {MAX_THREADS}.{where}",
             "Leave it out to use all available cores.",
         )
-    return int(number)  # 0: as many as the machine has cores
+    return int(number)  # 0 means the number of cores of the machine
 
 
 def is_cache(name: str) -> bool:
-    """Whether a carried tensor has a column for every token, as keys and values have."""
+    """Return whether a carried tensor has a column for every token, like keys and values."""
     return name.rpartition(".")[2] in contract.CACHE
 
 

@@ -1,4 +1,4 @@
-"""Convert tensors of ONNX Runtime from and to NumPy, on any device. bfloat16, which NumPy lacks, becomes uint16."""
+"""Convert tensors between ONNX Runtime and NumPy, on any device. bfloat16, which NumPy lacks, becomes uint16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CPU = "cpu"
 
 
 def on_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
-    """A tensor of its own; `array` holds bfloat16 as uint16."""
+    """Copy `array` to a new tensor on `device`. bfloat16 is passed as uint16."""
     if dtype != contract.BFLOAT16:
         return OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device)
     here = OrtValue.ortvalue_from_numpy_with_onnx_type(np.array(array, order="C"), ELEMENT_TYPES[dtype])
@@ -25,14 +25,14 @@ def on_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
 
 
 def wrapped(array: NDArray[Any], dtype: str) -> OrtValue:
-    """The same memory as a tensor on the CPU; `array`, whose rows follow each other, holds bfloat16 as uint16."""
+    """Return a CPU tensor that shares the memory of `array`, which must be contiguous. bfloat16 is passed as uint16."""
     if dtype != contract.BFLOAT16:
         return OrtValue.ortvalue_from_numpy(array)
     return OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
 
 
 def on_host(value: OrtValue) -> NDArray[Any]:
-    """Its numbers, uint16 for bfloat16. Read only: on the CPU they are not copied."""
+    """Return the values as a read-only array, uint16 for bfloat16. On the CPU, they are not copied."""
     if value.element_type() != ELEMENT_TYPES[contract.BFLOAT16]:
         return np.asarray(value.numpy())
     here = value if value.device_name() == _CPU else _moved(value, _CPU)
@@ -50,7 +50,7 @@ def _moved(value: OrtValue, device: str) -> OrtValue:
 
 
 def copied(value: OrtValue) -> OrtValue:
-    """The same numbers in a tensor of its own, on the same device, within which `copy_tensors` does not copy."""
+    """Copy a tensor to a new one on the same device, where `copy_tensors` would not copy."""
     copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), value.device_name())
     copy.update_inplace(value)
     return copy

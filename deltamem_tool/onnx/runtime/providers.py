@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers by our names, and the CUDA libraries that they need."""
+"""ONNX Runtime's execution providers by the names of this package, and the CUDA libraries that they need."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import onnxruntime
 
 from deltamem_tool.errors import ExportError
 
-# By the device that a provider keeps its tensors on, as OrtValue calls it.
+# By the device of the provider's tensors, as OrtValue names it.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Without the first, products of float32, those of the memory among them, would be rounded to TensorFloat-32.
+# Without the first option, float32 products, including those of the memory, would be rounded to TensorFloat-32.
 OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 _CUDA_LIBRARY = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 
 
 def execution_providers(name: str) -> list[str]:
-    """The providers to ask ONNX Runtime for.
+    """Return the providers to request from ONNX Runtime.
 
     Raises:
         ExportError: there is no such provider, this build lacks it, or a library that it needs cannot be loaded.
@@ -40,34 +40,34 @@ def execution_providers(name: str) -> list[str]:
 
 
 def check_provider(name: str, available: Sequence[str]) -> None:
-    """Check that a session has the provider `name`: ONNX Runtime goes on without it, with a line on stderr.
+    """Check that a session has the provider `name`. ONNX Runtime continues without it, with a line on stderr.
 
     Raises:
-        ExportError: it is not among those that are `available`.
+        ExportError: the provider is not in `available`.
     """
     if PROVIDERS[name] not in available:
         raise _not_here(
             name,
-            "Its libraries are installed, but it found no usable device; ONNX Runtime's own message says more.",
+            "Its libraries are installed, but it found no usable device. ONNX Runtime's own message says more.",
             "Check the output of nvidia-smi, or run on the CPU.",
         )
 
 
 def _load_cuda() -> None:
-    """Have CUDA's libraries in the process, from NVIDIA's pip packages (which PyTorch depends on) or the system.
+    """Load CUDA's libraries, from NVIDIA's pip packages (which PyTorch depends on) or from the system.
 
     Raises:
-        ExportError: one is missing.
+        ExportError: a library is missing.
     """
-    with redirect_stdout(io.StringIO()):  # it prints what it does not find, whether that is needed or not
-        onnxruntime.preload_dlls(directory="")  # "": not out of PyTorch, which is not imported for it
+    with redirect_stdout(io.StringIO()):  # it prints every library that it does not find, needed or not
+        onnxruntime.preload_dlls(directory="")  # "": do not use PyTorch's libraries, which would import it
     if not _CUDA_LIBRARY.is_file():
         return  # not Linux: check_provider decides
     try:
         ctypes.CDLL(str(_CUDA_LIBRARY))
     except OSError as error:
         if "cannot open shared object file" not in str(error):
-            return  # it is about more than a missing library: ONNX Runtime says what
+            return  # not a missing library: ONNX Runtime reports the problem
         library = str(error).partition(":")[0]
         raise _not_here(
             "cuda",

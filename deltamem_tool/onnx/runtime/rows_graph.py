@@ -1,4 +1,4 @@
-"""A graph whose base model uses columns as positions: each row is fed in calls of its own, without padding."""
+"""Run a graph whose base model uses columns as positions. Each row is fed in separate calls, without padding."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class RowsPast:
     """A batch of conversations between two calls.
 
     Args:
-        rows: each by itself, its valid tokens alone.
-        mask: int64 `[B, P]`, of the tokens so far, 0 at padding.
+        rows: the past of each row, which only holds its valid tokens.
+        mask: int64 `[B, P]`, mask of the tokens so far, 0 at padding.
     """
 
     rows: tuple[Past, ...]
@@ -28,15 +28,15 @@ class RowsPast:
 
 
 class RowsGraph(Graph):
-    """What `Graph` does, but its pasts are `RowsPast`."""
+    """A graph that does the same as `Graph`, with `RowsPast` as pasts."""
 
     def empty_past(self, batch: int, states: Arrays | None = None, segments: Arrays | None = None) -> Any:
-        """As `Graph.empty_past`."""
+        """See `Graph.empty_past`."""
         rows = (super(RowsGraph, self).empty_past(1, _row(states, i), _row(segments, i)) for i in range(batch))
         return RowsPast(tuple(rows), np.zeros((batch, 0), np.int64))
 
     def with_memory(self, past: Any, states: Arrays, segments: Arrays) -> Any:
-        """As `Graph.with_memory`."""
+        """See `Graph.with_memory`."""
         rows = (
             super(RowsGraph, self).with_memory(row, _row(states, i) or {}, _row(segments, i) or {})
             for i, row in enumerate(past.rows)
@@ -44,7 +44,7 @@ class RowsGraph(Graph):
         return RowsPast(tuple(rows), past.mask)
 
     def memory_part(self, past: Any, part: str) -> dict[int, NDArray[Any]]:
-        """As `Graph.memory_part`."""
+        """See `Graph.memory_part`."""
         rows = [super(RowsGraph, self).memory_part(row, part) for row in past.rows]
         return {layer: np.concatenate([row[layer] for row in rows]) for layer in rows[0]}
 
@@ -56,7 +56,7 @@ class RowsGraph(Graph):
         past: Any,
         segment_end: NDArray[Any] | None = None,
     ) -> tuple[NDArray[Any], Any]:
-        """As `Graph.step`. Logits are zeros at padding, and the last ones those of each row's last token."""
+        """See `Graph.step`. Logits are zeros at padding, and the last ones are those of each row's last token."""
         valid = attention_mask[:, past.mask.shape[1] :] > 0
         positions = 1 if self.interface.logits == "last" else valid.shape[1]
         logits = np.zeros((len(valid), positions, self.interface.vocab_size), np.float32)
@@ -72,17 +72,17 @@ class RowsGraph(Graph):
         return logits, RowsPast(tuple(rows), attention_mask)
 
     def size(self, past: Any) -> int:
-        """As `Graph.size`."""
+        """See `Graph.size`."""
         return sum(super(RowsGraph, self).size(row) for row in past.rows)
 
     def take(self, past: Any, row: int, columns: NDArray[Any]) -> Any:
-        """As `Graph.take`."""
+        """See `Graph.take`."""
         mask = past.mask[row]
         places = (mask.cumsum() - 1)[columns][mask[columns] > 0]
         return RowsPast((super().take(past.rows[row], 0, places),), mask[None, columns])
 
     def join(self, pasts: Sequence[Any]) -> Any:
-        """As `Graph.join`."""
+        """See `Graph.join`."""
         length = max(past.mask.shape[1] for past in pasts)
         masks = [np.pad(past.mask, ((0, 0), (length - past.mask.shape[1], 0))) for past in pasts]
         return RowsPast(tuple(row for past in pasts for row in past.rows), np.concatenate(masks))

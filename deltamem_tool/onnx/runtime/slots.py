@@ -1,9 +1,9 @@
-"""A group of rows in one set of buffers. A row that joins or leaves moves at most one other row.
+"""Keep a group of rows in one set of buffers. A row that joins or leaves moves at most one other row.
 
     cache     [S, heads, N, width]   keys and values of S slots; a row's tokens are the first of its N columns
     memory    [S, ...]               states and open segments, twice: a step reads one and writes the other
 
-The first B slots are the rows. A graph with packed keys and values takes them as they are, whatever their lengths.
+The rows are in the first B slots. A graph with packed keys and values reads them in place, whatever their lengths.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from deltamem_tool.onnx.runtime.buffered_graph import FIRST_ROOM, BufferedGraph
 from deltamem_tool.onnx.runtime.buffers import BufferedPast
 from deltamem_tool.onnx.runtime.ortvalue import on_host, wrapped
 
-_COLUMNS = contract.INPUT_IDS, contract.WRITE_MASK, contract.SEGMENT_END  # the inputs of a `Token`
+_COLUMNS = contract.INPUT_IDS, contract.WRITE_MASK, contract.SEGMENT_END  # inputs with one value per token
 
 
-FIRST_SIZE = 8  # slots of the first buffers; those that are never used take no memory
+FIRST_SIZE = 8  # slots of the first buffers; unused slots take no memory
 
 
 class _Arrays:
-    """Buffers of `size` slots with `room` columns, and what runs steps in them."""
+    """Buffers with `size` slots and `room` columns, and the bindings that run steps in them."""
 
     def __init__(self, graph: BufferedGraph, size: int, room: int) -> None:
         self.size, self.room = size, room
         self.cache = {name: _sparse(graph.zero_array(name, size, 0), room) for name in graph.cache_names}
         self.memory = [{name: graph.zero_array(name, size) for name in graph.memory_names} for _ in range(2)]
-        self.source = 0  # of `memory`, what the next step reads
+        self.source = 0  # index in `memory` of the part that the next step reads
         self.inputs = {name: graph.zero_array(name, size) for name in graph.input_names if name != graph.growing}
         self.logits = graph.zero_array(contract.LOGITS_OUTPUT, size)
         self._graph = graph
         self._bindings: dict[tuple[int, int], Any] = {}  # by rows and source
 
     def step(self, rows: int, mask: NDArray[Any]) -> NDArray[Any]:
-        """Feed what is in `inputs` to the first `rows` slots, whose tokens `mask` counts; return their logits."""
+        """Feed `inputs` to the first `rows` slots, whose tokens are counted by `mask`, and return their logits."""
         binding = self._binding(rows)
         binding.bind_cpu_input(contract.ATTENTION_MASK, mask)
         self._graph.run_bound(binding)
@@ -53,7 +53,7 @@ class _Arrays:
         return logits
 
     def _binding(self, rows: int) -> Any:
-        """All that stays where it is for good: inputs and outputs but the mask."""
+        """Bind all inputs and outputs except for the mask. Their addresses never change."""
         key = rows, self.source
         if key not in self._bindings:
             graph = self._graph
@@ -69,10 +69,10 @@ class _Arrays:
 
 
 def _sparse(like: NDArray[Any], room: int) -> NDArray[Any]:
-    """Zeros of the shape `like` with `room` columns, for which the system has pages when they are written.
+    """Return zeros with the shape of `like` and `room` columns, whose pages are only allocated when they are written.
 
-    Every slot has room for the longest row, and most rows are shorter. numpy would ask for pages of 2 MB, all of which
-    would be touched: half a second of zeros when a long row joins 31 short ones.
+    Every slot has room for the longest row, and most rows are shorter. NumPy would request pages of 2 MB, all of which
+    would be touched: writing zeros would take half a second when a long row joins 31 short ones.
     """
     shape = (*like.shape[:2], room, *like.shape[3:])
     size = math.prod(shape) * like.itemsize
@@ -85,11 +85,11 @@ def _sparse(like: NDArray[Any], room: int) -> NDArray[Any]:
 
 
 class Slots:
-    """See `deltamem_tool.chat.group.Group`. For a graph on the CPU with packed keys and values of any length.
+    """A `deltamem_tool.chat.group.Group` for a graph on the CPU with packed keys and values of any length.
 
     Args:
-        graph: what feeds the rows.
-        adapter: fingerprint of the adapter, for their memories.
+        graph: the graph that the rows are fed to.
+        adapter: fingerprint of the adapter, for the memories of the rows.
     """
 
     def __init__(self, graph: BufferedGraph, adapter: str) -> None:
@@ -99,11 +99,11 @@ class Slots:
 
     @staticmethod
     def fit(graph: Any) -> bool:
-        """Whether the rows of `graph` can be in slots."""
+        """Return whether rows of `graph` can be kept in slots."""
         return isinstance(graph, BufferedGraph) and not graph.max_length and graph.device == "cpu"
 
     def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
-        """See `Group.exchange`. The last rows take the places of those that leave."""
+        """See `Group.exchange`. The last rows move to the places of those that leave."""
         count = len(self._lengths) - len(leaving)
         places = list(range(count))
         if count or self._arrays.room <= FIRST_ROOM:
@@ -115,7 +115,7 @@ class Slots:
             for row in range(count, len(self._lengths)):
                 self._wipe(row)
         else:
-            self._arrays = _Arrays(self._graph, 0, 0)  # whoever was long is gone
+            self._arrays = _Arrays(self._graph, 0, 0)  # free the buffers, which may have grown for a long row
         del self._lengths[count:]
         self._reserve(count + len(joining), max((part.length for part in joining), default=0))
         for part in joining:
@@ -144,7 +144,7 @@ class Slots:
         return {i: arrays[name][row : row + 1].copy() for i, name in names.items() if name in arrays}
 
     def _append(self, part: Part) -> None:
-        """A copy of a row behind the others."""
+        """Append a copy of a row."""
         past: BufferedPast = part.past
         row, arrays, length = len(self._lengths), self._arrays, part.length
         self._lengths.append(length)
@@ -154,7 +154,7 @@ class Slots:
             arrays.memory[arrays.source][name][row] = on_host(value)[part.row]
 
     def _move(self, row: int, place: int) -> None:
-        """Put a row in the place of another."""
+        """Move a row to the place of another."""
         self._wipe(place)
         length = self._lengths[place] = self._lengths[row]
         for array in self._arrays.cache.values():
@@ -163,7 +163,7 @@ class Slots:
             array[place] = array[row]
 
     def _wipe(self, row: int) -> None:
-        """Leave nothing of a row behind."""
+        """Erase a row."""
         for array in self._arrays.cache.values():
             array[row, :, : self._lengths[row]] = 0
         for memory in self._arrays.memory:
@@ -171,7 +171,7 @@ class Slots:
                 array[row] = 0
 
     def _reserve(self, rows: int, columns: int) -> None:
-        """Have so many slots and columns at least; what is there is copied if that needs other buffers."""
+        """Provide at least this many slots and columns. If this needs new buffers, the rows are copied to them."""
         old, limit = self._arrays, self._graph.interface.room
         if rows <= old.size and columns <= old.room:
             return

@@ -1,8 +1,8 @@
 """Validate an ONNX folder before any runtime loads it, because a graph may come from an untrusted source.
 
 A graph is a program whose operators should only compute. Anything that could do more is rejected: operators of other
-packages, functions, weights in files elsewhere, and missing values. How much a graph computes cannot be checked. A
-graph that takes all memory is stopped by the operating system, like any program.
+packages, functions, weights in other files, and missing values. How much a graph computes cannot be checked. A graph
+that takes all memory is stopped by the operating system, like any program.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from deltamem_tool.onnx.manifest import Manifest
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-# Without its weights, which are in a file of their own, a graph of 28 layers is of 0.5 MB.
+# Without its weights, which are in another file, a graph of 28 layers has 0.5 MB.
 MAX_GRAPH_BYTES = 256 * 2**20
-MAX_SIZE = 2**31 - 1  # of one axis: the largest vocabularies are of 2**18
-DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX's own, under two names, and ONNX Runtime's own
-# Of those, what runs code of others, or reads it from a file that the graph names.
+MAX_SIZE = 2**31 - 1  # of one axis; the largest known vocabularies have 2**18 tokens
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX's domain, which has two names, and ONNX Runtime's
+# Operators of these domains that run other code, or load it from a file that the graph names.
 CALLING_OUT = ("ATen", "EPContext", "PyOp", "PythonOp", "PythonOpGrad", "TritonOp")
-STORED_OPTIONS = "ort_config"  # metadata in which ONNX Runtime can be told to look for options of the session
-# Bits of one number by ONNX's code for its type, and where it is if it is neither in the file nor in `raw_data`.
+STORED_OPTIONS = "ort_config"  # metadata from which ONNX Runtime can be configured to read session options
+# Bits per number by ONNX's code for the type, and the field with the numbers if neither a file nor `raw_data` has them.
 _TYPES = {
     1: (32, "float_data"),  # float32
     2: (8, "int32_data"),  # uint8
@@ -49,7 +49,7 @@ _TYPES = {
 _EXTERNAL = 1
 _PLACE = ("location", "offset", "length")
 _LONGEST_NUMBER = 18  # digits of an offset: an exabyte
-# What `genai.configuration` writes, by the place in the file.
+# Keys that `genai.configuration` writes, by their place in the file.
 _GENAI_KEYS: dict[tuple[str, ...], set[str]] = {
     (): {"model", "search"},
     ("model",): {
@@ -65,10 +65,10 @@ _GENAI_KEYS: dict[tuple[str, ...], set[str]] = {
 
 
 def check_onnx_folder(folder: str | Path) -> Manifest:
-    """Everything that can be said of an ONNX folder without a runtime; what its manifest says.
+    """Check an ONNX folder as far as possible without a runtime, and return its manifest.
 
     Raises:
-        ExportError: a file is missing or damaged, or is not what an export writes.
+        ExportError: a file is missing or damaged, or is not one that an export writes.
     """
     folder = contract.check_folder(folder)
     manifest = Manifest.read(folder)
@@ -79,14 +79,14 @@ def check_onnx_folder(folder: str | Path) -> Manifest:
 
 
 def check_graph_file(folder: Path) -> None:
-    """Look through `model.onnx`, but not through the weights beside it.
+    """Check `model.onnx`, but not the weights beside it.
 
     Raises:
-        ExportError: it is not a graph, or holds what no export writes.
+        ExportError: the file is not a graph, or contains something that no export writes.
     """
     model = _read(folder / MODEL_FILE)
     data = folder / DATA_FILE
-    # The Hub's cache links every file into one folder; a link to anywhere else can only be to a file of the user's.
+    # The Hub's cache links every file into one folder. A link to any other place could be to a private file.
     if data.resolve().parent not in (folder.resolve(), (folder / MODEL_FILE).resolve().parent):
         raise _refused(f"{DATA_FILE} is a link to a file elsewhere")
     if model.functions or model.training_info:
@@ -105,12 +105,12 @@ def check_graph_file(folder: Path) -> None:
 
 
 def check_genai_config(file: Path) -> None:
-    """Check that a `genai_config.json` names no other files, and no session options that load a library.
+    """Check that a `genai_config.json` names no other files, and has no session options that load a library.
 
-    This package does not read it, onnxruntime-genai does.
+    This package does not read the file, but onnxruntime-genai does.
 
     Raises:
-        ExportError: it says something that the export does not write.
+        ExportError: the file has something that no export writes.
     """
     try:
         config = read_json(file)
@@ -128,8 +128,8 @@ def check_genai_config(file: Path) -> None:
             raise _refused(f"{GENAI_CONFIG_FILE} has {', '.join(sorted(part.keys() - known)[:3])}, which no export has")
     decoder = config["model"]["decoder"]
     if decoder.get("filename") != MODEL_FILE:
-        raise _refused(f"{GENAI_CONFIG_FILE} names another graph than {MODEL_FILE}")
-    # The options of a provider can name libraries; who wants another provider than the CPU's writes it there himself.
+        raise _refused(f"{GENAI_CONFIG_FILE} names a graph other than {MODEL_FILE}")
+    # The options of a provider can name libraries. Users who want another provider than the CPU add it themselves.
     if decoder["session_options"].get("provider_options", []) != []:
         raise _refused(f"{GENAI_CONFIG_FILE} chooses a provider")
 
@@ -146,13 +146,13 @@ def _read(file: Path) -> ModelProto:
         ) from error
     known = model.ByteSize()
     model.DiscardUnknownFields()
-    if model.ByteSize() != known:  # ONNX Runtime may know what this package of onnx does not
+    if model.ByteSize() != known:  # ONNX Runtime may support fields that the installed onnx does not
         raise _refused("It has fields that the installed onnx does not know")
     return model
 
 
 def _check_nodes(nodes: Iterable[NodeProto], data_bytes: int) -> Iterator[GraphProto]:
-    """Check each one by itself; the graphs inside of them."""
+    """Check each node, and yield the graphs inside the nodes."""
     for node in nodes:
         if node.domain not in DOMAINS:
             raise _refused(f"It has operators of {node.domain!r}, which is neither ONNX nor ONNX Runtime")
@@ -174,7 +174,7 @@ def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
     """Check that a tensor's numbers are in the graph or its data file.
 
     Raises:
-        ExportError: its numbers are not as many as its type and shape say, or not where they may be.
+        ExportError: the amount of numbers does not match type and shape, or they are in a place that is not allowed.
     """
     if tensor.data_type not in _TYPES:
         raise _refused(f"{tensor.name or 'A constant'} has a type that no export has")
@@ -187,22 +187,22 @@ def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
         fits = _fits_in_file(tensor, wanted, data_bytes)
     elif tensor.HasField("raw_data"):
         fits = len(tensor.raw_data) == wanted
-    else:  # two numbers of 4 bits share an entry
+    else:  # two 4-bit numbers share an entry
         fits = len(getattr(tensor, field)) == (wanted if bits < 8 else numbers)
     if not fits:
         raise _refused(f"The shape of {tensor.name or 'a constant'} does not fit its size in bytes")
 
 
 def _fits_in_file(tensor: TensorProto, wanted: int, data_bytes: int) -> bool:
-    """Whether the data file has `wanted` bytes at the tensor's place.
+    """Return whether the data file has `wanted` bytes at the tensor's place.
 
     Raises:
-        ExportError: the tensor names another file, or no place.
+        ExportError: the tensor names another file, or has no valid place.
     """
     place = {entry.key: entry.value for entry in tensor.external_data}
     if len(place) != len(tensor.external_data) or place.keys() - set(_PLACE):
         raise _refused(f"The place of {tensor.name} in the data file is not valid")
-    # Literally: ONNX Runtime takes a location of its own making for an address in memory.
+    # Compared exactly, because ONNX Runtime treats a special location as an address in memory.
     if place.get("location") != DATA_FILE:
         raise _refused(f"The numbers of {tensor.name} are in a file other than {DATA_FILE}")
     numbers = {name: place.get(name, default) for name, default in (("offset", "0"), ("length", str(wanted)))}
@@ -213,7 +213,7 @@ def _fits_in_file(tensor: TensorProto, wanted: int, data_bytes: int) -> bool:
 
 def _refused(why: Any) -> ExportError:
     return ExportError(
-        "This ONNX folder is not one that deltamem exports, or it was changed.",
+        "This ONNX folder was not exported by deltamem, or it was changed.",
         f"{why}.",
         "Nothing was loaded from it. Use another folder, or export the adapter yourself.",
     )
