@@ -25,7 +25,7 @@ from common import PACKAGES, Seconds, compare, spread, timed, versions
 from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.chat.engine import Past, empty_memory
 from deltamem_tool.chat.generation import Token, feed
-from deltamem_tool.chat.group import PaddedGroup, Part
+from deltamem_tool.chat.group import PaddedGroup, PastRow
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.transcript import Transcript
 from deltamem_tool.io.cores import default_threads
@@ -198,7 +198,7 @@ def beside_the_model(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) ->
 
 def model_alone(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> list[list[float]]:
     """What batching gives in the model's own steps, after the prompts: as many steps of one row as there are jobs."""
-    parts, token = [part(engine, job) for job in jobs], Token(jobs[0].tokens[0].id, True)
+    parts, token = [past_row(engine, job) for job in jobs], Token(jobs[0].tokens[0].id, True)
 
     def steps(rows: int) -> Seconds:
         group = engine.group()
@@ -214,9 +214,9 @@ def model_alone(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> list[li
     return compare(one_row, lambda: steps(len(jobs)), repeats)[1]
 
 
-def part(engine: OnnxModel, job: Job) -> Part:
+def past_row(engine: OnnxModel, job: Job) -> PastRow:
     """A row after its prompt."""
-    return Part(read(engine, job), 1, len(job.tokens), 0, len(job.tokens))
+    return PastRow(read(engine, job), 1, len(job.tokens), 0, len(job.tokens))
 
 
 def read(engine: OnnxModel, job: Job) -> Past:
@@ -226,7 +226,7 @@ def read(engine: OnnxModel, job: Job) -> Past:
 
 def joining(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> Rows:
     """What it costs that one row leaves and another joins, and what a step of all rows takes."""
-    parts = [part(engine, job) for job in jobs]
+    parts = [past_row(engine, job) for job in jobs]
     tokens, rows = [Token(job.tokens[0].id, True) for job in jobs], []
     for name, group in (("slots", engine.group()), ("copies of all rows", PaddedGroup(engine))):
         group.exchange((), parts)

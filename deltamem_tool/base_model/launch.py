@@ -163,7 +163,7 @@ def members() -> list[Member]:
 
 
 @contextmanager
-def naming_lost(processes: Sequence[Member], advice: str) -> Iterator[None]:
+def report_lost_processes(processes: Sequence[Member], advice: str) -> Iterator[None]:
     """Turn an error inside the block that comes from a lost process into one that names it and gives `advice`."""
     from torch.distributed import DistError
 

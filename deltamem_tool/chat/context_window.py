@@ -67,7 +67,7 @@ def check_window(engine: Engine, window: int | None) -> None:
         )
 
 
-def with_room(
+def make_room(
     engine: Engine,
     place: Place,
     window: int | None,
@@ -94,7 +94,7 @@ def with_room(
         tokens = kept.tokens(text)
         new = len(kept.begin(text, content)[1])
         if len(tokens) <= window * KEPT_AFTER_EVICTION and len(tokens) + new + room <= window:
-            return _evicted(engine, place, write, kept, tokens)
+            return _evict(engine, place, write, kept, tokens)
     kept = place.transcript.keep(text, 0)
     tokens, new = kept.tokens(text), len(kept.begin(text, content)[1])
     if len(tokens) + new >= window:
@@ -103,28 +103,28 @@ def with_room(
             f"With the system message it has {len(tokens) + new}, and the answer needs at least one.",
             "Shorten it, or use a larger window.",
         )
-    return _evicted(engine, place, write, kept, tokens) if place.tokens or place.pending else place
+    return _evict(engine, place, write, kept, tokens) if place.tokens or place.pending else place
 
 
-def _evicted(engine: Engine, place: Place, write: bool, kept: Transcript, tokens: list[int]) -> Place:
+def _evict(engine: Engine, place: Place, write: bool, kept: Transcript, tokens: list[int]) -> Place:
     """An empty context that has read `tokens`, and not written them, from the memory after all that was said."""
     past = place.past
     if place.foreign and write and engine.memory_shape.segment_width:
-        past = closed(engine, past)
+        past = close_segment(engine, past)
     if place.pending:  # or it would leave without a trace
-        past = _fed(engine, past, len(place.tokens), place.pending)
+        past = _feed(engine, past, len(place.tokens), place.pending)
     past = engine.start(engine.memory(past))
     if tokens:
-        past = _fed(engine, past, 0, [Token(token, writes=False) for token in tokens])
+        past = _feed(engine, past, 0, [Token(token, writes=False) for token in tokens])
     # Where no turn stays, nothing that is fed can end the last one's segment.
     return Place(past, None, kept, tuple(tokens), (), foreign=not kept.turns)
 
 
-def closed(engine: Engine, past: Past) -> Past:
+def close_segment(engine: Engine, past: Past) -> Past:
     """Return `past` after the open segment of its memory is written."""
     return engine.with_memory(past, engine.memory(past).end_segment(engine.mechanism))
 
 
-def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
+def _feed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
     """`past`, which holds `context` tokens, with `tokens` after them."""
     return feed(engine, past, np.ones((1, context), np.int64), [tokens])[1]

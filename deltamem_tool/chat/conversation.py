@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltamem_tool.chat.context_window import Place, check_window, closed, with_room
+from deltamem_tool.chat.context_window import Place, check_window, close_segment, make_room
 from deltamem_tool.chat.engine import Engine, Past, empty_memory
 from deltamem_tool.chat.generation import (
     INTERRUPTED,
@@ -285,7 +285,7 @@ class _Turn:
     ) -> None:
         engine = conversation.engine
         self.conversation = conversation
-        self._start = start = with_room(
+        self._start = start = make_room(
             engine, conversation._place, conversation.window, conversation.write, content, sampling
         )
         self._transcript, tokens = start.transcript.begin(engine.text, content)
@@ -320,7 +320,7 @@ class _Turn:
         begin = len(start.transcript.head)
         tags, ended = self._transcript.tags(engine.text, engine.mechanism.granularity, begin)
         if start.foreign or (ended and not pending):
-            past = closed(engine, past)
+            past = close_segment(engine, past)
         if ended and pending:
             pending[-1] = pending[-1]._replace(ends=True)
         tagged = zip(tokens, tags, strict=True)
@@ -342,7 +342,7 @@ class _Turn:
         after = Place(
             past=row.past,
             memory=None,
-            transcript=self._transcript.answered(answer.text, row.answer_tokens),
+            transcript=self._transcript.with_answer(answer.text, row.answer_tokens),
             tokens=(*start.tokens, *(token.id for token in row.tokens[: row.fed])),
             pending=tuple(row.tokens[row.fed :]),
             foreign=False,

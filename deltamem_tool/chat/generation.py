@@ -46,30 +46,30 @@ class AnswerStream:
     def end(self) -> None:
         """Release the text that was held back: no token follows."""
         if not self._add(self._stream.flush()):
-            self._give(self._held)
+            self._emit(self._held)
 
-    def break_off(self) -> None:
+    def interrupt(self) -> None:
         """Do the same as `end`, without calling `on_text`."""
         self._on_text = None
         self.end()
 
     def _add(self, piece: str) -> bool:
         if not self._stop:
-            self._give(piece)
+            self._emit(piece)
             return False
         text = self._held + piece
         starts = [start for start in map(text.find, self._stop) if start >= 0]
         if starts:
             self._held = ""
-            self._give(text[: min(starts)])
+            self._emit(text[: min(starts)])
             return True
         ends = range(max(0, len(text) - self._longest), len(text))
         keep = next((n for n in ends if any(stop.startswith(text[n:]) for stop in self._stop)), len(text))
         self._held = text[keep:]
-        self._give(text[:keep])
+        self._emit(text[:keep])
         return False
 
-    def _give(self, piece: str) -> None:
+    def _emit(self, piece: str) -> None:
         if piece:
             self._pieces.append(piece)
             if self._on_text is not None:
@@ -134,7 +134,7 @@ class Row:
         self.prompt = len(self.tokens)
 
     @property
-    def going(self) -> bool:
+    def is_generating(self) -> bool:
         """Whether the answer has not ended yet."""
         return self.why == INTERRUPTED
 
@@ -182,10 +182,10 @@ def feed(
     Returns:
         The results of `Engine.step`, and the mask of the new past.
     """
-    ids = _left_padded([[token.id for token in tokens] for tokens in rows], np.int64)
-    writes = _left_padded([[token.writes for token in tokens] for tokens in rows], np.bool_)
-    ends = _left_padded([[token.ends for token in tokens] for tokens in rows], np.bool_)
-    mask = np.concatenate([attention_mask, _left_padded([[1] * len(tokens) for tokens in rows], np.int64)], axis=1)
+    ids = _pad_left([[token.id for token in tokens] for tokens in rows], np.int64)
+    writes = _pad_left([[token.writes for token in tokens] for tokens in rows], np.bool_)
+    ends = _pad_left([[token.ends for token in tokens] for tokens in rows], np.bool_)
+    mask = np.concatenate([attention_mask, _pad_left([[1] * len(tokens) for tokens in rows], np.int64)], axis=1)
     segment_end = ends if engine.memory_shape.segment_width else None
     logits, past = engine.step(past, ids, mask, writes, segment_end, all_positions)
     return logits, past, mask
@@ -221,7 +221,7 @@ def answer_prompts(
         for prompt in prompts
     ]
     batch = _Batch(engine, rows, engine.start(memory), np.zeros((len(rows), 0), np.int64))
-    _go_on(batch, batch.feed(), engine.stop_tokens)
+    _generate(batch, batch.feed(), engine.stop_tokens)
     return [row.answer for row in rows]
 
 
@@ -234,16 +234,16 @@ class _Batch:
 
     @classmethod
     def of(cls, engine: Engine, rows: Sequence[Row]) -> _Batch:
-        mask = _left_padded([[1] * (len(row.context) + row.fed) for row in rows], np.int64)
+        mask = _pad_left([[1] * (len(row.context) + row.fed) for row in rows], np.int64)
         return cls(engine, rows, engine.join([row.past for row in rows]), mask)
 
     @classmethod
-    def joined(cls, batches: Sequence[_Batch]) -> _Batch:
+    def join(cls, batches: Sequence[_Batch]) -> _Batch:
         if len(batches) == 1:
             return batches[0]
         engine = batches[0]._engine
         rows, pasts, masks = zip(*(batch._state for batch in batches), strict=True)
-        mask = _left_padded([row for mask in masks for row in mask.tolist()], np.int64)
+        mask = _pad_left([row for mask in masks for row in mask.tolist()], np.int64)
         return cls(engine, [row for of_batch in rows for row in of_batch], engine.join(pasts), mask)
 
     @property
@@ -256,19 +256,19 @@ class _Batch:
         Where there is room for so many columns and no more, rows that have ended leave first, and padding with them:
         each of the others fits by itself.
         """
-        room, width = self._engine.max_length, max(len(row.tokens) - row.fed for row in self.rows if row.going)
+        room, width = self._engine.max_length, max(len(row.tokens) - row.fed for row in self.rows if row.is_generating)
         if room is not None and self._state[2].shape[1] + width > room:
-            self.part()
-            self._state = _Batch.of(self._engine, [row for row in self.rows if row.going])._state
+            self.split()
+            self._state = _Batch.of(self._engine, [row for row in self.rows if row.is_generating])._state
         rows, past, mask = self._state
-        fresh = [row.tokens[row.fed :] if row.going else [] for row in rows]
+        fresh = [row.tokens[row.fed :] if row.is_generating else [] for row in rows]
         logits, *fed = feed(self._engine, past, mask, fresh)
         self._state = rows, *fed
         for row, tokens in zip(rows, fresh, strict=True):
             row.fed += len(tokens)
         return logits
 
-    def part(self) -> None:
+    def split(self) -> None:
         """Give every row its own past, and the number of tokens that are in it."""
         rows, past, mask = self._state
         for number, row in enumerate(rows):
@@ -292,29 +292,29 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
     batches = [_Batch.of(engine, rows)] if together else [_Batch.of(engine, [row]) for row in rows]
     try:
         logits = np.concatenate([batch.feed() for batch in batches])
-        batches = [_Batch.joined(batches)]
-        _go_on(batches[0], logits, engine.stop_tokens)
+        batches = [_Batch.join(batches)]
+        _generate(batches[0], logits, engine.stop_tokens)
     except KeyboardInterrupt:
         if any(row.fed == 0 for row in rows):
             raise
         for row in rows:
-            if row.going:
-                row.stream.break_off()
+            if row.is_generating:
+                row.stream.interrupt()
     for batch in batches:
-        batch.part()
+        batch.split()
 
 
-def _go_on(batch: _Batch, logits: NDArray[Any], stop_tokens: frozenset[int]) -> None:
+def _generate(batch: _Batch, logits: NDArray[Any], stop_tokens: frozenset[int]) -> None:
     while True:
         for row, of_row in zip(batch.rows, logits, strict=True):
-            if row.going:
+            if row.is_generating:
                 row.take(row.sampler.pick(of_row), stop_tokens)
-        if not any(row.going for row in batch.rows):
+        if not any(row.is_generating for row in batch.rows):
             return
         logits = batch.feed()
 
 
-def _left_padded(rows: Sequence[Sequence[int | bool]], dtype: type) -> NDArray[Any]:
+def _pad_left(rows: Sequence[Sequence[int | bool]], dtype: type) -> NDArray[Any]:
     """Rows of any lengths as `[B, longest]`, zeros on the left."""
     width = max(map(len, rows))
     return np.array([[0] * (width - len(row)) + list(row) for row in rows], dtype).reshape(len(rows), width)

@@ -13,7 +13,7 @@ from deltamem_tool.chat.generation import Token
 from deltamem_tool.memory.file import StoredMemory
 
 
-class Part(NamedTuple):
+class PastRow(NamedTuple):
     """A row of a past.
 
     Args:
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     row: int
     length: int
 
-    def alone(self, engine: Engine) -> Past:
+    def separate(self, engine: Engine) -> Past:
         """Return a past with only this row."""
         if self.rows == 1:
             return self.past
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 class Group(Protocol):
     """A batch that changes in place, unlike a past. For use by one thread."""
 
-    def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
+    def exchange(self, leaving: Collection[int], joining: Sequence[PastRow]) -> list[int]:
         """Remove rows, and add others behind the remaining ones.
 
         Args:
@@ -74,16 +74,16 @@ class PaddedGroup:
         self._past: Past = None
         self._lengths = np.zeros(0, np.int64)
 
-    def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
+    def exchange(self, leaving: Collection[int], joining: Sequence[PastRow]) -> list[int]:
         """See `Group.exchange`."""
         staying = [row for row in range(len(self._lengths)) if row not in leaving]
-        parts = [] if not staying else [self._past] if not leaving else [self._kept(staying)]
-        parts += [part.alone(self._engine) for part in joining]
+        parts = [] if not staying else [self._past] if not leaving else [self._keep_rows(staying)]
+        parts += [part.separate(self._engine) for part in joining]
         self._past = self._engine.join(parts) if parts else None
         self._lengths = np.array([*self._lengths[staying], *(part.length for part in joining)], np.int64)
         return staying
 
-    def _kept(self, rows: Sequence[int]) -> Past:
+    def _keep_rows(self, rows: Sequence[int]) -> Past:
         width = self._lengths.max()
         return self._engine.keep(self._past, {row: np.arange(width - self._lengths[row], width) for row in rows})
 

@@ -86,7 +86,7 @@ class Chat:
         """Print a line that is not part of the conversation."""
         self._notices.print(Text(text, style="dim"), soft_wrap=True)
 
-    def _keep(self) -> None:
+    def _save_memory(self) -> None:
         """Write the memory file, where there is one.
 
         Raises:
@@ -113,10 +113,10 @@ class Chat:
                 "The next turn tries again. /save FILE writes to another file.",
             ) from error
 
-    def _problem_of_keeping(self) -> DeltaMemError | None:
+    def _try_to_save(self) -> DeltaMemError | None:
         """Write the memory file, and return what went wrong."""
         try:
-            self._keep()
+            self._save_memory()
         except DeltaMemError as error:
             return error
         return None
@@ -135,15 +135,15 @@ class Chat:
             return
         self.interrupted = answer.why == INTERRUPTED
         self._done.append(None)
-        problem = self._problem_of_keeping()
+        problem = self._try_to_save()
         try:
             output.end()
-            self._tell(answer, self.conversation.context.dropped - dropped)
+            self._report_end(answer, self.conversation.context.dropped - dropped)
         finally:  # which may be said where the answer could not be shown
             if problem is not None:
                 self._fail(problem)
 
-    def _tell(self, answer: Answer, dropped: int) -> None:
+    def _report_end(self, answer: Answer, dropped: int) -> None:
         """Say how the answer ended; `dropped` messages left the context for it."""
         if answer.why == INTERRUPTED:
             self.notice("Stopped. What was said is part of the conversation.")
@@ -190,7 +190,7 @@ class Chat:
         check_replaceable(path)
         check_writable(path)
         if self._memory_file is not None and self._memory_file.is_at(path):
-            self._keep()
+            self._save_memory()
         elif self._given_file is not None and self._given_file.is_at(path):
             self._given_file.write(self.conversation.memory, replace=True)
             self._memory_file = self._given_file
@@ -214,7 +214,7 @@ class Chat:
         self.conversation.forget()
         self._done.clear()
         try:
-            self._keep()
+            self._save_memory()
         finally:
             self.notice("The memory and the context are empty.")
 
@@ -225,7 +225,7 @@ class Chat:
         if load is not None:
             self._memory_file = load.memory_file
         try:
-            self._keep()
+            self._save_memory()
         finally:
             self.notice(f"The last {'turn' if load is None else '/load'} is undone, in the context and in the memory.")
 

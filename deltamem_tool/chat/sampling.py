@@ -101,11 +101,11 @@ class Sampler:
         Raises:
             DeltaMemError: the logit of a valid token is NaN or infinity, or those of all are minus infinity.
         """
-        self._seen, self._tokens = (_of_length(mask, len(logits)) for mask in (self._seen, self._tokens))
+        self._seen, self._tokens = (_fit_length(mask, len(logits)) for mask in (self._seen, self._tokens))
         allowed = np.where(self._tokens, logits, -np.inf)
         if not np.isfinite(allowed.max()):
-            raise not_finite("The model's logits")
-        scores = penalised(allowed, self._seen, self._sampling.repetition_penalty)
+            raise not_finite_error("The model's logits")
+        scores = apply_repetition_penalty(allowed, self._seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
             token = int(scores.argmax())
         else:
@@ -126,7 +126,7 @@ class GreedySampler:
 
     def pick(self, logits: NDArray[Any]) -> list[int | None]:
         """Return the next tokens, from logits `[B, V]`; None for a row in which `Sampler.pick` would raise."""
-        self._tokens = _of_length(self._tokens, logits.shape[1])
+        self._tokens = _fit_length(self._tokens, logits.shape[1])
         tokens = logits.argmax(axis=1)
         for row in np.flatnonzero(~self._tokens[tokens]):
             tokens[row] = np.where(self._tokens, logits[row], -np.inf).argmax()
@@ -134,7 +134,7 @@ class GreedySampler:
         return [token if of_row else None for token, of_row in zip(tokens.tolist(), valid.tolist(), strict=True)]
 
 
-def not_finite(what: str) -> DeltaMemError:
+def not_finite_error(what: str) -> DeltaMemError:
     """Return the error for `what` a model has computed that contains NaN or infinity."""
     return DeltaMemError(
         f"{what} contain NaN or infinity.",
@@ -143,11 +143,11 @@ def not_finite(what: str) -> DeltaMemError:
     )
 
 
-def _of_length(mask: NDArray[Any], length: int) -> NDArray[Any]:
+def _fit_length(mask: NDArray[Any], length: int) -> NDArray[Any]:
     return mask if len(mask) == length else np.pad(mask[:length], (0, max(0, length - len(mask))))
 
 
-def penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
+def apply_repetition_penalty(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
     """Return logits `[V]` after the penalty for tokens in the mask `seen`: float64, or unchanged if it is 1."""
     if penalty == 1:
         return logits

@@ -46,7 +46,7 @@ class ChatText:
         try:
             self._template = None if template is None else _environment().from_string(template)
         except Exception as error:  # a template is a program of others: the reader of such programs raises anything
-            raise _damaged("The chat template", error) from error
+            raise _damaged_error("The chat template", error) from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatText:
@@ -58,13 +58,13 @@ class ChatText:
         try:
             tokenizer = Tokenizer.from_buffer(read_bytes(folder / TOKENIZER_FILE, MAX_TOKENIZER_BYTES))
         except Exception as error:  # the tokenizers package raises nothing narrower
-            raise _damaged(TOKENIZER_FILE, error) from error
+            raise _damaged_error(TOKENIZER_FILE, error) from error
         options = read_json(folder / TOKENIZER_CONFIG_FILE)
         file = folder / CHAT_TEMPLATE_FILE
         try:
             source = read_text(file) if file.is_file() else _default(options.get("chat_template"))
         except ValueError as error:
-            raise _damaged("The chat template", error) from error
+            raise _damaged_error("The chat template", error) from error
         contents = {
             name: token.get("content") if isinstance(token, dict) else token
             for name, token in options.items()
@@ -203,9 +203,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = read_any(file, finite=False)  # transformers writes Infinity
     except ValueError as error:
-        raise _damaged(file.name, error) from error
+        raise _damaged_error(file.name, error) from error
     if not isinstance(content, dict):
-        raise _damaged(file.name, "it is not a JSON object")
+        raise _damaged_error(file.name, "it is not a JSON object")
     return content
 
 
@@ -253,5 +253,5 @@ def _default(template: Any) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def _damaged(part: str, why: object) -> ExportError:
+def _damaged_error(part: str, why: object) -> ExportError:
     return ExportError(f"{part} of this ONNX folder cannot be read.", f"{why}.", "Export the model again.")

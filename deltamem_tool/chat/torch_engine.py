@@ -24,7 +24,14 @@ from deltamem_tool.base_model.placement import input_device
 from deltamem_tool.chat.engine import check_ids
 from deltamem_tool.chat.group import Group, PaddedGroup
 from deltamem_tool.chat.text import ChatText
-from deltamem_tool.chat.torch_states import States, fill_states, joined_states, keeping_all, states_of, states_of_rows
+from deltamem_tool.chat.torch_states import (
+    States,
+    concatenate_states,
+    fill_states,
+    select_states,
+    states_of,
+    without_window,
+)
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.attachment import attachment_of
 from deltamem_tool.memory.cache import MemoryCache
@@ -119,7 +126,7 @@ class TorchModel:
                 ones = np.ones((1, int(columns.sum())), np.int64)
                 logits, alone = self._call(alone, ids, ones, write, end, all_positions=True)
                 logits_of_rows.append(logits[0])
-            pasts.append(_spread(alone, np.flatnonzero(columns), length))
+            pasts.append(_scatter(alone, np.flatnonzero(columns), length))
         logits = np.zeros((*valid.shape, logits_of_rows[0].shape[-1]), np.float32)
         logits[valid] = np.concatenate(logits_of_rows)
         last = [int(new[-1]) if len(new) else 0 for new in map(np.flatnonzero, valid)]
@@ -141,7 +148,7 @@ class TorchModel:
         cache = MemoryCache(self.model, past.memory, write)
         # Layers with a window keep everything, too, and their mask hides it: else nothing could be cut off again. Not
         # beside layers that cannot: one mask may be that of them all.
-        layers = [keeping_all(layer) for layer in cache.layers]
+        layers = [without_window(layer) for layer in cache.layers]
         if all(type(layer) in _SEPARABLE for layer in layers):
             cache.layers = layers
         for index, other in past.others.items():
@@ -177,7 +184,7 @@ class TorchModel:
         for index, (keys, values) in past.layers.items():
             kept = kept.to(keys.device)  # one copy for all layers that are there
             layers[index] = (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
-        states = states_of_rows(past.states, [row])
+        states = select_states(past.states, [row])
         return TorchPast(layers if len(columns) else {}, past.memory.select([row]), states if len(columns) else {})
 
     def keep(self, past: TorchPast, columns: Mapping[int, NDArray[Any]]) -> TorchPast:
@@ -188,7 +195,7 @@ class TorchModel:
         for index, (keys, values) in past.layers.items():
             kept = kept.to(keys.device)
             layers[index] = (keys[:, :, first:].index_select(0, kept), values[:, :, first:].index_select(0, kept))
-        return TorchPast(layers, past.memory.select(rows), states_of_rows(past.states, rows))
+        return TorchPast(layers, past.memory.select(rows), select_states(past.states, rows))
 
     def join(self, pasts: Sequence[TorchPast]) -> TorchPast:
         """See `Engine.join`."""
@@ -210,7 +217,7 @@ class TorchModel:
                 for i in range(2)
             )
             layers[index] = cast(tuple[Tensor, Tensor], tuple(padded))
-        states = joined_states([(past.memory.batch_size, past.states) for past in pasts])
+        states = concatenate_states([(past.memory.batch_size, past.states) for past in pasts])
         return TorchPast(layers, MemoryState.stack([past.memory for past in pasts]), states)
 
     def size(self, past: TorchPast) -> int:
@@ -252,7 +259,7 @@ def _past_of(cache: MemoryCache, memory: MemoryState) -> TorchPast:
     return TorchPast(layers, memory, states, others)
 
 
-def _spread(past: TorchPast, columns: NDArray[Any], length: int) -> TorchPast:
+def _scatter(past: TorchPast, columns: NDArray[Any], length: int) -> TorchPast:
     """A past of one row whose keys and values are at `columns` of so many; zeros elsewhere."""
     layers = {}
     for index, parts in past.layers.items():

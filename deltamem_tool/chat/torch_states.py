@@ -39,7 +39,7 @@ def fill_states(layer: LinearAttentionLayer, states: States) -> None:
         layer.device, layer.dtype = state.device, state.dtype
 
 
-def keeping_all(layer: Any) -> Any:
+def without_window(layer: Any) -> Any:
     """A layer of the cache that keeps the keys and values of all tokens, in the place of one with a window."""
     if type(layer) is DynamicSlidingWindowLayer:
         return DynamicLayer()
@@ -48,12 +48,12 @@ def keeping_all(layer: Any) -> Any:
     return layer
 
 
-def states_of_rows(states: Mapping[int, States], rows: Sequence[int]) -> dict[int, States]:
+def select_states(states: Mapping[int, States], rows: Sequence[int]) -> dict[int, States]:
     """Some rows of the states by layer."""
     return {i: {name: x[rows] for name, x in of_layer.items()} for i, of_layer in states.items()}
 
 
-def joined_states(rows: Sequence[tuple[int, Mapping[int, States]]]) -> dict[int, States]:
+def concatenate_states(rows: Sequence[tuple[int, Mapping[int, States]]]) -> dict[int, States]:
     """States by layer of all rows together, of pasts with so many rows; zeros where a past has none yet."""
     known = next((states for _, states in rows if states), {})
 

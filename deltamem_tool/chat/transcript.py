@@ -45,7 +45,7 @@ class Tags(NamedTuple):
     ended: bool
 
 
-class _New(NamedTuple):
+class _Rendering(NamedTuple):
     """New tokens and all spans of a rendering, in which the new ones begin at the character `start`."""
 
     rendered: str
@@ -93,7 +93,7 @@ class Transcript:
             DataError: as in `ChatText.render`.
         """
         if not content:
-            raise _nothing("The prompt is empty.")
+            raise _empty_prompt_error("The prompt is empty.")
         if not isinstance(content, str):
             check_messages(content)
         new = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
@@ -113,15 +113,15 @@ class Transcript:
             earlier = [*system, *self._with_placeholders(self.turns)]
             rendered = text.render([*earlier, *new])
             if not rendered.startswith(self.head):
-                rendered = self.head + self._added(text, earlier, new, rendered)
+                rendered = self.head + self._added_text(text, earlier, new, rendered)
         added = rendered[len(self.head) :]
         tokens = text.encode(added, special_tokens=not text.has_template and not self.head)
         if not tokens:
-            raise _nothing("The text has no tokens.")
+            raise _empty_prompt_error("The text has no tokens.")
         turns = (*self.turns, Turn(tuple(new)))
         return replace(self, system=system, turns=turns, rendered=rendered), tokens
 
-    def _added(self, text: ChatText, earlier: list[Message], new: list[Message], rendered: str) -> str:
+    def _added_text(self, text: ChatText, earlier: list[Message], new: list[Message], rendered: str) -> str:
         """What of `rendered`, which does not begin as the context does, comes after the last answer.
 
         Templates may write what was said before in other words by now: without its thinking, under another date. In the
@@ -143,7 +143,7 @@ class Transcript:
         Raises:
             DataError: the chat template does not show where a message ends.
         """
-        new = self._new(text, start, english if granularity == "sentence" else None)
+        new = self._render_new(text, start, english if granularity == "sentence" else None)
         tags = tags_of(new.rendered, new.offsets, [span for span in new.spans if span.end > new.start])
         return Tags(tags, any(span.end == new.start and span.segment for span in new.spans))
 
@@ -156,10 +156,10 @@ class Transcript:
         Raises:
             DataError: as in `tags`.
         """
-        new = self._new(text, start, None)
+        new = self._render_new(text, start, None)
         return [max(0, owner - 1) for owner in owners_of(new.rendered, new.offsets, new.spans)]
 
-    def _new(self, text: ChatText, start: int, split: Split | None) -> _New:
+    def _render_new(self, text: ChatText, start: int, split: Split | None) -> _Rendering:
         earlier, turn = self.turns[:-1], self.turns[-1]
         messages = [*self.system, *self._with_placeholders(earlier), *turn.messages]
         # As the template writes it now: the end is that of `rendered`, what comes before it may not be.
@@ -167,9 +167,9 @@ class Transcript:
         start += len(rendered) - len(self.rendered)
         encoding = text.tokenizer.encode(rendered[start:], add_special_tokens=False)
         offsets = [(start + first, start + last) for first, last in encoding.offsets]
-        return _New(rendered, start, offsets, spans_of(text.template, messages, rendered, True, split))
+        return _Rendering(rendered, start, offsets, spans_of(text.template, messages, rendered, True, split))
 
-    def answered(self, answer: str, tokens: Sequence[int]) -> Transcript:
+    def with_answer(self, answer: str, tokens: Sequence[int]) -> Transcript:
         """Return the transcript with the answer to the last turn."""
         last = replace(self.turns[-1], answer=answer, tokens=tuple(tokens))
         return replace(self, turns=(*self.turns[:-1], last))
@@ -179,10 +179,10 @@ class Transcript:
         gone, kept = self.turns[: len(self.turns) - count], self.turns[len(self.turns) - count :]
         shorter = replace(self, turns=(), dropped=(*self.dropped, *gone), rendered="")
         if not kept:
-            return replace(shorter, rendered=_alone(text, self.system))
+            return replace(shorter, rendered=_render_system(text, self.system))
         for turn in kept:
             plain = turn.messages[0]["content"] if not text.has_template else turn.messages
-            shorter = shorter.begin(text, plain)[0].answered(turn.answer, turn.tokens)
+            shorter = shorter.begin(text, plain)[0].with_answer(turn.answer, turn.tokens)
         return shorter
 
     def tokens(self, text: ChatText) -> list[int]:
@@ -212,7 +212,7 @@ class Transcript:
         return messages
 
 
-def _alone(text: ChatText, system: tuple[Message, ...]) -> str:
+def _render_system(text: ChatText, system: tuple[Message, ...]) -> str:
     """The system messages' own text.
 
     Empty where the template writes it with the first user message only, which then brings it again.
@@ -227,5 +227,5 @@ def _alone(text: ChatText, system: tuple[Message, ...]) -> str:
     return alone if followed.startswith(alone) else ""
 
 
-def _nothing(why: str) -> ExportError:
+def _empty_prompt_error(why: str) -> ExportError:
     return ExportError("There is nothing to answer.", why, "Give it some text.")

@@ -14,9 +14,9 @@ import click
 from click.exceptions import NoSuchCommand
 
 from deltamem_tool._version import __version__
-from deltamem_tool.cli.encoding import print_everywhere
+from deltamem_tool.cli.encoding import replace_unencodable
 from deltamem_tool.cli.streams import open_missing
-from deltamem_tool.cli.termination import interrupted_by_signals
+from deltamem_tool.cli.termination import interrupt_on_signals
 from deltamem_tool.errors import DeltaMemError, OtherBaseWarning, domain_error
 from deltamem_tool.io.cores import respect_quota
 
@@ -110,7 +110,7 @@ def main(command: click.Command = cli) -> None:
     with 128 plus its number; anything unexpected keeps its traceback.
     """
     open_missing()
-    print_everywhere()
+    replace_unencodable()
     # These must be set before torch and the Hub's client are imported. Waiting threads that spin make other work on
     # the same cores many times slower; progress bars are for terminals.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -121,7 +121,7 @@ def main(command: click.Command = cli) -> None:
     # On some processors its import warns of a missing package that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        with interrupted_by_signals():
+        with interrupt_on_signals():
             command(prog_name="deltamem" if command is cli else None)
     except Exception as error:
         known = domain_error(error)

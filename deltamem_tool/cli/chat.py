@@ -12,7 +12,7 @@ from deltamem_tool.cli.engines import (
     TENSOR_PARALLEL,
     check_runtime_options,
     follow_engine,
-    follows,
+    is_follower,
     onnx_engine,
     torch_engine,
 )
@@ -78,7 +78,7 @@ def command(
     for_onnx = is_onnx(model)
     for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
     check_runtime_options(for_onnx, provider, **for_adapter, device=device)
-    if follows(device):
+    if is_follower(device):
         follow_engine(model, for_adapter)
         return
     if memory_file is not None:

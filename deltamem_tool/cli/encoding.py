@@ -13,7 +13,7 @@ _ASCII |= {"✓": "(right)", "✗": "(wrong)", "Δ": "delta", "δ": "delta", "β
 _ASCII |= dict.fromkeys("▏▎▍▌▋▊▉█▐▕", "#")
 
 
-def print_everywhere() -> None:
+def replace_unencodable() -> None:
     """Let stdout print what its encoding, such as a Windows code page, lacks, unless its user has chosen how.
 
     stderr does so by itself.

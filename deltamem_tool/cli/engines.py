@@ -67,14 +67,14 @@ def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> E
     if device != TENSOR_PARALLEL:
         return _torch_model(adapter, device, loading)
     model = _joined_model(adapter, loading)
-    from deltamem_tool.chat.led_model import LedModel
+    from deltamem_tool.chat.leader_model import LeaderModel
 
-    led = LedModel(model)
-    click.get_current_context().call_on_close(led.close)
-    return led
+    leader = LeaderModel(model)
+    click.get_current_context().call_on_close(leader.close)
+    return leader
 
 
-def follows(device: str | None) -> bool:
+def is_follower(device: str | None) -> bool:
     """Whether this process does as another one does, and nothing else."""
     return device == TENSOR_PARALLEL and number_in_launch() > 0
 
@@ -82,9 +82,9 @@ def follows(device: str | None) -> bool:
 def follow_engine(adapter: str, loading: dict[str, Any]) -> None:
     """Do what the first process does with its `torch_engine`, until it has ended."""
     model = _joined_model(adapter, loading)
-    from deltamem_tool.chat.led_model import follow
+    from deltamem_tool.chat.leader_model import follow_leader
 
-    follow(model)
+    follow_leader(model)
 
 
 def _joined_model(adapter: str, loading: dict[str, Any]) -> TorchModel:

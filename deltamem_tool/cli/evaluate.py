@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from deltamem_tool.cli.command_line import command_line
 from deltamem_tool.cli.engines import check_runtime_options, load_on
 from deltamem_tool.cli.options import (
     MARGIN,
@@ -23,7 +24,6 @@ from deltamem_tool.cli.options import (
     device,
     trust_remote_code,
 )
-from deltamem_tool.cli.typed import typed
 from deltamem_tool.evaluation import BATCH_SIZE, HARNESS, HARNESS_BATCH_SIZE, MEMORY_ONLY, RECALL
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def command(
     permuted, with the corrections scaled to zero, with the base model alone, and with the base model and the full
     context. An ONNX folder leaves out the conditions that change weights.
     """
-    from deltamem_tool.base_model.launch import join_launched, members, naming_lost
+    from deltamem_tool.base_model.launch import join_launched, members, report_lost_processes
     from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, STATE
     from deltamem_tool.evaluation.processes import Processes
     from deltamem_tool.io.atomic import check_writable
@@ -181,7 +181,7 @@ def command(
     if where is not None and device is None and runtime == PYTORCH:
         device = str(where)
     processes = Processes.of(None)
-    together = nullcontext() if where is None else naming_lost(members(), GO_ON)
+    together = nullcontext() if where is None else report_lost_processes(members(), GO_ON)
     with progress(hidden=not processes.is_main) as bar, together:
         task_id = bar.add_task("Evaluation", total=None, note="")
         if runtime == ONNX:
@@ -214,7 +214,7 @@ def command(
         "batch_size": batch_size,
         "margin": margin,
     }
-    words, seconds = typed(click.get_current_context()), time.monotonic() - started
+    words, seconds = command_line(click.get_current_context()), time.monotonic() - started
     run = run_json(loaded, evaluation, words, {**settings, **options}, seconds)
     payload = evaluation_json(evaluation, fingerprint, _arguments(task, protocol, seed, data, changes, limit), run)
     if report is not None:

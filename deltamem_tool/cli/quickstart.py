@@ -10,7 +10,7 @@ import click
 
 from deltamem_tool.cli.options import NAME, UserPath, allow_other_base
 from deltamem_tool.io.names import BACKBONE
-from deltamem_tool.quickstart.bases import BASES, adapter_to_take
+from deltamem_tool.quickstart.bases import BASES, choose_adapter
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -53,7 +53,7 @@ def command(
     from deltamem_tool.cli.console import STDERR, progress
     from deltamem_tool.io.atomic import check_overwrite
 
-    taken = adapter_to_take(base, adapter, fast, steps)
+    taken = choose_adapter(base, adapter, fast, steps)
     check_overwrite(out, overwrite or resume)
     for note in _notes(base, taken, steps):
         STDERR.print(note, highlight=False)

@@ -10,7 +10,7 @@ import click
 from deltamem_tool.cli.engines import (
     check_runtime_options,
     follow_engine,
-    follows,
+    is_follower,
     onnx_engine,
     shipped_engine,
     torch_engine,
@@ -135,7 +135,7 @@ def command(
     for_onnx = is_onnx(model)
     for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
     check_runtime_options(for_onnx, provider, **for_adapter, device=device)
-    if follows(device):
+    if is_follower(device):
         follow_engine(model, for_adapter)
         return
 

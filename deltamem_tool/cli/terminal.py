@@ -23,7 +23,7 @@ from prompt_toolkit.output import create_output
 from prompt_toolkit.utils import is_dumb_terminal
 
 from deltamem_tool.chat.repl import Command
-from deltamem_tool.cli.termination import signals_that_end
+from deltamem_tool.cli.termination import termination_signals
 
 HISTORY_FILE = "chat_history"
 
@@ -62,9 +62,9 @@ class Reader:
         """
         if self._session is None:
             return _line()
-        handlers = {number: signal.getsignal(number) for number in signals_that_end()}
+        handlers = {number: signal.getsignal(number) for number in termination_signals()}
         try:
-            line = self._session.prompt([("ansicyan bold", "> ")], pre_run=partial(_heed, handlers))
+            line = self._session.prompt([("ansicyan bold", "> ")], pre_run=partial(_handle_signals, handlers))
         except KeyboardInterrupt:
             self.was_empty = not self._session.default_buffer.text
             raise
@@ -74,7 +74,7 @@ class Reader:
         return line.encode("utf-8", "replace").decode()  # bytes that were no UTF-8 come as lone surrogates
 
 
-def _heed(handlers: Mapping[int, Any]) -> None:
+def _handle_signals(handlers: Mapping[int, Any]) -> None:
     """Handle signals between two steps of the event loop: raised within one, prompt_toolkit would print a traceback."""
 
     def end(number: int, handler: Callable[[int, None], object]) -> None:

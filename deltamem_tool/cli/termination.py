@@ -18,13 +18,13 @@ def is_terminated() -> bool:
     return bool(_received)
 
 
-def signals_that_end() -> list[int]:
+def termination_signals() -> list[int]:
     """Return the signals that end a command, as many as the operating system has."""
     return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
-def interrupted_by_signals() -> Iterator[None]:
+def interrupt_on_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt for each such signal; afterwards exit with 128 plus its number, as shells do.
 
     A signal that is ignored, as SIGHUP under nohup, stays so.
@@ -41,7 +41,7 @@ def interrupted_by_signals() -> Iterator[None]:
         _received.append(number)
         raise KeyboardInterrupt
 
-    caught = [number for number in signals_that_end() if signal.getsignal(number) is signal.SIG_DFL]
+    caught = [number for number in termination_signals() if signal.getsignal(number) is signal.SIG_DFL]
     _received.clear()
     for number in caught:
         signal.signal(number, interrupt)

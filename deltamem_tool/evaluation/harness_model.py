@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from deltamem_tool.base_model.limits import unknown_token
 from deltamem_tool.base_model.placement import input_device
-from deltamem_tool.chat.sampling import not_finite
+from deltamem_tool.chat.sampling import not_finite_error
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.memory.cache import MemoryCache
@@ -168,7 +168,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
 def _check_finite(logits: Tensor) -> None:
     """Check that logits `[…, V]` contain no NaN or infinity, and not only minus infinity."""
     if not bool(logits.amax(-1).isfinite().all()):
-        raise not_finite("The model's logits")
+        raise not_finite_error("The model's logits")
 
 
 class _FiniteScores(LogitsProcessor):

@@ -89,7 +89,7 @@ BASES = {
 }
 
 
-def adapter_to_take(base: str, adapter: str | None = None, fast: bool = False, steps: int | None = None) -> str | None:
+def choose_adapter(base: str, adapter: str | None = None, fast: bool = False, steps: int | None = None) -> str | None:
     """Choose the adapter that a quickstart uses; None if it trains one.
 
     Args:

@@ -31,7 +31,7 @@ from deltamem_tool.io.names import BACKBONE, expand_user
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.quickstart.bases import BASES, QuickstartBase, adapter_to_take
+from deltamem_tool.quickstart.bases import BASES, QuickstartBase, choose_adapter
 from deltamem_tool.quickstart.talk import TalkResult, remember, told_facts
 from deltamem_tool.recipe.load import Recipe, load_recipe, shipped_recipe
 
@@ -95,7 +95,7 @@ def quickstart(
         HubError: the base or the adapter cannot be fetched.
     """
     out, kind = expand_user(out), BASES[base]
-    taken = adapter_to_take(base, adapter, fast, steps)
+    taken = choose_adapter(base, adapter, fast, steps)
     if resume:
         _check_resume(out, taken)
     else:
@@ -104,7 +104,7 @@ def quickstart(
     tell = report or (lambda stage, done, of, note: None)
     seconds: dict[str, float] = {}
 
-    with _timed("patch", seconds):
+    with _time_stage("patch", seconds):
         tell("patch", 0, 1, kind.name)
         trained = None if taken is None else read_adapter(taken)
         checkpoint = kind.fetch()
@@ -115,11 +115,11 @@ def quickstart(
         parameters = (trained or read_adapter(out / FRESH)).num_parameters()
         tell("patch", 1, 1, f"{parameters:,} parameters")
     if trained is None:
-        with _timed("train", seconds):
-            trained, losses = _trained(recipe, resume, tell)
+        with _time_stage("train", seconds):
+            trained, losses = _train(recipe, resume, tell)
         plot_losses(losses, out / LOSS_PLOT)
 
-    with _timed("evaluate", seconds):
+    with _time_stage("evaluate", seconds):
         model = load(trained.path, checkpoint, allow_other_base=allow_other_base, dtype=torch.float32)
         tokenizer = tokenizer_of(model)
         recalled = evaluate(
@@ -134,7 +134,7 @@ def quickstart(
         if taken is None:
             content = evaluation_json(recalled, trained.fingerprint, _arguments(kind))
             write_evaluation(trained.path / EVALUATION_FILE, content)
-    with _timed("export", seconds):
+    with _time_stage("export", seconds):
         tell("export", 0, 2, "graph")
         manifest = export_onnx(model, tokenizer, out / ONNX, base_model=trained.base.name)
         assert manifest.max_abs_diff is not None  # a graph for the CPU runs here
@@ -142,7 +142,7 @@ def quickstart(
         onnx_model = OnnxModel(out / ONNX)
         agreement = _agreement(model, tokenizer, onnx_model, kind)
         tell("export", 2, 2, f"differs by {manifest.max_abs_diff:.1e} at most")
-    with _timed("remember", seconds):
+    with _time_stage("remember", seconds):
         memory_file, told = out / MEMORY, told_facts(kind.words, kind.told)
         remembered = remember(onnx_model, memory_file, told, lambda done, of: tell("remember", done, of, ""))
 
@@ -223,7 +223,7 @@ def _recipe(out: Path, kind: QuickstartBase, checkpoint: str, steps: int | None,
     return replace(recipe, adapter=str(out / FRESH))
 
 
-def _trained(recipe: Recipe, resume: bool, tell: Report) -> tuple[AdapterFolder, list[tuple[int, float]]]:
+def _train(recipe: Recipe, resume: bool, tell: Report) -> tuple[AdapterFolder, list[tuple[int, float]]]:
     """Train, and return the adapter and the losses by step."""
     from deltamem_tool.training import train  # its libraries take seconds, which others need not wait for
     from deltamem_tool.training.run_folder import checkpoints, run_folder
@@ -274,7 +274,7 @@ def report_json(result: Quickstart) -> dict[str, Any]:
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+def _time_stage(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds[stage] = time.monotonic() - started

@@ -144,7 +144,7 @@ def _build(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
         *earlier, answer = cut.read
         script, fed = script.begin(text, earlier)
         answer_ids = text.encode(text_of(answer))
-        script = script.answered(text_of(answer), answer_ids)
+        script = script.with_answer(text_of(answer), answer_ids)
         context = [Token(token, writes=False) for token in (*fed, *answer_ids)]
     begin = len(script.head)
     script, fed = script.begin(text, cut.new)

@@ -21,7 +21,7 @@ from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
-from deltamem_tool.base_model.launch import members, naming_lost
+from deltamem_tool.base_model.launch import members, report_lost_processes
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
 from deltamem_tool.baselines.lora import new_lora
@@ -130,7 +130,7 @@ def train(
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
     advice = f"The complete checkpoints are in {run}. Pass --resume to continue from the last one."
-    with removed_if_empty(run), naming_lost(members(), advice):  # the Trainer makes the folder
+    with removed_if_empty(run), report_lost_processes(members(), advice):  # the Trainer makes the folder
         trainer = _trainer(recipe, step, data, progress, launch.shards)
         if not _is_placed(model):
             cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature

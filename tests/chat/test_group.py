@@ -8,7 +8,7 @@ from chat.talking import TOLERANCE, assert_same_memory, make_engine
 
 from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.chat.generation import Token, feed
-from deltamem_tool.chat.group import PaddedGroup, Part
+from deltamem_tool.chat.group import PaddedGroup, PastRow
 
 LENGTHS = 5, 2, 7, 4  # tokens of the rows before the first step
 
@@ -23,7 +23,7 @@ def part_of(engine, length, seed):
     past = feed(
         engine, engine.start(empty_memory(engine)), np.zeros((1, 0), np.int64), [[Token(int(i), True) for i in ids]]
     )[1]
-    return Part(past, 1, length, 0, length)
+    return PastRow(past, 1, length, 0, length)
 
 
 @pytest.mark.parametrize("leaving", [{2}, {0, 3}, {0, 1, 2}])

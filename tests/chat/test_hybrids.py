@@ -8,7 +8,7 @@ from chat.talking import OTHERS, TURNS, assert_same_memory, in_generate, say, se
 from helpers.hybrids import HYBRIDS, hybrid
 from helpers.tiny import tiny_tokenizer
 
-from deltamem_tool.chat.context_window import with_room
+from deltamem_tool.chat.context_window import make_room
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
 from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.chat.torch_engine import TorchModel
@@ -65,7 +65,7 @@ def test_turns_that_left_the_context_are_not_in_its_states(engine):
     """What stays is read again from the beginning, and nothing of it written."""
     conversation = Conversation(engine)
     say(conversation, *TURNS)
-    place = with_room(engine, conversation._place, 48, True, OTHERS[0], Sampling(6))
+    place = make_room(engine, conversation._place, 48, True, OTHERS[0], Sampling(6))
     assert 0 < len(place.tokens) < len(conversation._place.tokens)
     ids = np.array([place.tokens])
     _, again = engine.step(engine.start(engine.memory(place.past)), ids, np.ones_like(ids), ids < 0)

@@ -14,7 +14,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deltamem_tool.chat.sampling import GreedySampler, Sampler, Sampling, penalised, probabilities, token_mask
+from deltamem_tool.chat.sampling import (
+    GreedySampler,
+    Sampler,
+    Sampling,
+    apply_repetition_penalty,
+    probabilities,
+    token_mask,
+)
 from deltamem_tool.errors import ConfigError, DeltaMemError
 
 VOCABULARY = 500
@@ -44,7 +51,7 @@ def logits(seed: int) -> np.ndarray:
 def of_the_package(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
     seen = np.zeros(VOCABULARY, bool)
     seen[CONTEXT] = True
-    return probabilities(penalised(scores, seen, sampling.repetition_penalty), sampling)
+    return probabilities(apply_repetition_penalty(scores, seen, sampling.repetition_penalty), sampling)
 
 
 def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:

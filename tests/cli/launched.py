@@ -10,13 +10,13 @@ from click.testing import CliRunner
 
 from deltamem_tool.base_model.launch import number_in_launch
 from deltamem_tool.cli import cli
-from deltamem_tool.cli.termination import interrupted_by_signals
+from deltamem_tool.cli.termination import interrupt_on_signals
 
 
 def invoked(arguments: list[str], lines: str, said: Path) -> None:
     """Run `deltamem` with `lines` as its input; each process writes what it prints on stdout, beside `said`."""
     torch.set_num_threads(1)
-    with interrupted_by_signals():
+    with interrupt_on_signals():
         done = CliRunner().invoke(cli, arguments, input=lines, prog_name="deltamem")
     said.with_name(f"{said.name}-{number_in_launch()}").write_text(done.stdout)
     sys.exit(done.exit_code)

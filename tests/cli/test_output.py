@@ -17,7 +17,7 @@ from rich.table import Table
 from deltamem_tool import cli
 from deltamem_tool.chat.repl import Chat
 from deltamem_tool.cli import COMMANDS, console
-from deltamem_tool.cli.encoding import print_everywhere
+from deltamem_tool.cli.encoding import replace_unencodable
 from deltamem_tool.cli.quickstart import _show
 from deltamem_tool.memory.file import StoredMemory, write_memory
 from deltamem_tool.memory.heatmap import heat_maps, norm_bars
@@ -79,7 +79,7 @@ def test_what_is_lacking_is_spelt_out(printed, monkeypatch):
     assert "(delta-mem)" in printed("cp1252", "--help")[1]
     stream = Stream("ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    print_everywhere()
+    replace_unencodable()
     print("−0.5 … 你 \udce9", flush=True)
     assert stream.buffer.getvalue() == b"-0.5 ... \\u4f60 \xe9\n"  # a file's name that is not UTF-8 stays what it is
 
@@ -87,7 +87,7 @@ def test_what_is_lacking_is_spelt_out(printed, monkeypatch):
 def test_an_error_handler_that_the_user_has_chosen_stays(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="ignore")
     monkeypatch.setattr(sys, "stdout", stream)
-    print_everywhere()
+    replace_unencodable()
     assert stream.errors == "ignore"
 
 
@@ -95,7 +95,7 @@ def test_an_error_handler_that_the_user_has_chosen_stays(monkeypatch):
 def test_a_chat_in_every_encoding(monkeypatch, encoding):
     stream = Stream(encoding, is_terminal=True)
     monkeypatch.setattr(sys, "stdout", stream)
-    print_everywhere()
+    replace_unencodable()
     states = {0: np.array([[[0.56, -1.0], [0.25, 0.0]]], np.float32), 7: np.full((1, 2, 2), 0.4, np.float32)}
     out = console._console()
     out.print(norm_bars(states), heat_maps(0, states[0]))

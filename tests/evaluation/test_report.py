@@ -16,8 +16,8 @@ from rich.console import Console
 
 from deltamem_tool import DeltaMemConfig, __version__
 from deltamem_tool.adapter.create import create_adapter
+from deltamem_tool.cli.command_line import command_line
 from deltamem_tool.cli.evaluate import command
-from deltamem_tool.cli.typed import typed
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import Condition
 from deltamem_tool.evaluation.report.drawing import DARK, scores_figure, styles, svg
@@ -235,7 +235,7 @@ def test_a_command_as_it_was_typed(tmp_path, monkeypatch):
     @click.option("--set", "changes", multiple=True)
     @click.option("--fast", is_flag=True)
     def stub(**_):
-        seen.extend(typed(click.get_current_context()))
+        seen.extend(command_line(click.get_current_context()))
 
     given = ["owner/name", "-n", "4", "--set", f"data={tmp_path}/talks.jsonl", "--set", "a=b", "--fast"]
     assert CliRunner().invoke(stub, given).exit_code == 0

@@ -9,19 +9,19 @@ from cli.command import deltamem  # noqa: F401
 
 from deltamem_tool.errors import ConfigError, HubError
 from deltamem_tool.io.names import BACKBONE
-from deltamem_tool.quickstart.bases import BASES, SMOLLM2, adapter_to_take
+from deltamem_tool.quickstart.bases import BASES, SMOLLM2, choose_adapter
 
 
 def test_what_is_trained_already_is_taken_where_it_is_asked_for():
-    assert adapter_to_take(BACKBONE) is None
-    assert adapter_to_take(BACKBONE, fast=True) == "builtin:adapter"
-    assert adapter_to_take(BACKBONE, adapter="mine") == "mine"
-    assert adapter_to_take(SMOLLM2, adapter="mine") == "mine"
+    assert choose_adapter(BACKBONE) is None
+    assert choose_adapter(BACKBONE, fast=True) == "builtin:adapter"
+    assert choose_adapter(BACKBONE, adapter="mine") == "mine"
+    assert choose_adapter(SMOLLM2, adapter="mine") == "mine"
 
 
 def test_the_trained_one_is_taken_instead_of_hours_of_training():
-    assert adapter_to_take(SMOLLM2) == "builtin:smollm2-adapter"
-    assert adapter_to_take(SMOLLM2, steps=100) is None
+    assert choose_adapter(SMOLLM2) == "builtin:smollm2-adapter"
+    assert choose_adapter(SMOLLM2, steps=100) is None
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_the_trained_one_is_taken_instead_of_hours_of_training():
 )
 def test_options_that_do_not_go_together(options):
     with pytest.raises(ConfigError):
-        adapter_to_take(BACKBONE, **options)
+        choose_adapter(BACKBONE, **options)
 
 
 def test_nothing_is_written_where_the_model_cannot_be_had(tmp_path, monkeypatch, deltamem):  # noqa: F811

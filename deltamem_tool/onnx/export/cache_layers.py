@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamem_tool._compat import DynamicIndexedLayer, DynamicLayer
-from deltamem_tool.chat.torch_states import keeping_all
+from deltamem_tool.chat.torch_states import without_window
 from deltamem_tool.onnx import contract
 
 _KEYS = "idx_keys"  # attribute in which MiniMax-M3's cache layer keeps the keys of its indexer
@@ -70,7 +70,7 @@ def counts_columns(held: Any) -> bool:
 
 def traced_layer(held: Any) -> Any:
     """Return the replacement for a new cache layer, which keeps every column."""
-    return CompressedLayer(held.compress_rate) if hasattr(held, _COMPRESS) else keeping_all(held)
+    return CompressedLayer(held.compress_rate) if hasattr(held, _COMPRESS) else without_window(held)
 
 
 def columns_of(held: Any) -> Mapping[str, Tensor]:

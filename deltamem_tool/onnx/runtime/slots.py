@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.chat.generation import Token
-from deltamem_tool.chat.group import Part
+from deltamem_tool.chat.group import PastRow
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.runtime.buffered_graph import FIRST_ROOM, BufferedGraph
@@ -102,7 +102,7 @@ class Slots:
         """Return whether rows of `graph` can be kept in slots."""
         return isinstance(graph, BufferedGraph) and not graph.max_length and graph.device == "cpu"
 
-    def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
+    def exchange(self, leaving: Collection[int], joining: Sequence[PastRow]) -> list[int]:
         """See `Group.exchange`. The last rows move to the places of those that leave."""
         count = len(self._lengths) - len(leaving)
         places = list(range(count))
@@ -143,7 +143,7 @@ class Slots:
         arrays = self._arrays.memory[self._arrays.source]
         return {i: arrays[name][row : row + 1].copy() for i, name in names.items() if name in arrays}
 
-    def _append(self, part: Part) -> None:
+    def _append(self, part: PastRow) -> None:
         """Append a copy of a row."""
         past: BufferedPast = part.past
         row, arrays, length = len(self._lengths), self._arrays, part.length

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltamem_tool.chat.engine import Engine, Past
 from deltamem_tool.chat.generation import AnswerStream, Row, feed
-from deltamem_tool.chat.group import Part
+from deltamem_tool.chat.group import PastRow
 from deltamem_tool.chat.sampling import Sampler
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.memory.file import StoredMemory
@@ -37,7 +37,7 @@ class _TokenStream(AnswerStream):
 
     def end(self) -> None:
         """Decode the tokens if there is no reader. No text is held back."""
-        self._give(self._decode(self._tokens))
+        self._emit(self._decode(self._tokens))
 
 
 class RunningJob:
@@ -52,10 +52,10 @@ class RunningJob:
     Attributes:
         row: the row.
         cached: number of prompt tokens that were in the cache.
-        part: its row of a past, after the prompt was fed and until it joins a group.
+        past_row: its row of a past, after the prompt was fed and until it joins a group.
     """
 
-    part: Part
+    past_row: PastRow
 
     def __init__(self, engine: Engine, ticket: Ticket, valid: NDArray[Any], piece: int) -> None:
         job, tokens = ticket.job, list(ticket.job.tokens)
@@ -100,7 +100,7 @@ class RunningJob:
         if row.fed <= len(self._keys) * self._piece:
             self._memories.append(engine.memory(row.past))
             self._whole_pieces = row.past
-        self.part = Part(row.past, 1, row.fed, 0, row.fed)
+        self.past_row = PastRow(row.past, 1, row.fed, 0, row.fed)
         return logits
 
     @staticmethod
@@ -111,7 +111,7 @@ class RunningJob:
         logits, past, mask = feed(engine, past, np.zeros((len(rows), 0), np.int64), [row.tokens for row in rows])
         for number, running in enumerate(together):
             running.row.fed = running.row.prompt
-            running.part = Part(past, len(rows), mask.shape[1], number, running.row.prompt)
+            running.past_row = PastRow(past, len(rows), mask.shape[1], number, running.row.prompt)
         return logits
 
     @property
@@ -143,7 +143,7 @@ class RunningJob:
         row.take(likeliest, stop_tokens)
         if len(row.tokens) <= row.prompt + 1:
             self._first_token = time.monotonic()
-        return row.going
+        return row.is_generating
 
     def completion(self, memory: StoredMemory) -> Completion:
         """Return the completion of the answer, with the memory after it."""

@@ -186,7 +186,7 @@ class Scheduler:
             for running, of_row in zip(together, logits, strict=True):
                 if running.row.fed == running.row.prompt:
                     self._prompts.remove(running)
-                    if self._choose(running, of_row, None, partial(running.part.memory, self.engine)):
+                    if self._choose(running, of_row, None, partial(running.past_row.memory, self.engine)):
                         joining.append(running)
         self.counters.prompt_tokens += fed
         return joining
@@ -233,10 +233,10 @@ class Scheduler:
         """Let rows leave and join the group."""
         if not self._leaving and not joining:
             return
-        parts = [running.part for running in joining]
+        parts = [running.past_row for running in joining]
         for running in joining:
             running.row.past = None
-            del running.part
+            del running.past_row
         places = self._group.exchange(self._leaving, parts)
         self._answering = [*(self._answering[place] for place in places), *joining]
         self._leaving.clear()

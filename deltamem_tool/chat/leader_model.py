@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from deltamem_tool.base_model.launch import PATIENCE, members, naming_lost
+from deltamem_tool.base_model.launch import PATIENCE, members, report_lost_processes
 from deltamem_tool.chat.group import Group, PaddedGroup
 from deltamem_tool.chat.torch_engine import TorchModel, TorchPast
 from deltamem_tool.errors import DeltaMemError
@@ -37,7 +37,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Order:
+class _Call:
     """A call of a method that returns a past, last or alone."""
 
     method: str
@@ -46,19 +46,19 @@ class _Order:
     dropped: Sequence[int]  # pasts that nobody has any more
 
 
-class _LedPast:
+class _SharedPast:
     """A past of all processes; it has the part of this one."""
 
     def __init__(self, number: int, part: TorchPast) -> None:
         self.number, self.part = number, part
 
 
-class LedModel:
-    """The `Engine` of the first process. Meanwhile, all other processes run `follow`.
+class LeaderModel:
+    """The `Engine` of the first process. Meanwhile, all other processes run `follow_leader`.
 
     Args:
-        model: model of this process. All processes must create theirs, with this class or with `follow`, at the same
-            time.
+        model: model of this process. All processes must create theirs, with this class or with `follow_leader`, at the
+            same time.
     """
 
     def __init__(self, model: TorchModel) -> None:
@@ -71,47 +71,47 @@ class LedModel:
         self._dropped: deque[int] = deque()
         self._is_broken = False
         # All is told and done in one thread: in one order, whoever asks, and whole, whatever interrupts who asks.
-        self._thread = ThreadPoolExecutor(1, "led-model")
+        self._thread = ThreadPoolExecutor(1, "leader-model")
 
-    def start(self, memory: StoredMemory) -> _LedPast:
+    def start(self, memory: StoredMemory) -> _SharedPast:
         """See `Engine.start`."""
         return self._past_of("start", memory)
 
     def step(
         self,
-        past: _LedPast,
+        past: _SharedPast,
         input_ids: NDArray[Any],
         attention_mask: NDArray[Any],
         write_mask: NDArray[Any],
         segment_end: NDArray[Any] | None = None,
         all_positions: bool = False,
-    ) -> tuple[NDArray[Any], _LedPast]:
+    ) -> tuple[NDArray[Any], _SharedPast]:
         """See `Engine.step`."""
         arguments = (past, input_ids, attention_mask, write_mask, segment_end, all_positions)
-        logits, after = self._in_all("step", *arguments)
+        logits, after = self._call_everywhere("step", *arguments)
         return logits, after
 
-    def memory(self, past: _LedPast) -> StoredMemory:
+    def memory(self, past: _SharedPast) -> StoredMemory:
         """See `Engine.memory`; it is the same in every process."""
         return self._model.memory(past.part)
 
-    def with_memory(self, past: _LedPast, memory: StoredMemory) -> _LedPast:
+    def with_memory(self, past: _SharedPast, memory: StoredMemory) -> _SharedPast:
         """See `Engine.with_memory`."""
         return self._past_of("with_memory", past, memory)
 
-    def take(self, past: _LedPast, row: int, columns: NDArray[Any]) -> _LedPast:
+    def take(self, past: _SharedPast, row: int, columns: NDArray[Any]) -> _SharedPast:
         """See `Engine.take`."""
         return self._past_of("take", past, row, columns)
 
-    def keep(self, past: _LedPast, columns: Mapping[int, NDArray[Any]]) -> _LedPast:
+    def keep(self, past: _SharedPast, columns: Mapping[int, NDArray[Any]]) -> _SharedPast:
         """See `Engine.keep`."""
         return self._past_of("keep", past, columns)
 
-    def join(self, pasts: Sequence[_LedPast]) -> _LedPast:
+    def join(self, pasts: Sequence[_SharedPast]) -> _SharedPast:
         """See `Engine.join`."""
         return self._past_of("join", list(pasts))
 
-    def size(self, past: _LedPast) -> int:
+    def size(self, past: _SharedPast) -> int:
         """See `Engine.size`; of the part of this process."""
         return self._model.size(past.part)
 
@@ -122,41 +122,41 @@ class LedModel:
     def close(self) -> None:
         """Release the other processes."""
         if not self._is_broken:
-            self._thread.submit(self._channel.tell, None).result()
+            self._thread.submit(self._channel.send, None).result()
         self._thread.shutdown()
 
-    def _past_of(self, method: str, *arguments: Any) -> _LedPast:
-        past: _LedPast = self._in_all(method, *arguments)[-1]
+    def _past_of(self, method: str, *arguments: Any) -> _SharedPast:
+        past: _SharedPast = self._call_everywhere(method, *arguments)[-1]
         return past
 
-    def _in_all(self, method: str, *arguments: Any) -> tuple[Any, ...]:
-        return self._thread.submit(self._do, method, arguments).result()
+    def _call_everywhere(self, method: str, *arguments: Any) -> tuple[Any, ...]:
+        return self._thread.submit(self._call, method, arguments).result()
 
-    def _do(self, method: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _call(self, method: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if self._is_broken:
             raise DeltaMemError(
                 "The processes of this run are no longer in step.", "An earlier call has failed in one of them.", ADVICE
             )
         number = next(self._numbers)
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
-        ordered = _with_pasts(arguments, _LedPast, lambda past: _Place(past.number))
-        local = _with_pasts(arguments, _LedPast, lambda past: past.part)
+        ordered = _with_pasts(arguments, _SharedPast, lambda past: _Place(past.number))
+        local = _with_pasts(arguments, _SharedPast, lambda past: past.part)
         self._is_broken = True  # until it is known that the others have done the same
-        with self._channel.naming_lost():
-            self._channel.tell(_Order(method, ordered, number, dropped))
+        with self._channel.report_lost_processes():
+            self._channel.send(_Call(method, ordered, number, dropped))
             try:
                 *results, part = _as_tuple(getattr(self._model, method)(*local))
             except DeltaMemError:  # about the arguments, which are those of all
                 self._is_broken = False
                 raise
         self._is_broken = False
-        past = _LedPast(number, part)
+        past = _SharedPast(number, part)
         weakref.finalize(past, self._dropped.append, number)
         return (*results, past)
 
 
-def follow(model: TorchModel) -> None:
-    """Make the same calls as the `LedModel` of the first process, until it is closed.
+def follow_leader(model: TorchModel) -> None:
+    """Make the same calls as the `LeaderModel` of the first process, until it is closed.
 
     Signals that end a command are left to the first process, which may have to write something.
 
@@ -167,8 +167,8 @@ def follow(model: TorchModel) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     channel, parts = _Channel(), dict[int, TorchPast]()
-    with channel.naming_lost():
-        while (order := channel.hear()) is not None:
+    with channel.report_lost_processes():
+        while (order := channel.receive()) is not None:
             for number in order.dropped:
                 del parts[number]
             arguments = _with_pasts(order.arguments, _Place, lambda place: parts[place.number])
@@ -184,16 +184,16 @@ class _Channel:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._members = members()
 
-    def tell(self, order: _Order | None) -> None:
+    def send(self, order: _Call | None) -> None:
         dist.broadcast_object_list([order], src=0, group=self._group)
 
-    def hear(self) -> _Order | None:
-        orders: list[_Order | None] = [None]
+    def receive(self) -> _Call | None:
+        orders: list[_Call | None] = [None]
         dist.broadcast_object_list(orders, src=0, group=self._group)
         return orders[0]
 
-    def naming_lost(self) -> AbstractContextManager[None]:
-        return naming_lost(self._members, ADVICE)
+    def report_lost_processes(self) -> AbstractContextManager[None]:
+        return report_lost_processes(self._members, ADVICE)
 
 
 def _as_tuple(result: Any) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from helpers.tiny import tiny_tokenizer
 from deltamem_tool import Conversation, TorchModel
 from deltamem_tool.base_model.launch import join_launched, number_in_launch
 from deltamem_tool.chat.conversation import Engine, Sampling, generate_together
-from deltamem_tool.chat.led_model import LedModel, follow
+from deltamem_tool.chat.leader_model import LeaderModel, follow_leader
 from deltamem_tool.cli.engines import load_on
 from deltamem_tool.errors import DataError, DeltaMemError
 from deltamem_tool.memory.file import StoredMemory
@@ -83,11 +83,11 @@ def talk(folder: Path) -> None:
     model, number = _model(folder), number_in_launch()
     words, memories = None, []
     if number == 0:
-        led = LedModel(model)
+        led = LeaderModel(model)
         words, memories = said(led)
         led.close()
     else:
-        follow(model)
+        follow_leader(model)
     found = {"words": words, "memories": memories, "last": model.last, "most": model.most}
     torch.save(found, folder / f"led-{number}.pt")
 
@@ -98,7 +98,7 @@ def lose(folder: Path, ready: Path, go: Path) -> None:
     model, number = _model(folder), number_in_launch()
     errors = []
     if number == 0:
-        conversation = Conversation(LedModel(model))
+        conversation = Conversation(LeaderModel(model))
         conversation.generate("My dog is Rex.", SAMPLING)
         ready.touch()
         while not go.exists():
@@ -110,7 +110,7 @@ def lose(folder: Path, ready: Path, go: Path) -> None:
                 errors.append(str(error))
     else:
         try:
-            follow(model)
+            follow_leader(model)
         except DeltaMemError as error:
             errors.append(str(error))
     (folder / f"lost-{number}").write_text("\n\n".join(errors))

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 
-def typed(context: click.Context) -> list[str]:
+def command_line(context: click.Context) -> list[str]:
     """The words of the running command, options by their long names; of a path, the last part."""
     from deltamem_tool.evaluation.run_info import without_folders
 

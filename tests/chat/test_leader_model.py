@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from chat.led import Watched, lose, said, talk
+from chat.leader import Watched, lose, said, talk
 from helpers.processes import started, together
 from helpers.tiny import tiny_tokenizer
 from memory.test_tensor_parallel import CASES, PROCESSES, TOLERANCE, make
