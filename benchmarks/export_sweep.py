@@ -44,7 +44,7 @@ def attempt(model_type: str) -> dict:
     if not found.plain <= TOLERANCE:
         return {"error": f"differs from PyTorch in one call by {found.plain:.1g}"}
     layers, copied = copies[-1]
-    attention = "fused" if found.packed else why_not_fused(model_type)
+    attention = "fused" if found.packed else fusion_obstacle(model_type)
     return {
         "plain": found.plain,
         "padded": found.padded,
@@ -73,7 +73,7 @@ def counted_copies() -> Iterator[list[tuple[int, int]]]:
         trace.TracedLayers = original
 
 
-def why_not_fused(model_type: str) -> str:
+def fusion_obstacle(model_type: str) -> str:
     from base_model.test_export_sweep import patched
 
     from deltamem_tool import MemoryCache
@@ -83,7 +83,7 @@ def why_not_fused(model_type: str) -> str:
     model = patched(model_type, DEPTH)
     if not CallOptions(model, "all").counts_positions:
         return "counts positions by itself"
-    return attention.why_not_fused(model, len(MemoryCache(model).layers)) or ""
+    return attention.fusion_obstacle(model, len(MemoryCache(model).layers)) or ""
 
 
 def in_a_process(model_type: str) -> dict:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
 from deltamem_tool.onnx.contract import FLOAT16, FLOAT32, GENAI_CONFIG_FILE, MODEL_FILE
-from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
+from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, to_device, to_numpy
 from deltamem_tool.onnx.runtime.providers import OPTIONS, check_provider, execution_providers
 
 PRECISIONS = {FLOAT32: "fp32", FLOAT16: "fp16", "int4": "int4"}  # the builder's names of ours
@@ -63,7 +63,7 @@ class BuilderSide:
             for part in ("key", "value"):
                 name = decoder["inputs"][f"past_{part}_names"] % layer
                 dtype = _TYPES[values[name].type]
-                buffer = on_device(np.zeros(size, dtype), dtype, provider)
+                buffer = to_device(np.zeros(size, dtype), dtype, provider)
                 self._buffers.append((name, decoder["outputs"][f"present_{part}_names"] % layer, buffer))
         self._binding, self._step_binding = self._bound(), self._bound()
         self._step = self._values(np.zeros((1, 1), np.int64), np.zeros((1, length), np.int64))
@@ -84,7 +84,7 @@ class BuilderSide:
             binding, (own_ids, own_mask, logits) = self._binding, self._values(ids, mask)
             self._bind(binding, own_ids, own_mask, logits)
         self._session.run_with_iobinding(binding, options)
-        return on_host(logits)[:, -1], length
+        return to_numpy(logits)[:, -1], length
 
     def choose(self, logits: NDArray[Any]) -> NDArray[np.int64]:
         """Return the likeliest tokens, int64 `[1, 1]`."""
@@ -103,7 +103,7 @@ class BuilderSide:
         positions = 1 if self._positions == 1 else ids.shape[1]
         shape = [1, positions, self.vocab_size]
         logits = OrtValue.ortvalue_from_shape_and_type(shape, self._logits_type, self._device)
-        return on_device(ids, "int64", self._device), on_device(mask, "int64", self._device), logits
+        return to_device(ids, "int64", self._device), to_device(mask, "int64", self._device), logits
 
     @staticmethod
     def _bind(binding: Any, ids: OrtValue, mask: OrtValue, logits: OrtValue) -> None:

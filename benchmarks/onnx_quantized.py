@@ -39,8 +39,8 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.compare import (
     greedy_agreement,
     half_precision_errors,
-    in_onnx_runtime,
     largest_difference,
+    run_in_onnx_runtime,
 )
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.fused_memory import fused_memories
@@ -220,7 +220,7 @@ def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
         runtime, model = OnnxModel(folders[kind]), models[kind]
         graphs[kind], options = runtime.graph, CallOptions(model, "last")
         if kind == "float16":
-            difference = half_precision_errors(model, in_onnx_runtime(model, runtime.graph), options)[0]
+            difference = half_precision_errors(model, run_in_onnx_runtime(model, runtime.graph), options)[0]
         else:
             difference = largest_difference(model, runtime.graph, options)
         same = greedy_agreement(model, runtime.graph, options)

@@ -54,7 +54,7 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def equip(name: str, model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setting) -> Any:
+def modify_model(name: str, model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setting) -> Any:
     """Change `model` in place into the one called `name`, and return it.
 
     Raises:
@@ -73,7 +73,7 @@ def torch_sides(model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setti
     """Return one side for each of the setting's models, with the weights of `model`, on the setting's device."""
     cast(torch.nn.Module, model).to(setting.device)  # transformers hides the signature
     adapter.to(setting.device)
-    return {name: TorchSide(equip(name, twin_of(model), adapter, setting)) for name in setting.models}
+    return {name: TorchSide(modify_model(name, twin_of(model), adapter, setting)) for name in setting.models}
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -94,9 +94,9 @@ def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manife
     manifest = Manifest.read(folder)
     interface = manifest.interface
     if manifest.adapter != adapter:
-        raise _refused(name, f"was exported from another adapter: {manifest.adapter[:12]}…, not {adapter[:12]}…")
+        raise _export_error(name, f"was exported from another adapter: {manifest.adapter[:12]}…, not {adapter[:12]}…")
     if interface.genai:
-        raise _refused(name, "is for onnxruntime-genai, which runs it by itself")
+        raise _export_error(name, "is for onnxruntime-genai, which runs it by itself")
     if manifest.quantize != NO_QUANTIZATION and (LORA in setting.models or PYTORCH in setting.runtimes):
         raise ConfigError(
             f"{name} is quantised ({manifest.quantize}).",
@@ -104,14 +104,14 @@ def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manife
             f"Choose --models {BASE},{MEMORY} --runtimes {ONNX}, or an export that is not quantised.",
         )
     if manifest.quantize != NO_QUANTIZATION and manifest.quantization is None:
-        raise _refused(name, "was quantised by an older version, and does not record how")
+        raise _export_error(name, "was quantised by an older version, and does not record how")
     if setting.dtype not in (None, interface.dtype):
-        raise _refused(name, f"has dtype {interface.dtype}, but --dtype is {setting.dtype}")
+        raise _export_error(name, f"has dtype {interface.dtype}, but --dtype is {setting.dtype}")
     setting.check_length(interface.max_length, f"{name} has room for {interface.max_length}.")
     return folder, manifest
 
 
-def _refused(name: str, why: str) -> ExportError:
+def _export_error(name: str, why: str) -> ExportError:
     return ExportError(f"{name} cannot be used for the comparison.", f"It {why}.", "Choose another export, or none.")
 
 
@@ -141,7 +141,7 @@ def write_graphs(
         dtype_name(model.dtype),
         export[1].quantize if export else NO_QUANTIZATION,
     )
-    with_memory = equip(MEMORY, twin_of(model), adapter, setting)
+    with_memory = modify_model(MEMORY, twin_of(model), adapter, setting)
     interface = (
         export[1].interface
         if export
@@ -159,7 +159,7 @@ def write_graphs(
             graphs[name] = GraphFolder(folder, interface)
             continue
         plain = without_memory(interface)
-        other = hf_model(equip(name, twin_of(model), adapter, setting))
+        other = hf_model(modify_model(name, twin_of(model), adapter, setting))
         write_plain(other, CallOptions(with_memory, interface.logits), plain, target, folder)
         if export and export[1].quantization is not None:
             quantize_graph(folder, export[1].quantization, [])

@@ -112,12 +112,12 @@ def torch_side(name: str, setting: Setting) -> tuple[Side, int]:
     """Return the side of the model `name`, and the size of its vocabulary."""
     import torch
 
-    from deltamem_tool.bench.models import equip, load_apart, vocabulary
+    from deltamem_tool.bench.models import load_apart, modify_model, vocabulary
 
     if setting.threads:
         torch.set_num_threads(setting.threads)
     model, adapter = load_apart(setting, setting.dtype)
-    model = equip(name, model, adapter, setting)
+    model = modify_model(name, model, adapter, setting)
     adapter.to(setting.device)
     return TorchSide(model.to(setting.device)), vocabulary(model)
 

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.baselines.lora import Lora, lora_parameters
 from deltamem_tool.bench import LORA, MEMORY, ONNX, PYTORCH
-from deltamem_tool.bench.models import equip, load_apart, read_export, torch_sides, twin_of, vocabulary, write_graphs
+from deltamem_tool.bench.models import (
+    load_apart,
+    modify_model,
+    read_export,
+    torch_sides,
+    twin_of,
+    vocabulary,
+    write_graphs,
+)
 from deltamem_tool.bench.peak import peak_of
 from deltamem_tool.bench.result import BenchResult, Sizes
 from deltamem_tool.bench.setting import Setting, name_of
@@ -133,7 +141,7 @@ def _about(setting: Setting, model: PreTrainedModel, adapter: DeltaMemAdapter, b
     parameters = {MEMORY: sum(parameter.numel() for parameter in adapter.parameters())}
     ranks = {}
     if LORA in setting.models:
-        lora = equip(LORA, twin_of(model), adapter, setting)
+        lora = modify_model(LORA, twin_of(model), adapter, setting)
         parameters[LORA] = lora_parameters(lora)
         ranks = {"lora_rank": lora.active_peft_config.r}
     machine = {"cpu": cpu_name(), "gpu": torch.cuda.get_device_name(setting.device) if setting.on_cuda else None}

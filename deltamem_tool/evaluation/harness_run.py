@@ -26,7 +26,7 @@ from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
 from deltamem_tool.evaluation.scoring.statistics import check_margin
-from deltamem_tool.evaluation.subject import applied_condition
+from deltamem_tool.evaluation.subject import apply_condition
 
 AS_READ = "as it is read"  # in place of a protocol
 # The harness warns about models that are loaded already, as ours always are.
@@ -129,7 +129,7 @@ def _ask_documents(
         if report is not None:
             report(f"{name}, {readable_name(condition.name)}", done, of)
 
-    with applied_condition(model, condition), _quiet_logging():
+    with apply_condition(model, condition), _quiet_logging():
         lm = MemoryLM(model, tokenizer, batch_size, harness.chat, progress)
         _begin(harness_tasks.tasks[name]["tasks"], harness.num_fewshot)
         # Not `simple_evaluate`, which lists all installed packages each time.

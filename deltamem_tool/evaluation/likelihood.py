@@ -131,7 +131,7 @@ def log_probs(
         ExportError: the graph has the logits of the last position only.
     """
     values: list[list[float]] = []
-    with subject.applied_condition(condition):
+    with subject.apply_condition(condition):
         for part in _parts(subject, rows):
             memories = subject.memory_for(None if memory is None else take_rows(memory, part), len(part))
             values += _log_probs(subject, [rows[row] for row in part], memories, subject.writes(condition))

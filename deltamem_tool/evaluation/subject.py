@@ -98,7 +98,7 @@ class Subject:
         Returns:
             The answers, without surrounding whitespace.
         """
-        with self.applied_condition(condition):
+        with self.apply_condition(condition):
             rows = self.memory_for(memory, len(prompts))
             answers = answer_prompts(self.engine, rows, self.tokens(prompts), max_new_tokens, self.writes(condition))
         texts = (self.tokenizer.decode(list(answer.tokens), skip_special_tokens=True) for answer in answers)
@@ -115,18 +115,18 @@ class Subject:
         return memory if self.model is None else replace(memory, adapter=adapter_of(self.model).fingerprint)
 
     @contextmanager
-    def applied_condition(self, condition: Condition) -> Iterator[None]:
+    def apply_condition(self, condition: Condition) -> Iterator[None]:
         """Change the model to the condition inside the block: without adapter, with another one, or with Δ = 0."""
         if self.model is None:
             yield
             return
-        with applied_condition(self.model, condition):
+        with apply_condition(self.model, condition):
             yield
 
 
 @contextmanager
-def applied_condition(model: PreTrainedModel, condition: Condition) -> Iterator[None]:
-    """Change a PyTorch model as `Subject.applied_condition` does."""
+def apply_condition(model: PreTrainedModel, condition: Condition) -> Iterator[None]:
+    """Change a PyTorch model as `Subject.apply_condition` does."""
     if condition.memory is None:
         with without_memory(), condition.on_base.on(model) if condition.on_base else nullcontext():
             yield

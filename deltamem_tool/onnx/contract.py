@@ -311,7 +311,7 @@ class Interface:
                 if not _fits(expected[name], actual[name]):
                     wrong.append(f"the {kind} {name!r} is {actual[name]}, not {expected[name]}")
             if wrong:
-                raise disagreement(f"The graph has {'; '.join(sorted(wrong)[:3])}")
+                raise disagreement_error(f"The graph has {'; '.join(sorted(wrong)[:3])}")
 
 
 def carried_name(prefix: str, layer: int, part: str) -> str:
@@ -350,7 +350,7 @@ def _fits(expected: tuple[str, Shape], actual: tuple[str, list[Any]]) -> bool:
     return True
 
 
-def disagreement(why: str) -> ExportError:
+def disagreement_error(why: str) -> ExportError:
     """Return the error for a manifest that does not match the graph or this version."""
     return ExportError(
         f"{MANIFEST_FILE} does not match the graph or this version of deltamem.", f"{why}.", "Export the model again."

@@ -13,7 +13,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import parse_json, read_text
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import DTYPES, LOGITS, MANIFEST_FILE, Interface, Layer, disagreement
+from deltamem_tool.onnx.contract import DTYPES, LOGITS, MANIFEST_FILE, Interface, Layer, disagreement_error
 
 FORMAT = "deltamem-onnx"
 FORMAT_VERSION = 4
@@ -81,7 +81,7 @@ class Manifest:
         try:
             text = read_text(folder / MANIFEST_FILE)
         except ValueError as error:
-            raise disagreement(f"It is not valid JSON: {error}") from error
+            raise disagreement_error(f"It is not valid JSON: {error}") from error
         return cls.from_json(text)
 
     @classmethod
@@ -94,12 +94,12 @@ class Manifest:
         try:
             content = parse_json(text)
         except ValueError as error:
-            raise disagreement(f"It is not valid JSON: {error}") from error
+            raise disagreement_error(f"It is not valid JSON: {error}") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise disagreement(f"It does not say that its format is {FORMAT!r}")
+            raise disagreement_error(f"It does not say that its format is {FORMAT!r}")
         version = content.pop("format_version", None)
         if type(version) is not int or version not in READABLE_VERSIONS:
-            raise _of_format(version, content.get("packages"))
+            raise _format_error(version, content.get("packages"))
         values = _fields(cls, content, "the manifest")
         interface = _fields(Interface, values["interface"], "interface")
         _require(interface["logits"] in LOGITS, "interface.logits")
@@ -192,12 +192,12 @@ _ADDED: dict[str, Any] = {
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:
     """Return the fields of `cls` in `content`. Others, which a later release may add to the format, are ignored."""
     if not isinstance(content, dict):
-        raise disagreement(f"{where} is not a JSON object")
+        raise disagreement_error(f"{where} is not a JSON object")
     names = [field.name for field in fields(cls)]
     content = {**_ADDED, **content}
     missing = [name for name in names if name not in content]
     if missing:
-        raise disagreement(f"In {where}, these fields are missing: {', '.join(missing)}")
+        raise disagreement_error(f"In {where}, these fields are missing: {', '.join(missing)}")
     return {name: content[name] for name in names}
 
 
@@ -207,10 +207,10 @@ def _is_count(value: Any, most: int) -> bool:
 
 def _require(holds: bool, name: str) -> None:
     if not holds:
-        raise disagreement(f"Its value for {name} is not valid")
+        raise disagreement_error(f"Its value for {name} is not valid")
 
 
-def _of_format(version: Any, packages: Any) -> ExportError:
+def _format_error(version: Any, packages: Any) -> ExportError:
     """Return the error for a folder of another format version, written by `packages`."""
     written_by = packages.get("deltamem-tool") if isinstance(packages, dict) else None
     return ExportError(

@@ -23,7 +23,7 @@ from base_model.test_sweep import VISION
 from base_model.tiny_configs import PAD, TEXT_IDS, tiny_config, with_depth
 from deltamem_tool import DeltaMemConfig, MemoryCache
 from deltamem_tool.errors import ExportError
-from deltamem_tool.onnx.export.choices import FirstOfEqual
+from deltamem_tool.onnx.export.choices import StableTopK
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
@@ -119,7 +119,7 @@ def exported_difference(
     found = []
     for row, padding in ((0, 0), (1, PADDING)):
         cache = MemoryCache(model)
-        with torch.no_grad(), FirstOfEqual():  # PyTorch leaves open which of equal scores it takes
+        with torch.no_grad(), StableTopK():  # PyTorch leaves open which of equal scores it takes
             expected = model(input_ids=ids[row : row + 1, padding:], cache=cache).logits[0]
         differences = [logits[row, padding:] - expected]
         differences += [torch.from_numpy(state[row]) - cache.memory.layers[i][0] for i, state in states.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deltamem_tool.onnx.runtime.ortvalue import on_host
+from deltamem_tool.onnx.runtime.ortvalue import to_numpy
 
 
 def called(graph, tokens, past, writes=True):
@@ -28,7 +28,7 @@ def fed(graph, tokens, past):
 
 def content(graph, past):
     """All that a past holds: keys and values of its columns, and its memory."""
-    cache = {name: on_host(value)[:, :, : past.length].copy() for name, value in past.lease.buffers.cache.items()}
+    cache = {name: to_numpy(value)[:, :, : past.length].copy() for name, value in past.lease.buffers.cache.items()}
     return cache | {("state", i): state for i, state in graph.states(past).items()}
 
 

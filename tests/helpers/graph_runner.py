@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.runtime.graph import Graph, Past
-from deltamem_tool.onnx.runtime.ortvalue import on_host
+from deltamem_tool.onnx.runtime.ortvalue import to_numpy
 
 Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]  # inputs by name to outputs by name
 
@@ -36,15 +36,15 @@ class GraphRunner(Graph):
             return super().step(input_ids, attention_mask, write_mask, past, segment_end)
         results = []
         for row in (slice(row, row + 1) for row in range(rows)):
-            alone = self._on_device({name: on_host(value)[row] for name, value in past.items()})
+            alone = self._on_device({name: to_numpy(value)[row] for name, value in past.items()})
             end = None if segment_end is None else segment_end[row]
             results.append(super().step(input_ids[row], attention_mask[row], write_mask[row], alone, end))
-        joined = {name: np.concatenate([on_host(after[name]) for _, after in results]) for name in past}
+        joined = {name: np.concatenate([to_numpy(after[name]) for _, after in results]) for name in past}
         return np.concatenate([logits for logits, _ in results]), self._on_device(joined)
 
     def _run(
         self, arrays: Mapping[str, NDArray[Any]], past: Mapping[str, Any], *rest: object
     ) -> tuple[NDArray[Any], Past]:
-        outputs = self.run({**arrays, **{name: on_host(value) for name, value in past.items()}})
+        outputs = self.run({**arrays, **{name: to_numpy(value) for name, value in past.items()}})
         logits = outputs.pop(contract.LOGITS_OUTPUT)
         return logits, self._on_device({contract.past_name(name): value for name, value in outputs.items()})

@@ -176,5 +176,5 @@ def _write_instead(monkeypatch: pytest.MonkeyPatch, exported: Exported) -> None:
                 shutil.copy(exported.folder / name, path.with_name(name))
 
     nothing = onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)
-    monkeypatch.setattr(export, "traced", lambda *args: nothing)
+    monkeypatch.setattr(export, "trace_model", lambda *args: nothing)
     monkeypatch.setattr(export, "OnnxExporter", Exporter)

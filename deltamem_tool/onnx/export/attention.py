@@ -123,10 +123,10 @@ class FusedHybridLayer(LinearAttentionLayer, FusedLayer):  # type: ignore[misc] 
 
 def can_fuse(model: PreTrainedModel, cache_layers: int) -> bool:
     """Return whether the operator computes the attention of every layer of `model`."""
-    return why_not_fused(model, cache_layers) is None
+    return fusion_obstacle(model, cache_layers) is None
 
 
-def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
+def fusion_obstacle(model: PreTrainedModel, cache_layers: int) -> str | None:
     """Return why the operator does not compute the attention of `model`; None if it does."""
     tokens = _PROBE_TOKENS
     ids = torch.arange(2 * tokens, device=model.device).view(2, tokens) % _PROBE_TOKENS
@@ -250,7 +250,7 @@ AttentionInterface.register(_NAME, _attend)
 
 
 @contextmanager
-def marked_rotary(model: PreTrainedModel) -> Iterator[None]:
+def replace_rotary(model: PreTrainedModel) -> Iterator[None]:
     """Replace the rotary embeddings of `model` by a node inside the block, if they are of a known kind."""
     name = "apply_rotary_pos_emb"
     modules = {type(part).__module__ for part in model.modules()}

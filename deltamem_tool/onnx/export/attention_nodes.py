@@ -20,10 +20,10 @@ from deltamem_tool.onnx.export.graph_edits import (
     MICROSOFT,
     constant,
     copy_dtype,
-    given,
     initializer,
+    node_input,
     producer,
-    take_over,
+    replace_uses,
 )
 from deltamem_tool.onnx.export.layers import DOMAIN
 
@@ -36,12 +36,12 @@ _SWAPPED = [0, 2, 1, 3]  # from [B, heads, T, width] to [B, T, heads, width], an
 def place_attention(graph: ir.Graph, interface: Interface) -> None:
     """Replace every node for attention and rotary embeddings, and the mark of the positions."""
     tables = _Tables(graph, interface)
-    for node in [node for node in graph if _is(node, ATTENTION)]:
+    for node in [node for node in graph if _is_mark(node, ATTENTION)]:
         _place(graph, node, tables)
-    for node in [node for node in graph if _is(node, ROTARY)]:
+    for node in [node for node in graph if _is_mark(node, ROTARY)]:
         _place_rotary(graph, node)
-    for node in [node for node in graph if _is(node, POSITIONS)]:
-        take_over(node.outputs[0], given(node))
+    for node in [node for node in graph if _is_mark(node, POSITIONS)]:
+        replace_uses(node.outputs[0], node_input(node))
         graph.remove(node, safe=True)
 
 
@@ -79,7 +79,7 @@ def _place(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
     )
     graph.insert_before(node, operator)
     for old, new in zip(node.outputs, operator.outputs, strict=True):
-        take_over(old, new)
+        replace_uses(old, new)
     graph.remove(node, safe=True)
 
 
@@ -87,17 +87,17 @@ def _turn(x: ir.Value) -> tuple[ir.Node, ir.Value] | None:
     """Return the node that rotates the first or all numbers of each head of `x`, and its input."""
     rotary = producer(x, ROTARY)
     if rotary is not None:
-        return rotary, given(rotary)
+        return rotary, node_input(rotary)
     joined = producer(x, "Concat")
     if joined is None or len(joined.inputs) != 2 or joined.attributes["axis"].as_int() not in (-1, 3):
         return None
     rotary, rest = producer(joined.inputs[0], ROTARY), producer(joined.inputs[1], "Slice")
     first = producer(rotary.inputs[0], "Slice") if rotary is not None else None
-    if rotary is None or first is None or rest is None or given(first) is not given(rest):
+    if rotary is None or first is None or rest is None or node_input(first) is not node_input(rest):
         return None
-    width, turned = _width(given(first)), 2 * _width(given(rotary, 1))
+    width, turned = _width(node_input(first)), 2 * _width(node_input(rotary, 1))
     is_cut = _cut(first) == (0, turned) and _cut(rest) == (turned, width)
-    return (rotary, given(first)) if is_cut else None
+    return (rotary, node_input(first)) if is_cut else None
 
 
 def _cut(part: ir.Node) -> tuple[int, int] | None:
@@ -107,7 +107,7 @@ def _cut(part: ir.Node) -> tuple[int, int] | None:
     )
     if start is None or end is None or axis not in (-1, 3) or step != 1:
         return None
-    return start, min(end, _width(given(part)))
+    return start, min(end, _width(node_input(part)))
 
 
 def _width(x: ir.Value) -> int:
@@ -127,9 +127,9 @@ def _flat(graph: ir.Graph, before: ir.Node, x: ir.Value | None) -> ir.Value:
     swapped = producer(x, "Transpose")
     if swapped is not None and list(swapped.attributes["perm"].as_ints()) == _SWAPPED:
         shaped = producer(swapped.inputs[0], "Reshape")
-        if shaped is not None and _is_flat(given(shaped)):
-            return given(shaped)
-        x = given(swapped)
+        if shaped is not None and _is_flat(node_input(shaped)):
+            return node_input(shaped)
+        x = node_input(swapped)
     else:
         assert x is not None
         transpose = ir.node("Transpose", [x], attributes={"perm": _SWAPPED})
@@ -155,7 +155,7 @@ class _Tables:
 
     def of(self, rotary: ir.Node) -> tuple[ir.Value, ir.Value] | None:
         """Return the two tables that can replace the angles of a node for rotary embeddings, or None."""
-        angles = (given(rotary, 1), given(rotary, 2))
+        angles = (node_input(rotary, 1), node_input(rotary, 2))
         if angles not in self._known:
             arrays = self._computed(angles)
             self._known[angles] = None
@@ -192,7 +192,7 @@ class _Tables:
             node = value.producer() if value is not None else None
             if node is None or node in nodes:
                 return
-            if _is(node, POSITIONS):
+            if _is_mark(node, POSITIONS):
                 marks.add(node)
                 return
             for read in node.inputs:
@@ -267,7 +267,7 @@ def _as_model(
 
 def _place_rotary(graph: ir.Graph, node: ir.Node) -> None:
     """Replace the node by `RotaryEmbedding`, with the angles of this call's tokens as its table."""
-    x, cos, sin = (given(node, position) for position in range(3))
+    x, cos, sin = (node_input(node, position) for position in range(3))
     tables = [ir.node("Flatten", [angles], attributes={"axis": 2}) for angles in (cos, sin)]
     shape = ir.node("Shape", [cos], attributes={"start": 0, "end": 2})
     count = ir.node("ReduceProd", [shape.outputs[0]], attributes={"keepdims": 0})
@@ -281,9 +281,9 @@ def _place_rotary(graph: ir.Graph, node: ir.Node) -> None:
         domain=MICROSOFT,
     )
     graph.insert_before(node, [*tables, shape, count, numbers, positions, rotated])
-    take_over(node.outputs[0], rotated.outputs[0])
+    replace_uses(node.outputs[0], rotated.outputs[0])
     graph.remove(node, safe=True)
 
 
-def _is(node: ir.Node, mark: str) -> bool:
+def _is_mark(node: ir.Node, mark: str) -> bool:
     return node.domain == DOMAIN and node.op_type == mark

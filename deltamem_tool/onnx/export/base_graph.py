@@ -17,7 +17,7 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.rewrites import optimize
 from deltamem_tool.onnx.export.targets import Target
-from deltamem_tool.onnx.export.trace import traced
+from deltamem_tool.onnx.export.trace import trace_model
 
 
 def without_memory(interface: Interface) -> Interface:
@@ -42,7 +42,7 @@ def write_plain(
         target: the target that will run the graph.
         folder: folder that does not exist yet.
     """
-    program = traced(model, None, interface, options, target)
+    program = trace_model(model, None, interface, options, target)
     optimize(program, target)
     folder.mkdir(parents=True)
     OnnxExporter.save_program(program, folder / contract.MODEL_FILE)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from deltamem_tool._compat import ACT2FN, LinearAttentionLayer
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx.contract import Layer
-from deltamem_tool.onnx.export.blocks import end_of_text, without_loops
+from deltamem_tool.onnx.export.blocks import end_of_text, replace_loops
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.onnx_scan import linear_attention
 from deltamem_tool.ops.portable_scan import portable_linear_attention
@@ -75,7 +75,7 @@ class BaseStates:
         for module, name, _ in originals:
             setattr(module, name, functions[name])
         try:
-            with without_loops(model), _SlicedWindows():
+            with replace_loops(model), _SlicedWindows():
                 yield
         finally:
             for module, name, original in originals:

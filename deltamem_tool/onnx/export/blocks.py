@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltamem_tool.onnx.export.choices import growing_min
+from deltamem_tool.onnx.export.choices import dynamic_min
 
 _NGRAMS = "Qwen4ExpTextNGramEmbedding"
 _PLE_CONVOLUTION = 1  # index of its state
@@ -35,7 +35,7 @@ def end_of_text(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def without_loops(model: PreTrainedModel) -> Iterator[None]:
+def replace_loops(model: PreTrainedModel) -> Iterator[None]:
     """Replace methods of the modules in `model` by the functions below, inside the block."""
     kinds = {type(part) for part in model.modules() if type(part).__name__ in _METHODS}
     originals = [(kind, name, vars(kind)[name]) for kind in kinds for name in _METHODS[kind.__name__]]
@@ -72,7 +72,7 @@ def _chosen_tokens(
     seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     whole = seen.sum(-1).squeeze(1)[..., None] // size  # [B, T, 1], number of whole blocks that each token sees
     is_whole = torch.arange(blocks) < whole
-    best = scores.masked_fill(~is_whole, -torch.inf).topk(growing_min(self.block_topk, blocks), dim=-1).indices
+    best = scores.masked_fill(~is_whole, -torch.inf).topk(dynamic_min(self.block_topk, blocks), dim=-1).indices
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & is_whole
     block = torch.arange(columns) // size
     tokens_chosen: Tensor = chosen.index_select(-1, block) | (block >= whole)

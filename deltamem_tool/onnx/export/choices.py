@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 
 @contextmanager
-def growing_choices(model: PreTrainedModel) -> Iterator[None]:
+def dynamic_topk(model: PreTrainedModel) -> Iterator[None]:
     """Make `model` select `min(most, columns)` columns for any number of columns, inside the block.
 
     Python's `min` would compare the two while the model is traced, and fix the result.
@@ -22,7 +22,7 @@ def growing_choices(model: PreTrainedModel) -> Iterator[None]:
     modules = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
     modules = [module for module in modules if "min" not in vars(module)]
     for module in modules:
-        vars(module)["min"] = growing_min
+        vars(module)["min"] = dynamic_min
     try:
         yield
     finally:
@@ -30,7 +30,7 @@ def growing_choices(model: PreTrainedModel) -> Iterator[None]:
             del vars(module)["min"]
 
 
-def growing_min(*values: Any, **kwargs: Any) -> Any:
+def dynamic_min(*values: Any, **kwargs: Any) -> Any:
     """Compute `min`, also of two sizes that are not known while the model is traced."""
     sizes = len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values)
     if sizes:
@@ -38,7 +38,7 @@ def growing_min(*values: Any, **kwargs: Any) -> Any:
     return min(*values, **kwargs)
 
 
-class FirstOfEqual(TorchFunctionMode):
+class StableTopK(TorchFunctionMode):
     """Make `topk` select the first of equal values, as ONNX specifies; PyTorch may select any of them.
 
     An indexer's scores are often equal, because they are zero if none of its heads has a positive score.

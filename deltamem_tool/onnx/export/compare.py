@@ -20,7 +20,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, last_valid
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.export.choices import FirstOfEqual
+from deltamem_tool.onnx.export.choices import StableTopK
 from deltamem_tool.onnx.export.step import segment_tags
 from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph
 from deltamem_tool.onnx.runtime.graph import Graph
@@ -54,7 +54,7 @@ _Step = Callable[[_Call, Tensor], _Result]  # takes a call, and the mask [B, P +
 Report = Callable[[int, int], object]  # called with the number of finished calls, and the total
 
 
-def silent(done: int, of: int) -> None:
+def no_report(done: int, of: int) -> None:
     """Report nothing."""
 
 
@@ -63,7 +63,7 @@ def largest_difference(
     graph: Graph | BufferedGraph,
     options: CallOptions,
     start: MemoryState | None = None,
-    report: Report = silent,
+    report: Report = no_report,
 ) -> float:
     """Return the largest difference between PyTorch and ONNX Runtime over whole conversations.
 
@@ -98,14 +98,16 @@ class GraphResults:
     results: list[_Result]
 
 
-def in_onnx_runtime(model: PreTrainedModel, graph: Graph | BufferedGraph, report: Report = silent) -> GraphResults:
+def run_in_onnx_runtime(
+    model: PreTrainedModel, graph: Graph | BufferedGraph, report: Report = no_report
+) -> GraphResults:
     """Run the conversations of `half_precision_errors` with `graph`, which was exported from `model`."""
     starts = _starts(model, graph.interface, None)
     return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph), _half(report, 0)))
 
 
 def half_precision_errors(
-    model: PreTrainedModel, graph_side: GraphResults, options: CallOptions, report: Report = silent
+    model: PreTrainedModel, graph_side: GraphResults, options: CallOptions, report: Report = no_report
 ) -> tuple[float, float]:
     """Return the errors of ONNX Runtime and of PyTorch in half precision.
 
@@ -122,7 +124,7 @@ def half_precision_errors(
 
 
 def greedy_agreement(
-    model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions, report: Report = silent
+    model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions, report: Report = no_report
 ) -> float:
     """Return the share of the greedy tokens of `model`, after random prompts, that `graph` also chooses.
 
@@ -191,7 +193,7 @@ def _starts(model: PreTrainedModel, interface: Interface, start: MemoryState | N
 
 
 def _run(
-    interface: Interface, starts: list[_Start], begin: Callable[[_Start], _Step], report: Report = silent
+    interface: Interface, starts: list[_Start], begin: Callable[[_Start], _Step], report: Report = no_report
 ) -> list[_Result]:
     """Return the results of every call of the conversations."""
     results = []
@@ -211,7 +213,7 @@ def _in_pytorch(
     interface: Interface,
     starts: list[_Start],
     options: CallOptions,
-    report: Report = silent,
+    report: Report = no_report,
 ) -> list[_Result]:
     """Return the results of PyTorch.
 
@@ -262,7 +264,7 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
             cache.write = _writes(interface, call).to(model.device)
             if interface.segment:
                 cache.segment_tags = segment_tags(call.write, call.last).to(model.device)
-            with FirstOfEqual():
+            with StableTopK():
                 logits = options.logits(model, call.input_ids.to(model.device), mask.to(model.device), cache)
             if _of_rows(interface):
                 logits = logits[torch.arange(start.batch), last_valid(mask, call.valid.shape[1])][:, None]

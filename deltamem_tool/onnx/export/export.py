@@ -34,9 +34,9 @@ from deltamem_tool.onnx.export.compare import (
     Report,
     greedy_agreement,
     half_precision_errors,
-    in_onnx_runtime,
     largest_difference,
-    silent,
+    no_report,
+    run_in_onnx_runtime,
 )
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.interface import dtype_name, interface_of
@@ -52,7 +52,7 @@ from deltamem_tool.onnx.export.targets import (
     quantization_of,
     target_of,
 )
-from deltamem_tool.onnx.export.trace import traced
+from deltamem_tool.onnx.export.trace import trace_model
 from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph, open_graph
 from deltamem_tool.onnx.runtime.graph import Graph
@@ -140,7 +140,7 @@ def export_onnx(
     tell = progress or (lambda stage, done, of: None)
     adapter = adapter_of(model)
     start = None if memory is None else genai.read_start(memory, adapter, for_target)
-    with _evaluating(model):
+    with _eval_mode(model):
         options = CallOptions(model, logits, padded_right=for_target.genai)
         interface = interface_of(model, adapter, options, logits, for_target, max_length)
         plan = _Plan(
@@ -149,11 +149,11 @@ def export_onnx(
         genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
         with folder_whole(out, overwrite) as staged:
             _write_graph(plan, staged / contract.MODEL_FILE)
-            _write_beside(plan, staged, tokenizer, genai_config)
+            _write_configs(plan, staged, tokenizer, genai_config)
             report = plan.stage("Comparing ONNX Runtime with PyTorch")
-            difference, agreement = _compared(plan.opening(staged), model, options, start, report), None
+            difference, agreement = _compare_with_pytorch(plan.opener(staged), model, options, start, report), None
             if quantization is not None:  # of a graph that is known to be right
-                difference, agreement = _quantized(plan, quantization, staged)
+                difference, agreement = _quantize(plan, quantization, staged)
             manifest = _manifest(plan, base_model, difference, agreement)
             (staged / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
             contract.check_folder(staged)
@@ -180,9 +180,9 @@ class _Plan:
         self.tell(name, 0, 0)
         return partial(self.tell, name)
 
-    def opening(self, folder: Path, map_weights: bool = True) -> Callable[[], _Graph | None]:
+    def opener(self, folder: Path, map_weights: bool = True) -> Callable[[], _Graph | None]:
         """Return a function that opens the graph in `folder`."""
-        return lambda: _runnable(folder, self.interface, self.target, map_weights)
+        return lambda: _open_if_runnable(folder, self.interface, self.target, map_weights)
 
 
 def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -220,7 +220,7 @@ def _write_graph(plan: _Plan, path: Path) -> None:
         ExportError: the model cannot be traced, or the graph is not allowed for the target.
     """
     plan.stage("Tracing the model")
-    program = traced(plan.model, plan.adapter, plan.interface, plan.options, plan.target, plan.without)
+    program = trace_model(plan.model, plan.adapter, plan.interface, plan.options, plan.target, plan.without)
     optimize(program, plan.target, plan.without)
     if plan.target.genai:
         genai.set_defaults(program, plan.interface, plan.start)
@@ -232,7 +232,7 @@ def _write_graph(plan: _Plan, path: Path) -> None:
         check_file(path)
 
 
-def _write_beside(
+def _write_configs(
     plan: _Plan, folder: Path, tokenizer: PreTrainedTokenizerBase, genai_config: dict[str, Any] | None
 ) -> None:
     """Write the configs and the tokenizer."""
@@ -249,8 +249,8 @@ def _write_beside(
         genai.write_config(folder, genai_config)
 
 
-def _quantized(plan: _Plan, quantization: Quantization, folder: Path) -> tuple[float | None, float | None]:
-    """Quantise the graph in `folder`, and return the errors measured by `_measured`.
+def _quantize(plan: _Plan, quantization: Quantization, folder: Path) -> tuple[float | None, float | None]:
+    """Quantise the graph in `folder`, and return the errors measured by `_measure_errors`.
 
     Raises:
         ExportError: the graph cannot be quantised, or computes NaN or infinity afterwards.
@@ -259,7 +259,7 @@ def _quantized(plan: _Plan, quantization: Quantization, folder: Path) -> tuple[f
     weights = memory_weights(plan.adapter, fused_memories(plan.adapter, plan.target, plan.without))
     quantize_graph(folder, quantization, weights, report)
     # Load without memory-mapping: quantised products are slow unless ONNX Runtime packs their weights.
-    return _measured(plan.opening(folder, map_weights=False), plan.model, plan.options, plan.stage)
+    return _measure_errors(plan.opener(folder, map_weights=False), plan.model, plan.options, plan.stage)
 
 
 def _manifest(plan: _Plan, base_model: str | None, difference: float | None, agreement: float | None) -> Manifest:
@@ -287,7 +287,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _runnable(folder: Path, interface: Interface, target: Target, map_weights: bool = True) -> _Graph | None:
+def _open_if_runnable(folder: Path, interface: Interface, target: Target, map_weights: bool = True) -> _Graph | None:
     """Open the graph on its target's device, or on the CPU if that device is missing.
 
     Return None if the CPU provider then lacks operators of the graph.
@@ -303,12 +303,12 @@ def _runnable(folder: Path, interface: Interface, target: Target, map_weights: b
         raise
 
 
-def _compared(
+def _compare_with_pytorch(
     open_graph: Callable[[], _Graph | None],
     model: PreTrainedModel,
     options: CallOptions,
     start: MemoryState | None = None,
-    report: Report = silent,
+    report: Report = no_report,
 ) -> float | None:
     """Return the largest difference between the graph and `model` in float32; None if the graph cannot run here.
 
@@ -334,7 +334,7 @@ def _differences(
     model: PreTrainedModel,
     options: CallOptions,
     start: MemoryState | None = None,
-    report: Report = silent,
+    report: Report = no_report,
 ) -> tuple[float, float | None] | None:
     """Return the largest difference between the graph and `model` in float32; None if the graph cannot run here.
 
@@ -345,12 +345,12 @@ def _differences(
         return None
     if model.dtype == torch.float32:
         return largest_difference(model, graph, options, start, report), None
-    outputs = in_onnx_runtime(model, graph, report)
+    outputs = run_in_onnx_runtime(model, graph, report)
     del graph  # frees ONNX Runtime's copy of the weights before PyTorch needs twice their size
     return half_precision_errors(model, outputs, options, report)
 
 
-def _measured(
+def _measure_errors(
     open_graph: Callable[[], _Graph | None],
     model: PreTrainedModel,
     options: CallOptions,
@@ -380,7 +380,7 @@ def _measured(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Turn dropout off and convert the memory's weights to float32, as in the graph, inside the block."""
     training, adapter = model.training, adapter_of(model)
     weights = [(weight, weight.data) for weight in adapter.parameters()]

@@ -149,11 +149,11 @@ def write_config(folder: Path, content: dict[str, dict[str, Any]]) -> None:
     """Write `genai_config.json`, and the chat template so that onnxruntime-genai renders what transformers renders."""
     template = folder / CHAT_TEMPLATE_FILE
     if template.is_file():
-        template.write_text(spelled_out(template.read_text(encoding="utf-8-sig")), encoding="utf-8")
+        template.write_text(with_explicit_whitespace(template.read_text(encoding="utf-8-sig")), encoding="utf-8")
     (folder / contract.GENAI_CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def spelled_out(template: str) -> str:
+def with_explicit_whitespace(template: str) -> str:
     """Rewrite the text of `template` as string expressions, so that every engine renders the same whitespace.
 
     transformers strips line ends after blocks and indentation before them; onnxruntime-genai does not.

@@ -8,7 +8,7 @@ import onnx_ir as ir
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
-def given(node: ir.Node, position: int = 0) -> ir.Value:
+def node_input(node: ir.Node, position: int = 0) -> ir.Value:
     """Return an input of `node`, which must not be left out."""
     value = node.inputs[position]
     assert value is not None
@@ -49,7 +49,7 @@ def free_name(graph: ir.Graph, name: str) -> str:
     return free
 
 
-def take_over(old: ir.Value, new: ir.Value) -> None:
+def replace_uses(old: ir.Value, new: ir.Value) -> None:
     """Replace `old` by `new` wherever it is read. `new` gets its type and, as an output of the graph, its name."""
     if new.shape is None:
         new.shape = old.shape

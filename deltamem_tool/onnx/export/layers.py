@@ -72,11 +72,11 @@ class TracedLayers:
         first: dict[_Key, int] = {}
         kept: list[Any] = []  # arguments whose ids are in keys are kept alive, so that no other object gets their ids
 
-        def watched(index: int, forward: _Forward) -> _Forward:
+        def watch(index: int, forward: _Forward) -> _Forward:
             signature = self._signature(index)
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                _, args_beside, kwargs_beside = _taken_apart(args, kwargs)
+                _, args_beside, kwargs_beside = _split_arguments(args, kwargs)
                 kept.append((args, kwargs))
                 key = (signature, bool(args), _key(args_beside), _key(kwargs_beside))
                 result = forward(*args, **kwargs)
@@ -92,7 +92,7 @@ class TracedLayers:
 
             return run
 
-        with self._forwards(watched), torch.no_grad():
+        with self._forwards(watch), torch.no_grad():
             call()
 
     @contextmanager
@@ -103,7 +103,7 @@ class TracedLayers:
         parents = {i: self._model.get_submodule(self.names[i].rpartition(".")[0]) for i in self.copies}
         adapter_layers.update({index: nn.Identity() for index in memories})
         for index, parent in parents.items():
-            setattr(parent, str(index), _Copy(self._layers[index], partial(self._copied, index)))
+            setattr(parent, str(index), _Copy(self._layers[index], partial(self._copy_node, index)))
         attachment = find_attachment(self._model)
         path = [] if attachment is None else attachment.path
         if attachment is not None:
@@ -117,9 +117,9 @@ class TracedLayers:
             for index, parent in parents.items():
                 setattr(parent, str(index), self._layers[index])
 
-    def marked(self) -> AbstractContextManager[None]:
+    def mark_originals(self) -> AbstractContextManager[None]:
         """Make originals run between marks inside the block."""
-        return self._forwards(self._marked)
+        return self._forwards(self._run_between_marks)
 
     @contextmanager
     def _forwards(self, wrap: Callable[[int, _Forward], _Forward]) -> Iterator[None]:
@@ -135,12 +135,12 @@ class TracedLayers:
                 if own[index] is not None:
                     vars(layer)["forward"] = own[index]
 
-    def _marked(self, index: int, forward: _Forward) -> _Forward:
+    def _run_between_marks(self, index: int, forward: _Forward) -> _Forward:
         if index not in self.copies.values():
             return forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            hidden, args_beside, kwargs_beside = _taken_apart(args, kwargs)
+            hidden, args_beside, kwargs_beside = _split_arguments(args, kwargs)
             begin = _node(BEGIN, hidden, index)
             given = {} if args else {HIDDEN: begin}
             result = forward(*([begin, *args_beside] if args else []), **given, **kwargs_beside)
@@ -150,20 +150,20 @@ class TracedLayers:
 
         return run
 
-    def _copied(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def _copy_node(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """Return the node for layer `index`. Its other inputs and outputs are added with the copy."""
-        output, others = _node(COPY, _taken_apart(args, kwargs)[0], index), self._others[self.copies[index]]
+        output, others = _node(COPY, _split_arguments(args, kwargs)[0], index), self._others[self.copies[index]]
         return output if others is None else (output, *[None] * others)
 
     def _signature(self, index: int) -> _Key:
         """Return everything besides the arguments that has to be equal in identical layers."""
         memory = None
         if self._adapter is not None and str(index) in self._adapter.layers:
-            memory = _described(self._adapter.layers[str(index)])
+            memory = _describe_module(self._adapter.layers[str(index)])
         held = self._interface.layers[index] if index < len(self._interface.layers) else None
         layer = self._layers[index]
         shared = tuple((name, id(x)) for name, x in _tensors(layer).items() if self._users[id(x)] > 1)
-        return (_described(layer), memory, held, shared)
+        return (_describe_module(layer), memory, held, shared)
 
 
 class _Copy(nn.Module):
@@ -184,7 +184,7 @@ class _Copy(nn.Module):
         return self._run(*args, **kwargs)
 
 
-def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Split the arguments of a layer into the hidden states and all others."""
     if args:
         return args[0], args[1:], kwargs
@@ -217,7 +217,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _described(module: nn.Module) -> _Key:
+def _describe_module(module: nn.Module) -> _Key:
     """Describe the types, shapes, settings and hooks of a module and its submodules."""
     described = []
     for name, part in module.named_modules():

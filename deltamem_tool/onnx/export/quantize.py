@@ -60,7 +60,7 @@ def quantize_graph(
     """
     model = onnx_ir.load(folder / contract.MODEL_FILE)
     columns = _Columns(memory)
-    _take_apart(model.graph, columns)
+    _split_packed_products(model.graph, columns)
     products, of_memory = _products(model.graph, columns)
     if not products:
         raise ExportError(
@@ -100,7 +100,7 @@ class _Columns:
                     self._by_length.setdefault(len(column), {})[column.tobytes()] = column
         self._found: set[bytes] = set()
 
-    def among(self, weight: NDArray[Any]) -> bool:
+    def has_columns_of(self, weight: NDArray[Any]) -> bool:
         """Return whether `weight` `[in, out]` has columns of the memory, and count them as found."""
         known = self._by_length.get(len(weight), {})
         # Most columns differ in their first number, so few of the base model's columns have to be copied.
@@ -125,7 +125,7 @@ class _Columns:
             )
 
 
-def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
+def _split_packed_products(graph: onnx_ir.Graph, memory: _Columns) -> None:
     """Split products that fusions have packed into one before a `Split`.
 
     The memory's products become a separate one, so that those of the base model can be quantised.
@@ -142,7 +142,7 @@ def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
         if sizes is None:
             continue
         parts = np.split(_matrix(node), np.cumsum(sizes.numpy())[:-1], axis=1)
-        is_memory = [memory.among(part) for part in parts]
+        is_memory = [memory.has_columns_of(part) for part in parts]
         if any(is_memory) and not all(is_memory):
             for kind in (False, True):
                 _multiply(graph, node, split, [i for i, of_memory in enumerate(is_memory) if of_memory == kind], parts)
@@ -173,7 +173,7 @@ def _products(graph: onnx_ir.Graph, memory: _Columns) -> tuple[list[onnx_ir.Node
     products, of_memory = [], []
     for node in filter(_is_product, graph):
         matrix = _matrix(node)
-        if memory.among(matrix):
+        if memory.has_columns_of(matrix):
             of_memory.append(node)
         elif matrix.any():
             products.append(node)

@@ -81,7 +81,7 @@ class QuantizedMatrices:
 
     def _blocks_of(self, name: str, matrix: NDArray[Any]) -> _Blocks:
         if name not in self._blocks:
-            numbers, scales, zeros = quantized(matrix, self._quantization)
+            numbers, scales, zeros = quantize_columns(matrix, self._quantization)
             self._blocks[name] = _Blocks(
                 initializer(self._graph, f"{name}_quantized", numbers),
                 initializer(self._graph, f"{name}_scales", scales),
@@ -90,7 +90,7 @@ class QuantizedMatrices:
         return self._blocks[name]
 
 
-def quantized(
+def quantize_columns(
     matrix: NDArray[Any], quantization: Quantization
 ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8] | None]:
     """Quantise the columns of `matrix` `[in, out]` in blocks with ONNX Runtime's own quantiser.

@@ -22,7 +22,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.export.graph_edits import free_name, given, take_over
+from deltamem_tool.onnx.export.graph_edits import free_name, node_input, replace_uses
 from deltamem_tool.onnx.export.layers import BEGIN, COPY, DOMAIN, END, LAYER
 
 
@@ -63,9 +63,9 @@ class LayerRepeater:
         self._graph, self._copies, self._own, self._weights = graph, copies, own, weights
         self._parts = {layer: {name: part for part, name in names.items()} for layer, names in own.items()}
         self._inputs = {str(value.name): value for value in graph.inputs}
-        self._marks = {op: {_layer(node): node for node in graph if _is(node, op)} for op in (BEGIN, END)}
+        self._marks = {op: {_layer(node): node for node in graph if _is_mark(node, op)} for op in (BEGIN, END)}
         self._sizes = {symbol for value in graph.inputs for size in value.shape or () for symbol in _symbols(size)}
-        self._places = {_layer(node): node for node in graph if _is(node, COPY)}
+        self._places = {_layer(node): node for node in graph if _is_mark(node, COPY)}
 
     def repeat(self) -> None:
         """Insert the copies and remove the marks."""
@@ -74,7 +74,7 @@ class LayerRepeater:
             self._put_copy(place, bodies[self._copies[layer]], self._copies[layer], layer)
         for nodes in self._marks.values():
             for node in nodes.values():
-                take_over(node.outputs[0], given(node))
+                replace_uses(node.outputs[0], node_input(node))
                 self._graph.remove(node, safe=True)
 
     def _body(self, layer: int) -> list[ir.Node]:
@@ -87,8 +87,8 @@ class LayerRepeater:
         body = []
         for node in self._graph:
             # Sizes are the same in every layer, so copies read those of the original.
-            sizes = node.op_type == "Shape" and self._is_of_inputs(given(node).shape)
-            if node not in (begin, end) and not sizes and any(value in own for value in _read_by(node)):
+            sizes = node.op_type == "Shape" and self._is_of_inputs(node_input(node).shape)
+            if node not in (begin, end) and not sizes and any(value in own for value in _read_values(node)):
                 own.update(node.outputs)
                 body.append(node)
         return body
@@ -99,7 +99,7 @@ class LayerRepeater:
 
     def _put_copy(self, place: ir.Node, body: list[ir.Node], original: int, layer: int) -> None:
         begin, end = (self._marks[mark][original] for mark in (BEGIN, END))
-        copied: dict[ir.Value, ir.Value] = {begin.outputs[0]: given(place)}
+        copied: dict[ir.Value, ir.Value] = {begin.outputs[0]: node_input(place)}
 
         def value_for(value: ir.Value | None) -> ir.Value | None:
             if value is None or value in copied:
@@ -133,7 +133,7 @@ class LayerRepeater:
             if value in copied:
                 copied[value].name = _of_layer(str(value.name), layer)
                 self._graph.outputs.append(copied[value])
-        take_over(place.outputs[0], copied[given(end)])
+        replace_uses(place.outputs[0], copied[node_input(end)])
         self._graph.remove(place, safe=True)
 
     def _is_of_inputs(self, shape: ir.Shape | None) -> bool:
@@ -183,7 +183,7 @@ def fold_weights(graph: ir.Graph) -> None:
             constant.dtype = tensor.dtype
             output.name = None
             graph.register_initializer(constant)
-            take_over(output, constant)
+            replace_uses(output, constant)
         graph.remove(node, safe=True)
 
 
@@ -227,18 +227,18 @@ def _of_layer(name: str, layer: int) -> str:
     return contract.carried_name(prefix, layer, part)
 
 
-def _is(node: ir.Node, mark: str) -> bool:
+def _is_mark(node: ir.Node, mark: str) -> bool:
     return node.domain == DOMAIN and node.op_type == mark
 
 
-def _read_by(node: ir.Node) -> Iterator[ir.Value]:
+def _read_values(node: ir.Node) -> Iterator[ir.Value]:
     """Yield the inputs of a node, and the outer values that its subgraphs read."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             inside = attribute.as_graph()
             for inner in inside:
-                yield from (value for value in _read_by(inner) if value.graph is not inside)
+                yield from (value for value in _read_values(inner) if value.graph is not inside)
 
 
 def _copied_attribute(attribute: ir.Attr) -> ir.Attr:

@@ -19,11 +19,11 @@ from deltamem_tool.onnx.export.graph_edits import (
     MICROSOFT,
     constant,
     copy_dtype,
-    given,
     initializer,
+    node_input,
     only_user,
     producer,
-    take_over,
+    replace_uses,
 )
 from deltamem_tool.onnx.export.repeat import fold_weights
 from deltamem_tool.onnx.export.targets import Target
@@ -83,7 +83,7 @@ def _terms(value: ir.Value | None) -> _Terms | None:
     node = producer(value, "MatMul", "Add")
     if node is None:
         return None
-    first, second = given(node), given(node, 1)
+    first, second = node_input(node), node_input(node, 1)
     if node.op_type == "MatMul":
         if not _is_weight(second) or _is_weight(first):
             return None
@@ -109,23 +109,23 @@ def _is_weight(value: ir.Value) -> bool:
     return node is not None and bool(node.inputs) and all(x is not None and _is_weight(x) for x in node.inputs)
 
 
-def multiply_plainly(graph: ir.Graph) -> None:
+def transpose_weights(graph: ir.Graph) -> None:
     """Replace a product that transposes its weight by a `MatMul` with the transposed weight."""
     for node in graph:
         if node.op_type != "FusedMatMul" or node.domain != MICROSOFT or not node.attributes.get_int("transB", 0):
             continue
         others = {"transA": 0, "transBatchA": 0, "transBatchB": 0}
-        weight = given(node, 1)
+        weight = node_input(node, 1)
         plain = all(node.attributes.get_int(name, default) == default for name, default in others.items())
         if not plain or node.attributes.get_float("alpha", 1.0) != 1 or not _is_matrix_of_one(weight):
             continue
         swapped = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
-        product = ir.node("MatMul", [given(node), swapped.outputs[0]])
+        product = ir.node("MatMul", [node_input(node), swapped.outputs[0]])
         if weight.shape is not None:
             swapped.outputs[0].shape = ir.Shape(list(weight.shape)[::-1])
         copy_dtype(weight, swapped.outputs[0])
         graph.insert_before(node, [swapped, product])
-        take_over(node.outputs[0], product.outputs[0])
+        replace_uses(node.outputs[0], product.outputs[0])
         graph.remove(node, safe=True)
 
 
@@ -137,16 +137,16 @@ def _is_matrix_of_one(value: ir.Value) -> bool:
 def join_projections(graph: ir.Graph) -> None:
     """Join the products that compute q, k and v into one, which the attention operator accepts."""
     for node in [node for node in graph if node.op_type == ATTENTION and node.inputs[1] is not None]:
-        values = [given(node, position) for position in range(3)]
+        values = [node_input(node, position) for position in range(3)]
         parts = [part for value in values if (part := _terms(value)) is not None and len(value.uses()) == 1]
         widths = [width for value in values if (width := _width(value)) is not None]
-        packed = _packed(graph, node, parts, widths) if len(parts) == len(widths) == len(values) else None
+        packed = _packed_sums(graph, node, parts, widths) if len(parts) == len(widths) == len(values) else None
         if packed is not None:
             for position, value in enumerate((packed, None, None)):
                 node.replace_input_with(position, value)
 
 
-def _packed(graph: ir.Graph, before: ir.Node, parts: list[_Terms], widths: list[int]) -> ir.Value | None:
+def _packed_sums(graph: ir.Graph, before: ir.Node, parts: list[_Terms], widths: list[int]) -> ir.Value | None:
     """Return the sums side by side `[B, T, q + k + v]`: each input times its weights in every sum, or zeros."""
     inputs = dict.fromkeys(x for part in parts for x, _ in part.products)
     if any(len({x for x, _ in part.products}) < len(part.products) for part in parts):
@@ -160,7 +160,7 @@ def _packed(graph: ir.Graph, before: ir.Node, parts: list[_Terms], widths: list[
         ]
         product = ir.node("MatMul", [x, _side_by_side(graph, before, blocks)])
         graph.insert_before(before, product)
-        total = _added(graph, before, total, product.outputs[0])
+        total = _add(graph, before, total, product.outputs[0])
     if any(part.biases for part in parts):
         blocks = [
             part.biases[0] if part.biases else _zeros(graph, [width], _like(parts))
@@ -168,11 +168,11 @@ def _packed(graph: ir.Graph, before: ir.Node, parts: list[_Terms], widths: list[
         ]
         if any(len(part.biases) > 1 for part in parts):
             return None
-        total = _added(graph, before, total, _side_by_side(graph, before, blocks))
+        total = _add(graph, before, total, _side_by_side(graph, before, blocks))
     return total
 
 
-def _added(graph: ir.Graph, before: ir.Node, total: ir.Value | None, more: ir.Value) -> ir.Value:
+def _add(graph: ir.Graph, before: ir.Node, total: ir.Value | None, more: ir.Value) -> ir.Value:
     if total is None:
         return more
     add = ir.node("Add", [total, more])
@@ -230,8 +230,8 @@ def join_corrections(graph: ir.Graph) -> None:
         graph.insert_before(node, [weights, product])
         total = product.outputs[0]
         for bias in terms.biases:
-            total = _added(graph, node, total, bias)
-        take_over(node.outputs[0], total)
+            total = _add(graph, node, total, bias)
+        replace_uses(node.outputs[0], total)
     _drop_unused(graph)
 
 
@@ -239,19 +239,23 @@ def skip_norms(graph: ir.Graph) -> None:
     """Fuse a sum and its norm into one operator, which returns both."""
     for norm in [node for node in graph if node.op_type in _SKIP_NORM]:
         add = producer(norm.inputs[0], "Add")
-        if add is None or norm.attributes.get_int("axis", -1) != -1 or given(norm, 1).dtype != add.outputs[0].dtype:
+        if (
+            add is None
+            or norm.attributes.get_int("axis", -1) != -1
+            or node_input(norm, 1).dtype != add.outputs[0].dtype
+        ):
             continue
-        first, second = given(add), given(add, 1)
-        if not all(_is_flow(x) for x in (first, second)) or len(given(norm, 1).shape or []) != 1:
+        first, second = node_input(add), node_input(add, 1)
+        if not all(_is_flow(x) for x in (first, second)) or len(node_input(norm, 1).shape or []) != 1:
             continue
         epsilon = norm.attributes.get_float("epsilon", 1e-5)
-        inputs = [first, second, given(norm, 1)]
+        inputs = [first, second, node_input(norm, 1)]
         fused = ir.node(
             _SKIP_NORM[norm.op_type], inputs, attributes={"epsilon": epsilon}, domain=MICROSOFT, num_outputs=4
         )
         graph.insert_before(add, fused)
-        take_over(add.outputs[0], fused.outputs[3])
-        take_over(norm.outputs[0], fused.outputs[0])
+        replace_uses(add.outputs[0], fused.outputs[3])
+        replace_uses(norm.outputs[0], fused.outputs[0])
         graph.remove([norm, add], safe=True)
     for node in graph:
         if node.op_type in _SKIP_NORM.values():
@@ -277,7 +281,7 @@ def gather_states(graph: ir.Graph) -> None:
         if scan.op_type != SCAN or len(scan.inputs) < 4:
             continue
         before, after = producer(scan.inputs[3], "Reshape"), only_user(scan.outputs[1], "Reshape")
-        if before is None or after is None or not given(before, 0).is_graph_input():
+        if before is None or after is None or not node_input(before, 0).is_graph_input():
             continue
         if after.outputs[0].is_graph_output() and str(after.outputs[0].name).endswith(contract.STATE):
             scans.append((scan, before, after))
@@ -289,19 +293,19 @@ def gather_states(graph: ir.Graph) -> None:
         return
     count = len(scans)
     first = graph[0]
-    states = _gathered(graph, [given(before, 0) for _, before, _ in scans], into * [1, count, 1, 1], "states")
+    states = _gather_nodes(graph, [node_input(before, 0) for _, before, _ in scans], into * [1, count, 1, 1], "states")
     graph.insert_before(first, states)
     for (scan, before, _), state in zip(scans, states[-1].outputs, strict=True):
         scan.replace_input_with(3, state)
         graph.remove(before, safe=True)
-    states = _gathered(graph, [scan.outputs[1] for scan, *_ in scans], back * [1, count, 1, 1], "new_states")
+    states = _gather_nodes(graph, [scan.outputs[1] for scan, *_ in scans], back * [1, count, 1, 1], "new_states")
     graph.extend(states)
     for (_, _, after), state in zip(scans, states[-1].outputs, strict=True):
-        take_over(after.outputs[0], state)
+        replace_uses(after.outputs[0], state)
         graph.remove(after, safe=True)
 
 
-def _gathered(graph: ir.Graph, values: list[ir.Value], shape: np.ndarray, name: str) -> list[ir.Node]:
+def _gather_nodes(graph: ir.Graph, values: list[ir.Value], shape: np.ndarray, name: str) -> list[ir.Node]:
     """Return nodes that concatenate `values` along axis 1, reshape them, and split them again."""
     joined = ir.node("Concat", values, attributes={"axis": 1})
     shaped = ir.node("Reshape", [joined.outputs[0], initializer(graph, f"{name}_shape", shape)])
@@ -317,27 +321,27 @@ def tidy_attention(graph: ir.Graph) -> None:
     They remain where transformers has split an attention operator that is slower than its parts.
     """
     for node in list(graph):
-        if node.op_type == "Reshape" and (same := _reshaped_back(node)) is not None:
-            take_over(node.outputs[0], same)
+        if node.op_type == "Reshape" and (same := _unmerged_heads(node)) is not None:
+            replace_uses(node.outputs[0], same)
     for node in list(graph):
         inner = producer(node.inputs[0], "Transpose") if node.op_type == "Transpose" else None
         if inner is None:
             continue
         order = [_perm(inner)[axis] for axis in _perm(node)]
         if order == sorted(order):
-            take_over(node.outputs[0], given(inner, 0))
+            replace_uses(node.outputs[0], node_input(inner, 0))
         else:
             node.replace_input_with(0, inner.inputs[0])
             node.attributes["perm"] = ir.AttrInt64s("perm", order)
     _drop_unused(graph)
 
 
-def _reshaped_back(node: ir.Node) -> ir.Value | None:
+def _unmerged_heads(node: ir.Node) -> ir.Value | None:
     """Return x if `node` restores the shape of x `[·, ·, heads, width]` after its heads were merged, or else None."""
     merged = producer(node.inputs[0], "Reshape")
     if merged is None or _shape_of(merged) != [0, 0, -1]:
         return None
-    x = given(merged, 0)
+    x = node_input(merged, 0)
     heads, target = _heads(x), _shape_of(node)
     return x if heads is not None and target == [0, 0, heads, -1] else None
 
@@ -355,7 +359,7 @@ def _heads(value: ir.Value) -> int | None:
         return None
     shaped = producer(back.inputs[0], "Reshape")
     target = _shape_of(shaped) if shaped is not None else None
-    return target[2] if target is not None and len(target) == 4 and target[2] > 0 else _heads(given(back, 0))
+    return target[2] if target is not None and len(target) == 4 and target[2] > 0 else _heads(node_input(back, 0))
 
 
 def rejoin_shapes(graph: ir.Graph) -> None:
@@ -364,9 +368,9 @@ def rejoin_shapes(graph: ir.Graph) -> None:
         inner = producer(node.inputs[0], "Reshape")
         if inner is not None and node.outputs[0].shape is not None and 0 not in (_shape_of(node) or []):
             node.replace_input_with(0, inner.inputs[0])
-        before, after = given(node).shape, node.outputs[0].shape
+        before, after = node_input(node).shape, node.outputs[0].shape
         if before is not None and after is not None and list(before) == list(after) and _is_known(after):
-            take_over(node.outputs[0], given(node))
+            replace_uses(node.outputs[0], node_input(node))
     _drop_unused(graph)
 
 
@@ -377,7 +381,7 @@ def _is_known(shape: ir.Shape) -> bool:
 
 REWRITES: dict[str, Callable[[ir.Graph], None] | None] = {
     LEAN_MEMORY: None,
-    PLAIN_PRODUCTS: multiply_plainly,
+    PLAIN_PRODUCTS: transpose_weights,
     PLAIN_SHAPES: rejoin_shapes,
     JOINED_PROJECTIONS: join_projections,
     JOINED_CORRECTIONS: join_corrections,

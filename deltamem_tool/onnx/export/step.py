@@ -21,7 +21,7 @@ from deltamem_tool.onnx.export.attention import FusedAttention, Lengths
 from deltamem_tool.onnx.export.attention_nodes import POSITIONS
 from deltamem_tool.onnx.export.base_states import BaseStates, packed_order, states_of
 from deltamem_tool.onnx.export.cache_layers import columns_of, fill_columns, traced_layer
-from deltamem_tool.onnx.export.choices import growing_choices
+from deltamem_tool.onnx.export.choices import dynamic_topk
 from deltamem_tool.onnx.export.layers import DOMAIN, Past, TracedLayers
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.segments.tags import SegmentTag
@@ -96,7 +96,7 @@ class Step(nn.Module):
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
                 fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
         states = self._base_states(attention_mask, input_ids, cache, past_key_values)
-        with states, growing_choices(self.model), self.layers.marked():
+        with states, dynamic_topk(self.model), self.layers.mark_originals():
             logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
         return self._results(logits, cache, past_key_values)
 
@@ -149,7 +149,7 @@ class Step(nn.Module):
         with (
             attention.of(self.model, cache, past_key_values),
             states.of(self.model, cache, self._interface.layers, past_key_values),
-            self.layers.marked(),
+            self.layers.mark_originals(),
         ):
             logits = self._options.packed_logits(self.model, input_ids, positions, cache, kept)
         return self._results(logits, cache, past_key_values)

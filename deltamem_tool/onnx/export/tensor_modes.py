@@ -17,7 +17,7 @@ _ROUTED = {"top_k_index", "top_k_weights"}  # arguments that identify modules of
 _COUNTS = ("total_experts", "num_experts")  # attributes with the number of experts
 
 
-class InOnnx(TorchFunctionMode):
+class ExportableCalls(TorchFunctionMode):
     """Replace calls that the exporter's operators do not support inside the block.
 
     Indexing complex numbers becomes indexing their real and imaginary parts. Squeezing an axis whose size is not 1 is
@@ -45,7 +45,7 @@ class InOnnx(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _EveryExpert(TorchFunctionMode):
+class _AllExperts(TorchFunctionMode):
     """Make a loop over the experts that tokens have chosen run over all experts, inside the block.
 
     The chosen ones are not known while a model is traced, and an expert without tokens adds nothing.
@@ -75,11 +75,11 @@ class _EveryExpert(TorchFunctionMode):
 
 
 @contextmanager
-def every_expert(model: nn.Module) -> Iterator[None]:
+def run_every_expert(model: nn.Module) -> Iterator[None]:
     """Make modules of experts compute with all their experts inside the block."""
 
     def run(forward: Callable[..., Any], count: int, *args: Any, **kwargs: Any) -> Any:
-        with _EveryExpert(count):
+        with _AllExperts(count):
             return forward(*args, **kwargs)
 
     counts = {part: _count(part) for part in model.modules()}

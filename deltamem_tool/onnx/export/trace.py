@@ -31,7 +31,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.export.attention import marked_rotary
+from deltamem_tool.onnx.export.attention import replace_rotary
 from deltamem_tool.onnx.export.attention_nodes import place_attention
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.layers import TracedLayers
@@ -39,11 +39,11 @@ from deltamem_tool.onnx.export.mixed_norms import split_mixed_norms
 from deltamem_tool.onnx.export.repeat import LayerRepeater, without_weights
 from deltamem_tool.onnx.export.step import Step
 from deltamem_tool.onnx.export.targets import Target
-from deltamem_tool.onnx.export.tensor_modes import InOnnx, every_expert
+from deltamem_tool.onnx.export.tensor_modes import ExportableCalls, run_every_expert
 from deltamem_tool.ops.scan import use_implementation
 
 
-def traced(
+def trace_model(
     model: PreTrainedModel,
     adapter: DeltaMemAdapter | None,
     interface: Interface,
@@ -59,11 +59,11 @@ def traced(
         ExportError: PyTorch's exporter cannot trace the model.
     """
     layers = TracedLayers(model, adapter, interface, partial(_call_with_padding, model, adapter, options))
-    with torch.no_grad(), use_implementation(target.scan), _fused(adapter, target, without):
+    with torch.no_grad(), use_implementation(target.scan), _fuse_memories(adapter, target, without):
         step = Step(model, adapter, options, interface, layers, target)
-        rotary = marked_rotary(model) if interface.packed else nullcontext()
+        rotary = replace_rotary(model) if interface.packed else nullcontext()
         try:
-            with rotary, every_expert(model), InOnnx():
+            with rotary, run_every_expert(model), ExportableCalls():
                 return _graph_of(step, interface, target)
         except Exception as error:  # torch's exporters have no exception type for models that they cannot trace
             if (interrupt := _interrupt_behind(error)) is not None:
@@ -177,7 +177,7 @@ def _own_weights(weights: Mapping[str, Tensor], layers: Mapping[int, str]) -> di
 
 
 @contextmanager
-def _fused(adapter: DeltaMemAdapter | None, target: Target, without: Collection[str]) -> Iterator[None]:
+def _fuse_memories(adapter: DeltaMemAdapter | None, target: Target, without: Collection[str]) -> Iterator[None]:
     """Replace the memories of `adapter` by fused ones inside the block, if possible."""
     if adapter is None:
         yield

@@ -25,8 +25,8 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.runtime.buffers import BufferedPast, BufferLease, Buffers
-from deltamem_tool.onnx.runtime.graph import Graph, LoadedGraph, Past, is_cache, joined_rows, one_row
-from deltamem_tool.onnx.runtime.ortvalue import copied, on_device, on_host, wrapped
+from deltamem_tool.onnx.runtime.graph import Graph, LoadedGraph, Past, is_cache, join_rows, select_row
+from deltamem_tool.onnx.runtime.ortvalue import copy_tensor, to_device, to_numpy, wrap_array
 from deltamem_tool.onnx.runtime.rows_graph import RowsGraph
 
 NOT_RECORDED = -1  # ONNX Runtime's gpu_graph_id for a call that is neither recorded nor replayed
@@ -57,7 +57,7 @@ class BufferedGraph(LoadedGraph):
         cuda_graph: bool = False,
     ) -> None:
         if cuda_graph and provider != "cuda":
-            raise _no_cuda_graph(f"The provider is {provider}.", 'Choose provider="cuda", or leave cuda_graph out.')
+            raise _cuda_graph_error(f"The provider is {provider}.", 'Choose provider="cuda", or leave cuda_graph out.')
         options = {"enable_cuda_graph": "1"} if cuda_graph else {}
         super().__init__(folder, interface, provider, threads, map_weights, options)
         self.max_length = interface.max_length  # 0 if buffers can have any length
@@ -92,8 +92,8 @@ class BufferedGraph(LoadedGraph):
         """
         array = self.zero_array(name, batch, room)
         if self.device == "cpu":
-            return wrapped(array, self.types[name])  # the system allocates pages when they are written
-        return on_device(array, self.types[name], self.device)
+            return wrap_array(array, self.types[name])  # the system allocates pages when they are written
+        return to_device(array, self.types[name], self.device)
 
     def zero_array(self, name: str, batch: int, room: int = 0) -> NDArray[Any]:
         """Do the same as `zeros`, as an array."""
@@ -201,8 +201,8 @@ class BufferedGraph(LoadedGraph):
             raise ValueError("the states of a hybrid's own layers are those after all tokens of a row")
         with buffers.lock:
             if buffers.batch == 1 and np.array_equal(columns, np.arange(len(columns))):
-                return BufferedPast(past.lease, mask, {n: copied(value) for n, value in past.memory.items()})
-            return self._placed(one_row(buffers.cache | past.memory, row, self._columns(past, row, columns)), mask)
+                return BufferedPast(past.lease, mask, {n: copy_tensor(value) for n, value in past.memory.items()})
+            return self._place(select_row(buffers.cache | past.memory, row, self._columns(past, row, columns)), mask)
 
     def _columns(self, past: BufferedPast, row: int, columns: NDArray[Any]) -> NDArray[Any]:
         """Return the places in the buffers of the keys and values of the tokens at `columns` of the mask."""
@@ -219,11 +219,13 @@ class BufferedGraph(LoadedGraph):
         rows: list[dict[str, NDArray[Any]]] = []
         for past in pasts:
             with past.lease.buffers.lock:
-                cache = {n: on_host(value)[:, :, : past.length].copy() for n, value in past.lease.buffers.cache.items()}
-                rows.append(cache | {name: on_host(value).copy() for name, value in past.memory.items()})
+                cache = {
+                    n: to_numpy(value)[:, :, : past.length].copy() for n, value in past.lease.buffers.cache.items()
+                }
+                rows.append(cache | {name: to_numpy(value).copy() for name, value in past.memory.items()})
         length = max(past.length for past in pasts)
         mask = np.concatenate([np.pad(past.mask, ((0, 0), (length - past.length, 0))) for past in pasts])
-        return self._placed(joined_rows(rows, behind=self.interface.packed), mask)
+        return self._place(join_rows(rows, behind=self.interface.packed), mask)
 
     def _call(self, feeds: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
         """Call the graph once. The mask in `feeds` covers the tokens of this call."""
@@ -259,9 +261,11 @@ class BufferedGraph(LoadedGraph):
                 if other.buffers.room == lease.buffers.room:
                     other.buffers.cache[name].update_inplace(value)
                 else:
-                    other.buffers.cache[name].update_inplace(self._widened(on_host(value)[:, :, : past.length], other))
+                    other.buffers.cache[name].update_inplace(
+                        self._pad_columns(to_numpy(value)[:, :, : past.length], other)
+                    )
             other.taken = past.length + tokens
-            return BufferedPast(other, past.mask, {name: copied(value) for name, value in past.memory.items()})
+            return BufferedPast(other, past.mask, {name: copy_tensor(value) for name, value in past.memory.items()})
 
     def _prefill(self, arrays: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
         cache = past.lease.buffers.cache
@@ -281,7 +285,7 @@ class BufferedGraph(LoadedGraph):
         self.run_bound(binding, buffers.options[source])
         after = BufferedPast(past.lease, past.mask, {})
         buffers.enter(1 - source, after)
-        return on_host(buffers.logits).copy(), after
+        return to_numpy(buffers.logits).copy(), after
 
     def _lease(self, batch: int, columns: int) -> BufferLease:
         """Take free buffers or allocate new ones with at least `columns` columns; twice as many if they can grow."""
@@ -297,18 +301,18 @@ class BufferedGraph(LoadedGraph):
             buffers = Buffers(self, batch, self.max_length)
         return BufferLease(buffers, idle)
 
-    def _placed(self, arrays: Mapping[str, NDArray[Any]], mask: NDArray[Any]) -> BufferedPast:
+    def _place(self, arrays: Mapping[str, NDArray[Any]], mask: NDArray[Any]) -> BufferedPast:
         """Return a past in its own buffers, from carried tensors whose keys and values have at most as many columns."""
         lease = self._lease(*mask.shape)
         lease.taken = mask.shape[1]
         for name, buffer in lease.buffers.cache.items():
-            buffer.update_inplace(self._widened(arrays[name], lease))
+            buffer.update_inplace(self._pad_columns(arrays[name], lease))
         return BufferedPast(lease, mask, self._on_device({name: arrays[name] for name in self.memory_names}))
 
-    def _widened(self, array: NDArray[Any], lease: BufferLease) -> OrtValue:
+    def _pad_columns(self, array: NDArray[Any], lease: BufferLease) -> OrtValue:
         """Return keys or values, padded to as many columns as the buffers have."""
         whole = np.pad(array, ((0, 0), (0, 0), (0, lease.buffers.room - array.shape[2]), (0, 0)))
-        return on_device(whole, self.interface.dtype, self.device)
+        return to_device(whole, self.interface.dtype, self.device)
 
     def _check_thread(self) -> None:
         """Check that the call comes from the same thread as the first one, if CUDA graphs are on.
@@ -319,7 +323,7 @@ class BufferedGraph(LoadedGraph):
         here = threading.get_ident()
         self._thread = self._thread or here
         if self._cuda_graph and self._thread != here:
-            raise _no_cuda_graph("ONNX Runtime keeps them for one thread.", "Make all calls from the same one.")
+            raise _cuda_graph_error("ONNX Runtime keeps them for one thread.", "Make all calls from the same one.")
 
 
 def open_graph(
@@ -336,12 +340,12 @@ def open_graph(
         ExportError: the graph cannot be loaded with these options; see `Graph` and `BufferedGraph`.
     """
     if cuda_graph and not interface.max_length:
-        raise _no_cuda_graph("Its keys and values grow with the text.", "Export it with --max-length.")
+        raise _cuda_graph_error("Its keys and values grow with the text.", "Export it with --max-length.")
     if interface.max_length or interface.packed:
         return BufferedGraph(folder, interface, provider, threads, map_weights, cuda_graph)
     kind = RowsGraph if interface.row_by_row else Graph
     return kind(folder, interface, provider, threads, map_weights)
 
 
-def _no_cuda_graph(why: str, next: str) -> ExportError:
+def _cuda_graph_error(why: str, next: str) -> ExportError:
     return ExportError("This graph cannot run as a CUDA graph.", why, next)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue, RunOptions
 
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.runtime.ortvalue import copied
+from deltamem_tool.onnx.runtime.ortvalue import copy_tensor
 
 if TYPE_CHECKING:
     from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph
@@ -80,7 +80,7 @@ class Buffers:
         owner = self.owners[slot]
         past = owner() if owner is not None else None
         if past is not None:
-            past.memory = {name: copied(value) for name, value in past.memory.items()}
+            past.memory = {name: copy_tensor(value) for name, value in past.memory.items()}
         self.owners[slot] = None
 
     def enter(self, slot: int, past: BufferedPast) -> None:

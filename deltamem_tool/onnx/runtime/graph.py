@@ -16,7 +16,7 @@ from deltamem_tool.errors import ConfigError, ExportError, first_line
 from deltamem_tool.io.cores import MAX_THREADS, default_threads
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
+from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, to_device, to_numpy
 from deltamem_tool.onnx.runtime.providers import OPTIONS, check_provider, execution_providers
 from deltamem_tool.onnx.runtime.validate import check_graph_file
 
@@ -82,9 +82,9 @@ class LoadedGraph:
         check_provider(provider, self._session.get_providers())
         self._session.disable_fallback()
         interface.check_graph(
-            _described(self._session.get_inputs()),
-            _described(self._session.get_outputs()),
-            _described(self._session.get_overridable_initializers()),
+            _signature(self._session.get_inputs()),
+            _signature(self._session.get_outputs()),
+            _signature(self._session.get_overridable_initializers()),
         )
         self.device = provider
         self.output_names = list(interface.outputs())
@@ -110,10 +110,10 @@ class LoadedGraph:
         values: Past = {}
         for i in self.interface.state_shapes if self.interface.genai else ():
             name = contract.carried_name(contract.PAST, i, contract.CONV)
-            values[name] = on_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
+            values[name] = to_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
             if states is not None:  # otherwise the graph uses its default
                 name = contract.carried_name(contract.INITIAL, i, contract.STATE)
-                values[name] = on_device(states[i], contract.FLOAT32, self.device)
+                values[name] = to_device(states[i], contract.FLOAT32, self.device)
         return values
 
     def base_values(self, batch: int) -> Past:
@@ -132,7 +132,7 @@ class LoadedGraph:
     def memory_part(self, past: Any, part: str) -> dict[int, NDArray[Any]]:
         """Return a copy of one part of the memory in `past`, `contract.STATE` or `contract.SEGMENT`, by layer."""
         names = {i: contract.carried_name(contract.PAST, i, part) for i in self.interface.state_shapes}
-        return {i: on_host(past[name]).copy() for i, name in names.items()}
+        return {i: to_numpy(past[name]).copy() for i, name in names.items()}
 
     def _run(
         self,
@@ -172,7 +172,7 @@ class LoadedGraph:
     def _on_device(self, arrays: Mapping[str, NDArray[Any]]) -> Past:
         """Copy carried tensors, by input name, to the device."""
         types = {True: self.interface.dtype, False: contract.FLOAT32}
-        return {name: on_device(array, types[is_cache(name)], self.device) for name, array in arrays.items()}
+        return {name: to_device(array, types[is_cache(name)], self.device) for name, array in arrays.items()}
 
 
 class Graph(LoadedGraph):
@@ -233,22 +233,22 @@ class Graph(LoadedGraph):
 
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
         """Return one row `[1, ...]` of `past`, with only the tokens at the indices `columns`."""
-        return self._on_device(one_row(past, row, columns))
+        return self._on_device(select_row(past, row, columns))
 
     def join(self, pasts: Sequence[Past]) -> Past:
         """Join the rows of all `pasts` to one batch. Shorter ones are padded with zeros on the left; mask them."""
         if len(pasts) == 1:
             return pasts[0]
-        return self._on_device(joined_rows([{name: on_host(value) for name, value in past.items()} for past in pasts]))
+        return self._on_device(join_rows([{name: to_numpy(value) for name, value in past.items()} for past in pasts]))
 
 
-def one_row(values: Mapping[str, OrtValue], row: int, columns: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def select_row(values: Mapping[str, OrtValue], row: int, columns: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Return one row `[1, ...]` of carried tensors, with only the tokens at the indices `columns`."""
-    arrays = {name: on_host(value)[row : row + 1] for name, value in values.items()}
+    arrays = {name: to_numpy(value)[row : row + 1] for name, value in values.items()}
     return {name: array[:, :, columns] if is_cache(name) else array for name, array in arrays.items()}
 
 
-def joined_rows(pasts: Sequence[Mapping[str, NDArray[Any]]], behind: bool = False) -> dict[str, NDArray[Any]]:
+def join_rows(pasts: Sequence[Mapping[str, NDArray[Any]]], behind: bool = False) -> dict[str, NDArray[Any]]:
     """Join the rows of all `pasts` to one batch, padding shorter keys and values with zeros on the left or `behind`."""
     joined = {}
     for name in pasts[0]:
@@ -285,5 +285,5 @@ def is_cache(name: str) -> bool:
     return name.rpartition(".")[2] in contract.CACHE
 
 
-def _described(values: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:
+def _signature(values: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:
     return {value.name: (_TYPES.get(value.type, value.type), list(value.shape)) for value in values}

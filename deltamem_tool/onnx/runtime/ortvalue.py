@@ -16,26 +16,26 @@ ELEMENT_TYPES = {contract.FLOAT32: 1, contract.FLOAT16: 10, contract.BFLOAT16: 1
 _CPU = "cpu"
 
 
-def on_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
+def to_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
     """Copy `array` to a new tensor on `device`. bfloat16 is passed as uint16."""
     if dtype != contract.BFLOAT16:
         return OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device)
     here = OrtValue.ortvalue_from_numpy_with_onnx_type(np.array(array, order="C"), ELEMENT_TYPES[dtype])
-    return here if device == _CPU else _moved(here, device)
+    return here if device == _CPU else _copy_to(here, device)
 
 
-def wrapped(array: NDArray[Any], dtype: str) -> OrtValue:
+def wrap_array(array: NDArray[Any], dtype: str) -> OrtValue:
     """Return a CPU tensor that shares the memory of `array`, which must be contiguous. bfloat16 is passed as uint16."""
     if dtype != contract.BFLOAT16:
         return OrtValue.ortvalue_from_numpy(array)
     return OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
 
 
-def on_host(value: OrtValue) -> NDArray[Any]:
+def to_numpy(value: OrtValue) -> NDArray[Any]:
     """Return the values as a read-only array, uint16 for bfloat16. On the CPU, they are not copied."""
     if value.element_type() != ELEMENT_TYPES[contract.BFLOAT16]:
         return np.asarray(value.numpy())
-    here = value if value.device_name() == _CPU else _moved(value, _CPU)
+    here = value if value.device_name() == _CPU else _copy_to(value, _CPU)
     count = here.tensor_size_in_bytes()
     if count == 0:
         return np.zeros(here.shape(), np.uint16)
@@ -43,13 +43,13 @@ def on_host(value: OrtValue) -> NDArray[Any]:
     return np.frombuffer(bits, np.uint16).reshape(here.shape())
 
 
-def _moved(value: OrtValue, device: str) -> OrtValue:
+def _copy_to(value: OrtValue, device: str) -> OrtValue:
     copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device)
     onnxruntime.copy_tensors([value], [copy])
     return copy
 
 
-def copied(value: OrtValue) -> OrtValue:
+def copy_tensor(value: OrtValue) -> OrtValue:
     """Copy a tensor to a new one on the same device, where `copy_tensors` would not copy."""
     copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), value.device_name())
     copy.update_inplace(value)

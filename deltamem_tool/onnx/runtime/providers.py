@@ -29,7 +29,7 @@ def execution_providers(name: str) -> list[str]:
         raise ExportError(f"There is no provider {name!r}.", "", f"The providers are {', '.join(PROVIDERS)}.")
     available = onnxruntime.get_available_providers()
     if PROVIDERS[name] not in available:
-        raise _not_here(
+        raise _unavailable_error(
             name,
             f"This build of ONNX Runtime has {', '.join(available)}.",
             "Install onnxruntime-gpu, or run on the CPU." if name == "cuda" else "Install onnxruntime again.",
@@ -46,7 +46,7 @@ def check_provider(name: str, available: Sequence[str]) -> None:
         ExportError: the provider is not in `available`.
     """
     if PROVIDERS[name] not in available:
-        raise _not_here(
+        raise _unavailable_error(
             name,
             "Its libraries are installed, but it found no usable device. ONNX Runtime's own message says more.",
             "Check the output of nvidia-smi, or run on the CPU.",
@@ -69,12 +69,12 @@ def _load_cuda() -> None:
         if "cannot open shared object file" not in str(error):
             return  # not a missing library: ONNX Runtime reports the problem
         library = str(error).partition(":")[0]
-        raise _not_here(
+        raise _unavailable_error(
             "cuda",
             f"It needs {library}, which cannot be loaded ({error}).",
             "Install CUDA's libraries (`pip install onnxruntime-gpu[cuda,cudnn]`), or run on the CPU.",
         ) from error
 
 
-def _not_here(name: str, why: str, next: str) -> ExportError:
+def _unavailable_error(name: str, why: str, next: str) -> ExportError:
     return ExportError(f"ONNX Runtime cannot run on {name} here.", why, next)

@@ -22,7 +22,7 @@ from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.runtime.buffered_graph import FIRST_ROOM, BufferedGraph
 from deltamem_tool.onnx.runtime.buffers import BufferedPast
-from deltamem_tool.onnx.runtime.ortvalue import on_host, wrapped
+from deltamem_tool.onnx.runtime.ortvalue import to_numpy, wrap_array
 
 _COLUMNS = contract.INPUT_IDS, contract.WRITE_MASK, contract.SEGMENT_END  # inputs with one value per token
 
@@ -35,7 +35,7 @@ class _Arrays:
 
     def __init__(self, graph: BufferedGraph, size: int, room: int) -> None:
         self.size, self.room = size, room
-        self.cache = {name: _sparse(graph.zero_array(name, size, 0), room) for name in graph.cache_names}
+        self.cache = {name: _lazy_zeros(graph.zero_array(name, size, 0), room) for name in graph.cache_names}
         self.memory = [{name: graph.zero_array(name, size) for name in graph.memory_names} for _ in range(2)]
         self.source = 0  # index in `memory` of the part that the next step reads
         self.inputs = {name: graph.zero_array(name, size) for name in graph.input_names if name != graph.growing}
@@ -60,15 +60,15 @@ class _Arrays:
             read, written = self.memory[self.source], self.memory[1 - self.source]
             binding = self._bindings[key] = graph.io_binding()
             for name, array in (self.inputs | self.cache | read).items():
-                binding.bind_ortvalue_input(name, wrapped(array[:rows], graph.types[name]))
+                binding.bind_ortvalue_input(name, wrap_array(array[:rows], graph.types[name]))
             outputs = {contract.past_name(name): name for name in graph.output_names}
             for name, array in (self.cache | written).items():
-                binding.bind_ortvalue_output(outputs[name], wrapped(array[:rows], graph.types[name]))
-            binding.bind_ortvalue_output(contract.LOGITS_OUTPUT, wrapped(self.logits[:rows], contract.FLOAT32))
+                binding.bind_ortvalue_output(outputs[name], wrap_array(array[:rows], graph.types[name]))
+            binding.bind_ortvalue_output(contract.LOGITS_OUTPUT, wrap_array(self.logits[:rows], contract.FLOAT32))
         return self._bindings[key]
 
 
-def _sparse(like: NDArray[Any], room: int) -> NDArray[Any]:
+def _lazy_zeros(like: NDArray[Any], room: int) -> NDArray[Any]:
     """Return zeros with the shape of `like` and `room` columns, whose pages are only allocated when they are written.
 
     Every slot has room for the longest row, and most rows are shorter. NumPy would request pages of 2 MB, all of which
@@ -149,9 +149,9 @@ class Slots:
         row, arrays, length = len(self._lengths), self._arrays, part.length
         self._lengths.append(length)
         for name, value in past.lease.buffers.cache.items():
-            arrays.cache[name][row, :, :length] = on_host(value)[part.row, :, :length]
+            arrays.cache[name][row, :, :length] = to_numpy(value)[part.row, :, :length]
         for name, value in past.memory.items():
-            arrays.memory[arrays.source][name][row] = on_host(value)[part.row]
+            arrays.memory[arrays.source][name][row] = to_numpy(value)[part.row]
 
     def _move(self, row: int, place: int) -> None:
         """Move a row to the place of another."""

@@ -88,17 +88,17 @@ def check_graph_file(folder: Path) -> None:
     data = folder / DATA_FILE
     # The Hub's cache links every file into one folder. A link to any other place could be to a private file.
     if data.resolve().parent not in (folder.resolve(), (folder / MODEL_FILE).resolve().parent):
-        raise _refused(f"{DATA_FILE} is a link to a file elsewhere")
+        raise _validation_error(f"{DATA_FILE} is a link to a file elsewhere")
     if model.functions or model.training_info:
-        raise _refused("It contains functions or training steps of its own")
+        raise _validation_error("It contains functions or training steps of its own")
     if any(entry.key == STORED_OPTIONS for entry in model.metadata_props):
-        raise _refused("It contains options for ONNX Runtime")
+        raise _validation_error("It contains options for ONNX Runtime")
     data_bytes = data.stat().st_size if data.is_file() else 0
     graphs = [model.graph]
     while graphs:
         graph = graphs.pop()
         if graph.sparse_initializer:
-            raise _refused("It contains sparse weights")
+            raise _validation_error("It contains sparse weights")
         for tensor in graph.initializer:
             _check_tensor(tensor, data_bytes)
         graphs += _check_nodes(graph.node, data_bytes)
@@ -123,15 +123,17 @@ def check_genai_config(file: Path) -> None:
         for name in place:
             part = part.get(name)
             if not isinstance(part, dict):
-                raise _refused(f"{GENAI_CONFIG_FILE} has no object {'.'.join(place)}")
+                raise _validation_error(f"{GENAI_CONFIG_FILE} has no object {'.'.join(place)}")
         if part.keys() - known:
-            raise _refused(f"{GENAI_CONFIG_FILE} has {', '.join(sorted(part.keys() - known)[:3])}, which no export has")
+            raise _validation_error(
+                f"{GENAI_CONFIG_FILE} has {', '.join(sorted(part.keys() - known)[:3])}, which no export has"
+            )
     decoder = config["model"]["decoder"]
     if decoder.get("filename") != MODEL_FILE:
-        raise _refused(f"{GENAI_CONFIG_FILE} names a graph other than {MODEL_FILE}")
+        raise _validation_error(f"{GENAI_CONFIG_FILE} names a graph other than {MODEL_FILE}")
     # The options of a provider can name libraries. Users who want another provider than the CPU add it themselves.
     if decoder["session_options"].get("provider_options", []) != []:
-        raise _refused(f"{GENAI_CONFIG_FILE} chooses a provider")
+        raise _validation_error(f"{GENAI_CONFIG_FILE} chooses a provider")
 
 
 def _read(file: Path) -> ModelProto:
@@ -147,7 +149,7 @@ def _read(file: Path) -> ModelProto:
     known = model.ByteSize()
     model.DiscardUnknownFields()
     if model.ByteSize() != known:  # ONNX Runtime may support fields that the installed onnx does not
-        raise _refused("It has fields that the installed onnx does not know")
+        raise _validation_error("It has fields that the installed onnx does not know")
     return model
 
 
@@ -155,12 +157,12 @@ def _check_nodes(nodes: Iterable[NodeProto], data_bytes: int) -> Iterator[GraphP
     """Check each node, and yield the graphs inside the nodes."""
     for node in nodes:
         if node.domain not in DOMAINS:
-            raise _refused(f"It has operators of {node.domain!r}, which is neither ONNX nor ONNX Runtime")
+            raise _validation_error(f"It has operators of {node.domain!r}, which is neither ONNX nor ONNX Runtime")
         if node.op_type in CALLING_OUT:
-            raise _refused(f"It has the operator {node.op_type}, which can run third-party code")
+            raise _validation_error(f"It has the operator {node.op_type}, which can run third-party code")
         for attribute in node.attribute:
             if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
-                raise _refused("It contains sparse weights")
+                raise _validation_error("It contains sparse weights")
             if attribute.HasField("t"):
                 _check_tensor(attribute.t, data_bytes)
             for tensor in attribute.tensors:
@@ -177,10 +179,10 @@ def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
         ExportError: the amount of numbers does not match type and shape, or they are in a place that is not allowed.
     """
     if tensor.data_type not in _TYPES:
-        raise _refused(f"{tensor.name or 'A constant'} has a type that no export has")
+        raise _validation_error(f"{tensor.name or 'A constant'} has a type that no export has")
     bits, field = _TYPES[tensor.data_type]
     if not all(0 <= size <= MAX_SIZE for size in tensor.dims) or tensor.HasField("segment"):
-        raise _refused(f"The shape of {tensor.name or 'a constant'} is not valid")
+        raise _validation_error(f"The shape of {tensor.name or 'a constant'} is not valid")
     numbers = math.prod(tensor.dims)
     wanted = (numbers * bits + 7) // 8
     if tensor.data_location == _EXTERNAL:
@@ -190,7 +192,7 @@ def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
     else:  # two 4-bit numbers share an entry
         fits = len(getattr(tensor, field)) == (wanted if bits < 8 else numbers)
     if not fits:
-        raise _refused(f"The shape of {tensor.name or 'a constant'} does not fit its size in bytes")
+        raise _validation_error(f"The shape of {tensor.name or 'a constant'} does not fit its size in bytes")
 
 
 def _fits_in_file(tensor: TensorProto, wanted: int, data_bytes: int) -> bool:
@@ -201,17 +203,17 @@ def _fits_in_file(tensor: TensorProto, wanted: int, data_bytes: int) -> bool:
     """
     place = {entry.key: entry.value for entry in tensor.external_data}
     if len(place) != len(tensor.external_data) or place.keys() - set(_PLACE):
-        raise _refused(f"The place of {tensor.name} in the data file is not valid")
+        raise _validation_error(f"The place of {tensor.name} in the data file is not valid")
     # Compared exactly, because ONNX Runtime treats a special location as an address in memory.
     if place.get("location") != DATA_FILE:
-        raise _refused(f"The numbers of {tensor.name} are in a file other than {DATA_FILE}")
+        raise _validation_error(f"The numbers of {tensor.name} are in a file other than {DATA_FILE}")
     numbers = {name: place.get(name, default) for name, default in (("offset", "0"), ("length", str(wanted)))}
     if not all(text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER for text in numbers.values()):
-        raise _refused(f"The place of {tensor.name} in the data file is not valid")
+        raise _validation_error(f"The place of {tensor.name} in the data file is not valid")
     return int(numbers["length"]) == wanted and int(numbers["offset"]) + wanted <= data_bytes
 
 
-def _refused(why: Any) -> ExportError:
+def _validation_error(why: Any) -> ExportError:
     return ExportError(
         "This ONNX folder was not exported by deltamem, or it was changed.",
         f"{why}.",

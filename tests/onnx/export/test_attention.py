@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from deltamem_tool import MemoryCache
-from deltamem_tool.onnx.export.attention import attention, why_not_fused
+from deltamem_tool.onnx.export.attention import attention, fusion_obstacle
 
 OPERATOR_TOLERANCE = 1e-5  # float32, sums in another order
 BATCH, HEADS, KV_HEADS, WIDTH, ROOM = 2, 4, 2, 16, 64
@@ -91,7 +91,7 @@ def flat(x: Tensor) -> np.ndarray:
 )
 def test_whether_a_model_is_fused_is_tried(model_type: str, why: str | None):
     model = patched(model_type, DEPTH)
-    found = why_not_fused(model, len(MemoryCache(model).layers))
+    found = fusion_obstacle(model, len(MemoryCache(model).layers))
     assert found is None if why is None else why in (found or "")
 
 
@@ -100,7 +100,7 @@ def test_a_long_window_is_tried_in_short():
     model = patched("llama4_text", DEPTH)
     size = 8192
     model.config.attention_chunk_size = size
-    assert why_not_fused(model, DEPTH) == "it computes something else"
+    assert fusion_obstacle(model, DEPTH) == "it computes something else"
     assert model.config.attention_chunk_size == size
 
 

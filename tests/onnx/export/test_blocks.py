@@ -9,8 +9,8 @@ from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool import MemoryCache
 from deltamem_tool.onnx.export.base_states import _windows
-from deltamem_tool.onnx.export.blocks import end_of_text, has_blocks, without_loops
-from deltamem_tool.onnx.export.choices import FirstOfEqual
+from deltamem_tool.onnx.export.blocks import end_of_text, has_blocks, replace_loops
+from deltamem_tool.onnx.export.choices import StableTopK
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def test_every_token_chooses_the_same_blocks(model):
             start = stop
         return found
 
-    with torch.no_grad(), FirstOfEqual():
+    with torch.no_grad(), StableTopK():
         expected = chosen()
-        with without_loops(model):
+        with replace_loops(model):
             found = chosen()
     assert not all(mask.all() for mask in expected) and all(map(torch.equal, found, expected))
     assert has_blocks(model)
@@ -48,7 +48,7 @@ def test_n_grams_end_where_a_text_ends(model):
     tokens = torch.tensor([[5, 6, end, 7, 8, 9], [end, end, 5, 6, 7, end]])
     for shift in range(4):
         expected = embedding._shift_right_ignore_eos(tokens, shift)
-        with without_loops(model):
+        with replace_loops(model):
             assert torch.equal(embedding._shift_right_ignore_eos(tokens, shift), expected)
 
 

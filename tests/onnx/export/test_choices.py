@@ -11,13 +11,13 @@ from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.export.cache_layers import CompressedLayer
-from deltamem_tool.onnx.export.choices import FirstOfEqual, growing_choices
+from deltamem_tool.onnx.export.choices import StableTopK, dynamic_topk
 from deltamem_tool.onnx.export.export import export_onnx
 
 
 def test_the_first_of_equal_values_is_chosen():
     scores = torch.tensor([[0.0, 2.0, 0.0, -1.0] + [0.0] * 60])
-    with FirstOfEqual():
+    with StableTopK():
         values, indices = scores.topk(3, dim=-1)
         assert torch.topk(scores, 3, largest=False).indices.tolist() == [[3, 0, 2]]
     assert indices.tolist() == [[1, 0, 2]] and values.tolist() == [[2.0, 0.0, 0.0]]
@@ -31,7 +31,7 @@ def test_the_smaller_of_two_sizes_is_chosen_when_the_graph_runs():
         def forward(self, x):
             return x.topk(module.min(8, x.shape[1])).values
 
-    with growing_choices(model):
+    with dynamic_topk(model):
         assert module.min([3, 1, 2]) == 1 and module.min([2, 3], key=lambda x: -x) == 3
         columns = {"x": {1: torch.export.Dim("columns", min=2, max=64)}}
         program = torch.export.export(

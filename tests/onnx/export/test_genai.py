@@ -90,14 +90,14 @@ def start(model, tokenizer, tmp_path_factory):
 def export_again(model, tokenizer, start, tmp_path_factory):
     """`export_onnx`, with one trace for all: what follows the trace is done each time."""
     with pytest.MonkeyPatch.context() as patch:
-        trace, traced = export.traced, tmp_path_factory.mktemp("traced") / "model.onnx"
+        trace, traced = export.trace_model, tmp_path_factory.mktemp("traced") / "model.onnx"
 
         def once(*args):
             if not traced.is_file():
                 onnx_ir.save(trace(*args), traced)
             return onnx_ir.load(traced)
 
-        patch.setattr(export, "traced", once)
+        patch.setattr(export, "trace_model", once)
         yield lambda out, **options: export.export_onnx(model, tokenizer, out, target="genai", **options)
 
 
@@ -204,7 +204,7 @@ def test_a_quantised_folder(quantize, model, export_again, long_prompt, tmp_path
 @pytest.mark.slow
 def test_layers_that_differ(tokenizer, monkeypatch, tmp_path):
     """Keys of two widths, and layers that have the keys of others: Gemma 4."""
-    monkeypatch.setattr(export, "traced", trace.traced)  # not the one trace for all
+    monkeypatch.setattr(export, "trace_model", trace.trace_model)  # not the one trace for all
     torch.manual_seed(0)
     config = tiny_config("gemma4_text")
     config.vocab_size = config.vocab_size_per_layer_input = len(tokenizer)
@@ -301,7 +301,7 @@ def test_the_chat_template_renders_as_in_transformers(tokenizer, folder):
 
 
 def test_raw_text_and_comments_of_a_template():
-    assert genai.spelled_out("{# no #}\n{% raw %}{{ x }}{% endraw %}\n\n{{ y -}}  \n z") == (
+    assert genai.with_explicit_whitespace("{# no #}\n{% raw %}{{ x }}{% endraw %}\n\n{{ y -}}  \n z") == (
         '{{ "{{ x }}" }}{{ "\\n" }}{{ y -}}{{ "z" }}'
     )
 
@@ -336,7 +336,7 @@ def untraced(monkeypatch):
     def traced(*args):
         raise AssertionError("it was traced")
 
-    monkeypatch.setattr(export, "traced", traced)
+    monkeypatch.setattr(export, "trace_model", traced)
 
 
 def other_memories(start: MemoryState, adapter: str) -> dict[str, MemoryState]:

@@ -142,7 +142,7 @@ def test_onnx_runtime_has_let_go_when_pytorch_goes_to_float32(float16, monkeypat
         return own(model)
 
     monkeypatch.setattr(check, "_in_float32", watched)
-    assert 0 < export._compared(open_graph, model, export.CallOptions(model, "last")) < ROUNDING
+    assert 0 < export._compare_with_pytorch(open_graph, model, export.CallOptions(model, "last")) < ROUNDING
 
 
 def test_more_than_rounding_is_refused(float16, qwen3, monkeypatch, tmp_path):
@@ -158,7 +158,7 @@ def test_more_than_rounding_is_refused(float16, qwen3, monkeypatch, tmp_path):
     monkeypatch.setattr(graph, "step", off)
     options = export.CallOptions(model, "last")
     with pytest.raises(ExportError, match="does not compute what PyTorch computes"):
-        export._compared(lambda: graph, model, options)
+        export._compare_with_pytorch(lambda: graph, model, options)
 
 
 def test_a_graph_that_no_provider_here_can_run_is_not_called_compared(qwen3, tmp_path):
@@ -172,10 +172,10 @@ def test_a_graph_that_no_provider_here_can_run_is_not_called_compared(qwen3, tmp
     )
     interface = qwen3.manifest.interface
     if not torch.cuda.is_available():
-        assert export._runnable(tmp_path, interface, TARGETS["cuda"]) is None
+        assert export._open_if_runnable(tmp_path, interface, TARGETS["cuda"]) is None
     with pytest.raises(ExportError, match="NOT_IMPLEMENTED"):
-        export._runnable(tmp_path, interface, TARGETS["cpu"])
-    assert export._compared(lambda: None, qwen3.model, export.CallOptions(qwen3.model, "last")) is None
+        export._open_if_runnable(tmp_path, interface, TARGETS["cpu"])
+    assert export._compare_with_pytorch(lambda: None, qwen3.model, export.CallOptions(qwen3.model, "last")) is None
     manifest = dataclasses.replace(qwen3.manifest, max_abs_diff=None)
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert _agreement(manifest).startswith("not compared: ")

@@ -237,10 +237,12 @@ def test_domains_that_nothing_needs_are_forgotten():
 
 
 def test_a_refused_export_leaves_nothing(portable, monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "traced", lambda *args: graph_of(FOREIGN))
+    monkeypatch.setattr(export, "trace_model", lambda *args: graph_of(FOREIGN))
     with pytest.raises(ExportError, match="Qwen3ForCausalLM cannot be written in standard ONNX operators"):
         export.export_onnx(portable.model, portable.tokenizer, tmp_path / "out", target="portable")
-    monkeypatch.setattr(export, "traced", lambda *args: graph_of("g (float[2] x) => (float[3] y) { y = Relu (x) }"))
+    monkeypatch.setattr(
+        export, "trace_model", lambda *args: graph_of("g (float[2] x) => (float[3] y) { y = Relu (x) }")
+    )
     with pytest.raises(ExportError, match="not valid ONNX"):
         export.export_onnx(portable.model, portable.tokenizer, tmp_path / "out", target="portable")
     assert list(tmp_path.iterdir()) == []

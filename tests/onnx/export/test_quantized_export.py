@@ -135,7 +135,7 @@ def test_groups_that_no_operator_takes_are_refused(group_size, width, why):
 
 
 def test_groups_that_do_not_divide_the_width_are_refused_before_any_work(llama, monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "traced", lambda *args: pytest.fail("it was traced"))
+    monkeypatch.setattr(export, "trace_model", lambda *args: pytest.fail("it was traced"))
     with pytest.raises(ExportError, match="groups of 64"):
         export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", quantize=INT4, group_size=64)
     assert not any(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from base_model.test_export_sweep import patched
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from deltamem_tool.onnx.export.tensor_modes import InOnnx, every_expert
+from deltamem_tool.onnx.export.tensor_modes import ExportableCalls, run_every_expert
 
 TOLERANCE = 1e-5  # float32, sums in another order
 
@@ -16,7 +16,7 @@ TOLERANCE = 1e-5  # float32, sums in another order
 @pytest.mark.parametrize("part", [(slice(None), None), (Ellipsis, slice(1, 3)), 1])
 def test_parts_of_complex_numbers(part: object):
     numbers = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
-    with InOnnx():
+    with ExportableCalls():
         found = numbers[part]
     assert torch.equal(found, numbers[part])
 
@@ -24,7 +24,7 @@ def test_parts_of_complex_numbers(part: object):
 @pytest.mark.parametrize(("shape", "axis"), [((2, 3), 0), ((2, 3), -1), ((1, 3), 0)])
 def test_an_axis_is_squeezed_only_if_it_is_of_size_1(shape: tuple[int, ...], axis: int):
     x = torch.zeros(shape)
-    with InOnnx():
+    with ExportableCalls():
         assert x.squeeze(axis).shape == torch.zeros(shape).squeeze(axis).shape
 
 
@@ -49,7 +49,7 @@ def test_a_loop_over_chosen_experts_goes_over_all_of_them(model_type: str, compu
     index = torch.tensor([[0, 2], [2, 0], [2, 0], [0, 2], [0, 2]])  # and no token chooses the others
     with torch.no_grad():
         expected = experts(x, index, weights)
-        with Sums() as sums, every_expert(model):
+        with Sums() as sums, run_every_expert(model):
             found = experts(x, index, weights)
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
     assert sums.count == computed and "forward" not in vars(experts)

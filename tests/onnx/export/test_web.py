@@ -17,7 +17,7 @@ from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx.export import export, targets
-from deltamem_tool.onnx.export.compare import in_onnx_runtime, largest_difference
+from deltamem_tool.onnx.export.compare import largest_difference, run_in_onnx_runtime
 from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
@@ -86,7 +86,7 @@ def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web
     dtype, quantize, tolerance = SMALL[name]
     exported = exported_with(f"web_{name}", {}, dtype, target="web", quantize=quantize)
     graphs = (in_web(exported.folder), open_graph(exported.folder, exported.manifest.interface, threads=1))
-    for results in zip(*(in_onnx_runtime(exported.model, graph).results for graph in graphs), strict=True):
+    for results in zip(*(run_in_onnx_runtime(exported.model, graph).results for graph in graphs), strict=True):
         (logits, states, _), (expected, expected_states, _) = results
         torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
         torch.testing.assert_close(states, expected_states, rtol=0, atol=TOLERANCE)

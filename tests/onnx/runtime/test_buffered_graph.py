@@ -23,7 +23,7 @@ from deltamem_tool.onnx.export.interface import interface_of
 from deltamem_tool.onnx.export.targets import TARGETS
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.onnx.runtime.ortvalue import on_host
+from deltamem_tool.onnx.runtime.ortvalue import to_numpy
 
 SHORT = Sampling(max_new_tokens=6)
 # The same sums in another order, of logits and states of order 10.
@@ -173,7 +173,7 @@ def test_the_beginning_is_cut_off_without_a_copy(graph):
     found, _ = called(graph, [[90]], cut)
     wanted, _ = called(graph, [[90]], expected)
     np.testing.assert_allclose(found, wanted, atol=CLOSE)
-    assert on_host(past.lease.buffers.cache["past_key_values.0.key"])[:, :, 3].any()
+    assert to_numpy(past.lease.buffers.cache["past_key_values.0.key"])[:, :, 3].any()
     moved = graph.take(past, 0, np.array([1, 3]))
     assert moved.lease is not past.lease
     key = "past_key_values.0.key"

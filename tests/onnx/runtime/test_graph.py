@@ -14,7 +14,7 @@ from deltamem_tool.io.cores import usable_cores
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.runtime import providers
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
+from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, to_device, to_numpy
 
 
 def called(graph, tokens, past):
@@ -50,12 +50,12 @@ def test_what_comes_out_of_a_call_goes_into_the_next_as_it_is(portable, monkeypa
 def test_a_past_is_not_changed_by_the_call_that_it_goes_into(portable):
     graph = OnnxModel(portable.folder).graph
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
-    before = {name: on_host(value).copy() for name, value in past.items()}
+    before = {name: to_numpy(value).copy() for name, value in past.items()}
     first, _ = called(graph, [[68, 69]], past)
     again, _ = called(graph, [[68, 69]], past)
     assert np.array_equal(first, again)
     for name, value in past.items():
-        assert np.array_equal(on_host(value), before[name])
+        assert np.array_equal(to_numpy(value), before[name])
 
 
 def test_states_are_copies(qwen3):
@@ -76,8 +76,8 @@ def test_rows_are_joined_and_taken(portable):
     for row, (past, columns) in enumerate([(short, np.arange(2, 4)), (long, np.arange(4))]):
         taken = graph.take(joined, row, columns)
         for name, value in past.items():
-            assert np.array_equal(on_host(taken[name]), on_host(value)), name
-    keys = on_host(joined[contract.carried_name(contract.PAST, 0, contract.KEY)])
+            assert np.array_equal(to_numpy(taken[name]), to_numpy(value)), name
+    keys = to_numpy(joined[contract.carried_name(contract.PAST, 0, contract.KEY)])
     assert keys.shape[2] == 4 and not keys[0, :, :2].any() and keys[0, :, 2:].all()
     assert graph.join([long]) is long
 
@@ -88,13 +88,13 @@ def test_tensors_of_every_type_come_back(dtype):
     stored = {contract.FLOAT32: np.float32, contract.FLOAT16: np.float16, contract.BFLOAT16: np.uint16}[dtype]
     for shape in ((2, 3, 4), (2, 0, 4)):
         array = np.arange(np.prod(shape)).reshape(shape).astype(stored)
-        value = on_device(array[:, ::-1], dtype, "cpu")
+        value = to_device(array[:, ::-1], dtype, "cpu")
         assert value.element_type() == ELEMENT_TYPES[dtype] and value.shape() == list(shape)
-        assert on_host(value).dtype == stored and np.array_equal(on_host(value), array[:, ::-1])
+        assert to_numpy(value).dtype == stored and np.array_equal(to_numpy(value), array[:, ::-1])
     own = np.zeros(3, stored)
-    value = on_device(own, dtype, "cpu")
+    value = to_device(own, dtype, "cpu")
     own[:] = 5
-    assert not on_host(value).any()
+    assert not to_numpy(value).any()
 
 
 def test_threads_of_a_call(qwen3, monkeypatch):

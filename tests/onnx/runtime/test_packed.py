@@ -9,7 +9,7 @@ from helpers.buffered_calls import called, called_with, content, same
 
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.runtime.ortvalue import on_device, on_host
+from deltamem_tool.onnx.runtime.ortvalue import to_device, to_numpy
 
 # The same sums in another order, of logits and states of order 10.
 CLOSE = 2e-4
@@ -87,10 +87,10 @@ def test_what_lies_behind_the_tokens_is_not_read(packed, masks):
     for junk in (0, np.nan):
         _, past = called_with(packed, rows[:, :6], mask, packed.empty_past(len(masks)))
         for value in past.lease.buffers.cache.values():
-            array = on_host(value).copy()
+            array = to_numpy(value).copy()
             for row, length in enumerate(mask.sum(1)):
                 array[row, :, length:] = junk
-            value.update_inplace(on_device(array, "float32", "cpu"))
+            value.update_inplace(to_device(array, "float32", "cpu"))
         one, past = called_with(packed, rows[:, 6:7], whole[:, :7], past)
         two, _ = called_with(packed, rows[:, 7:], whole, past)
         logits.append(np.concatenate([one, two]))
@@ -126,9 +126,9 @@ def test_tokens_between_are_taken_out(packed):
     _, past = called_with(packed, texts(2, 6), mask, packed.empty_past(2))
     taken = packed.take(past, 0, np.array([0, 2, 4]))  # the first and the fourth token, and padding
     key = contract.carried_name(contract.PAST, 0, contract.KEY)
-    whole = on_host(past.lease.buffers.cache[key])[0]
+    whole = to_numpy(past.lease.buffers.cache[key])[0]
     assert taken.mask.tolist() == [[1, 0, 1]]
-    assert np.array_equal(on_host(taken.lease.buffers.cache[key])[0, :, :2], whole[:, [0, 3]])
+    assert np.array_equal(to_numpy(taken.lease.buffers.cache[key])[0, :, :2], whole[:, [0, 3]])
 
 
 @pytest.mark.parametrize("valid", ["11111100000", "00000111111", "01100000000", "11111111111"])
