@@ -26,12 +26,12 @@ from deltamem_tool.evaluation.memories import has_layers_to_permute
 from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
-from deltamem_tool.io.atomic import check_writable, write_whole
+from deltamem_tool.io.atomic import check_writable, write_atomically
 from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training import train
-from deltamem_tool.training.run_folder import comparable, data_digest
+from deltamem_tool.training.run_folder import data_digest, flat_options
 
 ADAPTERS = "adapters"  # folder of the adapters that are kept
 
@@ -138,7 +138,7 @@ def plan_jobs(
 
 def _key(recipe: Recipe, questions: Questions) -> str:
     """A hash of everything that a run's figures depend on."""
-    parts: list[object] = [comparable(recipe), questions.facts, questions.episodes]
+    parts: list[object] = [flat_options(recipe), questions.facts, questions.episodes]
     digest = data_digest(recipe)
     if digest is not None:
         parts.append(digest)
@@ -212,7 +212,7 @@ def _write(
         if by_variant:
             plot = f"{ablation.name}.png"
             draw(ablation, by_variant, out / plot)
-            write_whole(out / f"{ablation.name}.md", markdown(ablation, by_variant, changes, plot).encode())
+            write_atomically(out / f"{ablation.name}.md", markdown(ablation, by_variant, changes, plot).encode())
 
 
 def make_run(job: Job, questions: Questions, report: Report) -> Run:
@@ -254,7 +254,7 @@ def make_run(job: Job, questions: Questions, report: Report) -> Run:
         facts=list(questions.facts),
         episodes=questions.episodes,
         scores=scores,
-        recipe=comparable(job.recipe),
+        recipe=flat_options(job.recipe),
         steps=trained.steps,
         parameters=trained.parameters,
         state_bytes=adapter_of(model).empty_memory(1).nbytes,

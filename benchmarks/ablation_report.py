@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, readable_name
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 
 Runs = Mapping[str, Sequence[Run]]  # by variant, one or more runs, each with its own seed
 
@@ -128,7 +128,7 @@ def draw(ablation: Ablation, runs: Runs, path: Path) -> None:
     figure.suptitle(ablation.title, fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def _draw_ours(axes: Axes, runs: Runs) -> None:

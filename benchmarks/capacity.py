@@ -33,7 +33,7 @@ from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.evaluation.tasks.recall import CHANGED, OTHER_FACTS, SMALL_TALK, STATED, Recall
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.memory.attach import adapter_of
 
 PROTOCOL = EvalProtocol.parse("memory")
@@ -237,7 +237,7 @@ def main(adapters: tuple[str, ...], out: Path, plots: Path | None, episodes: int
             points += mine
     said = " ".join(f"{name}={place}" for name, place in chosen.items())
     said += f" --episodes {episodes} --seed {seed}"
-    write_whole(out, report(points, list(chosen), f"python benchmarks/capacity.py {said} --out OUT.md").encode())
+    write_atomically(out, report(points, list(chosen), f"python benchmarks/capacity.py {said} --out OUT.md").encode())
     for name in chosen:
         draw_adapter([point for point in points if point["name"] == name], CURVES, plots / f"capacity-{name}.png")
     if len(chosen) > 1:

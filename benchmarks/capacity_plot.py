@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 
 MEASURED, OLD, LEFT = "#0b6e4f", "#c8553d", "#3d85c6"
 CONTROLS = {"donor_state": ("another's state", "#7b6db5", "^"), "zero_state": ("state zeroed", "#d9a404", "v")}
@@ -113,4 +113,4 @@ def new_figure(rows: int, columns: int) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

@@ -19,11 +19,11 @@ from ablation_plan import Variant, read_ablation
 
 from deltamem_tool.cli import main
 from deltamem_tool.cli.console import progress
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.io.formats import versions
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.run import train
-from deltamem_tool.training.run_folder import comparable
+from deltamem_tool.training.run_folder import flat_options
 
 EPISODES = 64  # held out, that a loss is the mean of
 LOSSES = {"state": "eval_loss", "donor": "eval_loss_donor", "zero": "eval_loss_zero"}
@@ -75,12 +75,12 @@ def command(ablation: Path, out: Path, seed: int, changes: tuple[str, ...]) -> N
     rows = {}
     for variant in plan.variants:
         recipe = _evaluated_at_its_end(variant, changes, seed, out)
-        key = json.dumps(comparable(recipe), sort_keys=True)
+        key = json.dumps(flat_options(recipe), sort_keys=True)
         if key not in done:
             done[key] = {"key": key, "variant": variant.name, **measured(variant.name, recipe)}
-            write_whole(file, "".join(json.dumps(line) + "\n" for line in done.values()).encode())
+            write_atomically(file, "".join(json.dumps(line) + "\n" for line in done.values()).encode())
         rows[variant.name] = done[key]
-        write_whole(out / f"{plan.name}.md", table(plan.title, rows).encode())
+        write_atomically(out / f"{plan.name}.md", table(plan.title, rows).encode())
     click.echo(table(plan.title, rows))
 
 

@@ -45,7 +45,7 @@ from mqar_task import (
 from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.cli.console import progress
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.ops.scan import use_implementation
 
 RANKS = (4, 8, 16, 32)
@@ -273,7 +273,7 @@ def main(out: Path, plots: Path | None, steps: int, rule_steps: int) -> None:
             bar.advance(whole)
     command = f"python benchmarks/mqar.py --steps {steps} --rule-steps {rule_steps} --out OUT.md"
     cells = [done[setting] for setting in grid], [done[setting] for setting in rules]
-    write_whole(out, report(*cells, command).encode())
+    write_atomically(out, report(*cells, command).encode())
     draw(*cells, plots / "capacity-mqar.png")
     click.echo(f"{out}, {log}, {plots / 'capacity-mqar.png'}")
 

@@ -16,7 +16,7 @@ import platformdirs
 
 from deltamem_tool.base_model.smollm2 import NAME, fetch_gguf
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import locked
+from deltamem_tool.io.atomic import file_lock
 
 LAYERS = 30
 SHAPE = {
@@ -44,7 +44,7 @@ def fetch() -> Path:
         InstallationError: the package `gguf` is missing.
     """
     folder = platformdirs.user_cache_path("deltamem-benchmarks", appauthor=False) / NAME
-    with locked(folder):  # tests run side by side
+    with file_lock(folder):  # tests run side by side
         if not folder.exists():
             unfinished = folder.with_name(f"{NAME}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -228,7 +228,7 @@ def _problem(detail: ErrorDetails, known: Known, section: Key, names: Mapping[st
     elif detail["type"] in ("string_too_short", "too_short"):
         why = "must not be empty"
     elif detail["type"] in _WORDS:
-        why = f"{_WORDS[detail['type']].format(**context)}, not {shown(detail['input'])}"
+        why = f"{_WORDS[detail['type']].format(**context)}, not {short_value(detail['input'])}"
     else:
         why = f"is invalid: {detail['msg']}"
     return Problem((key,), f"{name} {why}".strip())
@@ -247,6 +247,6 @@ def unknown_key(key: Key, known: Known) -> Problem:
     return Problem((key,), f"{'.'.join(key)} is not known: {hint}")
 
 
-def shown(value: Any) -> str:
+def short_value(value: Any) -> str:
     """Return a short text for a value in a file."""
     return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)

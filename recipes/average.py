@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE
 from deltamem_tool.adapter.folder import read_adapter
-from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.io.atomic import atomic_folder
 
 
 @click.command()
@@ -31,7 +31,7 @@ def main(first: str, second: str, out: Path, share: float) -> None:
         raise click.UsageError(f"{first} and {second} differ in their mechanism or in their base model.")
     a, b = one.numbers(), other.numbers()
     weights = {name: ((1.0 - share) * a[name] + share * b[name]).astype(np.float16) for name in a}
-    with folder_whole(out, overwrite=False) as staged:
+    with atomic_folder(out, overwrite=False) as staged:
         (staged / CONFIG_FILE).write_bytes((one.path / CONFIG_FILE).read_bytes())
         (staged / WEIGHTS_FILE).write_bytes(save(weights, {"format": "pt"}))
     click.echo(f"{out}: {1.0 - share:g} of {first} and {share:g} of {second}")

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from deltamem_tool.data import dialogues
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -187,7 +187,7 @@ def main() -> None:
             model.load_state_dict(load_file(weights), strict=False)
         else:
             stage()
-            write_whole(
+            write_atomically(
                 weights, save({key: value for key, value in model.state_dict().items() if key != "lm_head.weight"})
             )
 

@@ -12,7 +12,7 @@ import torch
 
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.tokenizer import read_tokenizer
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.segments.messages import Message
 from deltamem_tool.segments.template import ChatTemplate
 
@@ -73,5 +73,5 @@ class Base:
 def write_rows(out: Path, rows: Sequence[Sequence[Message]], what: str) -> None:
     """Write conversations as `data.unrelated` reads them, and say how many."""
     lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(out, "".join(lines).encode())
+    write_atomically(out, "".join(lines).encode())
     click.echo(f"{len(rows)} {what} in {out}")

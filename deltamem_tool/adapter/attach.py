@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter.methods import adopt, release
+from deltamem_tool.adapter.methods import override_methods, unregister
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
@@ -48,7 +48,7 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None, registe
     adapter = fresh_adapter(config, layers, _first_columns)
     hook(inner, adapter)
     try:
-        adopt(model, register)
+        override_methods(model, register)
     except BaseException:
         detach(model)
         raise
@@ -79,5 +79,5 @@ def detach(model: PreTrainedModel) -> None:
         >>> all(parameter.requires_grad for parameter in model.parameters())
         True
     """
-    release(model)
+    unregister(model)
     unhook(model)

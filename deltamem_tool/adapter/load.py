@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.adapter.find_base import find_base
 from deltamem_tool.adapter.folder import AdapterFolder, describe_adapter, with_tensors
-from deltamem_tool.adapter.methods import adopt
+from deltamem_tool.adapter.methods import override_methods
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import hook
@@ -62,15 +62,15 @@ def load(
     folder = with_tensors(described)
     model = checkpoint.load(**kwargs)
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
-    fill(adapter, folder)
+    load_weights(adapter, folder)
     adapter.made_for = actual_base
     hook(model, adapter)
-    adopt(model, register)
+    override_methods(model, register)
     model.eval()  # type: ignore[no-untyped-call]  # transformers has no types
     return model
 
 
-def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
+def load_weights(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
     """Load the folder's weights into `adapter`.
 
     Raises:

@@ -20,7 +20,7 @@ from deltamem_tool.memory.overrides import Method, Methods, override
 MODULE = "deltamem"  # name of the adapter among a model's modules and parameters
 
 
-def adopt(model: PreTrainedModel, register: bool = False) -> None:
+def override_methods(model: PreTrainedModel, register: bool = False) -> None:
     """Make a model with a memory list and save the adapter.
 
     Args:
@@ -35,7 +35,7 @@ def adopt(model: PreTrainedModel, register: bool = False) -> None:
         attachment.overrides.append((module, override(module, SAVING if register else {**SHOWING, **SAVING})))
 
 
-def release(model: PreTrainedModel) -> None:
+def unregister(model: PreTrainedModel) -> None:
     """Remove the adapter from the submodules, if it is one."""
     adapter, inner = attachment_of(model).adapter, hf_model(model)
     if getattr(inner, MODULE, None) is adapter:

@@ -15,7 +15,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel
 from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.errors import AdapterError
-from deltamem_tool.io.atomic import folder_whole, resolve, write_whole
+from deltamem_tool.io.atomic import atomic_folder, resolve, write_atomically
 from deltamem_tool.io.names import is_gguf
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
@@ -59,7 +59,7 @@ def save_beside(adapter: DeltaMemAdapter, base: BaseModel, folder: str | Path) -
         raise AdapterError(f"{folder} is not a folder.", "Nothing was written.", "Choose another path.")
     contents = contents_of(adapter, base)
     for name in (WEIGHTS_FILE, CONFIG_FILE):  # a folder with only the weights is recognised as unfinished
-        write_whole(folder / name, contents[name])
+        write_atomically(folder / name, contents[name])
 
 
 def write_adapter(
@@ -88,7 +88,7 @@ def write_adapter(
     folder = place.parent if is_gguf(place) and place.is_file() else place
     if base.name and folder.is_dir() and resolve(folder) == resolve(out):
         raise AdapterError(f"{out} has the base model in it.", "It would be replaced.", "Choose another folder.")
-    with folder_whole(out, overwrite) as staged:
+    with atomic_folder(out, overwrite) as staged:
         for name, content in {**contents, **(files or {})}.items():
             (staged / name).write_bytes(content)
 
@@ -102,7 +102,7 @@ def contents_of(
         AdapterError: the adapter contains NaN or infinity.
         ArchitectureError: accelerate has offloaded it with the base model.
     """
-    adapter.check_at_hand()
+    adapter.check_materialized()
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -32,7 +32,7 @@ from deltamem_tool._compat import (
 )
 from deltamem_tool.base_model import smollm2
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
-from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_whole, find_gguf, location
+from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_complete, find_gguf, location
 from deltamem_tool.base_model.layouts import Projection, features
 from deltamem_tool.base_model.stored_config import read_config, read_gguf_config
 from deltamem_tool.base_model.weights import WEIGHT_FILES, StoredWeights, files_of_index
@@ -305,7 +305,7 @@ def _fetch_gguf(hub: HfUri) -> Path | None:
     """
     if not is_gguf(hub.path_in_repo):
         return None
-    check_whole(hub.path_in_repo)
+    check_complete(hub.path_in_repo)
     file = fetch(replace(hub, path_in_repo=""), [hub.path_in_repo], "checkpoint") / hub.path_in_repo
     if not file.is_file():
         raise HubError(

@@ -63,11 +63,11 @@ def find_gguf(place: Path) -> Path | None:
             raise ArchitectureError(f"{place} has several GGUF files.", f"They are {names}.", "Pass one of the files.")
         file = files[0] if files else None
     if file is not None:
-        check_whole(file.name)
+        check_complete(file.name)
     return file
 
 
-def check_whole(name: str) -> None:
+def check_complete(name: str) -> None:
     """Check by its name that a file is not one of several parts.
 
     Raises:

@@ -21,12 +21,12 @@ PATIENCE = timedelta(days=30)  # the first to finish waits; launchers end all pr
 LOST_WITHIN, LOST_AGAIN = 1.0, 0.1  # seconds to wait for a process to be gone, and between two checks
 
 
-def processes_of_launch() -> int:
+def launch_world_size() -> int:
     """Return the number of processes that the launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def number_in_launch() -> int:
+def launch_rank() -> int:
     """Return the number of this process in the launch, from 0."""
     return int(os.environ.get("RANK", "0"))
 
@@ -35,7 +35,7 @@ def on_cpus() -> bool:
     """Whether several processes run without GPUs."""
     import torch
 
-    return processes_of_launch() > 1 and not torch.accelerator.is_available()
+    return launch_world_size() > 1 and not torch.accelerator.is_available()
 
 
 def check_started() -> None:
@@ -80,14 +80,16 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
             "pip install 'deltamem-tool[train]'",
         ) from error
 
-    count = processes_of_launch()
+    count = launch_world_size()
     try:
         # Kept until all processes have joined, because one of them serves it.
-        store = None if count == 1 or torch.distributed.is_initialized() else _met(count, within)
+        store = None if count == 1 or torch.distributed.is_initialized() else _rendezvous(count, within)
         state = PartialState(cpu=on_cpus(), **({} if patience is None else {"timeout": patience}))
         del store
     except torch.distributed.DistError as error:
-        raise _not_met(f"The {count} processes of this run did not find each other.", first_line(error)) from error
+        raise _rendezvous_error(
+            f"The {count} processes of this run did not find each other.", first_line(error)
+        ) from error
     return state
 
 
@@ -101,13 +103,13 @@ def join_launched() -> torch.device | None:
         ConfigError, DeltaMemError, InstallationError: as `join`.
     """
     check_started()
-    if processes_of_launch() == 1:
+    if launch_world_size() == 1:
         return None
     device: torch.device = join(PATIENCE).device
     return device
 
 
-def _met(count: int, within: timedelta) -> Any:
+def _rendezvous(count: int, within: timedelta) -> Any:
     """Wait for all processes at the launch's address, and return the store; None if the launcher has set no address.
 
     Raises:
@@ -117,7 +119,7 @@ def _met(count: int, within: timedelta) -> Any:
 
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return None
-    number, host, port = number_in_launch(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    number, host, port = launch_rank(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, else by the first process
     is_master = number == 0 and not served
     keys = [f"deltamem/{each}" for each in range(count)]
@@ -134,7 +136,7 @@ def _met(count: int, within: timedelta) -> Any:
             missing = [each for each, key in enumerate(keys) if not store.check([key])]
         elif is_master or served:
             raise
-        raise _not_met(
+        raise _rendezvous_error(
             f"Process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of the {count} of this run did "
             "not connect.",
             f"This process waited at {host}:{port} for {within.total_seconds():.0f} seconds",
@@ -142,7 +144,7 @@ def _met(count: int, within: timedelta) -> Any:
     return store
 
 
-def _not_met(what: str, why: str) -> DeltaMemError:
+def _rendezvous_error(what: str, why: str) -> DeltaMemError:
     return DeltaMemError(
         what,
         f"{why}.",
@@ -158,7 +160,7 @@ def members() -> list[Member]:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    mine = (number_in_launch(), socket.gethostname(), os.getpid())
+    mine = (launch_rank(), socket.gethostname(), os.getpid())
     return list(gather_object([mine])) if PartialState().num_processes > 1 else [mine]
 
 
@@ -170,7 +172,7 @@ def report_lost_processes(processes: Sequence[Member], advice: str) -> Iterator[
     try:
         yield
     except RuntimeError as error:  # gloo has no error type of its own
-        lost = _lost(processes)
+        lost = _find_lost(processes)
         if not lost and not isinstance(error, DistError):
             raise
         raise DeltaMemError(
@@ -180,18 +182,18 @@ def report_lost_processes(processes: Sequence[Member], advice: str) -> Iterator[
         ) from error
 
 
-def _lost(processes: Sequence[Member]) -> list[str]:
+def _find_lost(processes: Sequence[Member]) -> list[str]:
     """Return the processes on this machine that have ended, after waiting a moment for one that is being killed."""
     here = [(number, pid) for number, host, pid in processes if host == socket.gethostname() and pid != os.getpid()]
     for _ in range(int(LOST_WITHIN / LOST_AGAIN) if here else 0):
-        lost = [f"{number} (pid {pid})" for number, pid in here if not _runs(pid)]
+        lost = [f"{number} (pid {pid})" for number, pid in here if not _is_running(pid)]
         if lost:
             return lost
         time.sleep(LOST_AGAIN)
     return []
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     import psutil
 
     try:

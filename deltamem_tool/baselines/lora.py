@@ -119,7 +119,7 @@ class Lora:
 
     @classmethod
     def read(cls, name: str | Path) -> Lora:
-        """Read the config of a folder or Hub id; the weights are read by `put_on`.
+        """Read the config of a folder or Hub id; the weights are read by `attach_to`.
 
         Raises:
             AdapterError: a file is missing or damaged, or it is another kind of PEFT adapter.
@@ -198,7 +198,7 @@ class Lora:
             )
 
     @contextmanager
-    def on(self, model: PreTrainedModel) -> Iterator[None]:
+    def applied_to(self, model: PreTrainedModel) -> Iterator[None]:
         """Put the LoRA on `model` inside the block. Afterwards, the model is as before.
 
         Raises:
@@ -207,7 +207,7 @@ class Lora:
         """
         required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            wrapped = self.put_on(model)
+            wrapped = self.attach_to(model)
             try:
                 yield
             finally:
@@ -216,7 +216,7 @@ class Lora:
             for parameter, required in required_grad:
                 parameter.requires_grad_(required)
 
-    def put_on(self, model: PreTrainedModel) -> Any:
+    def attach_to(self, model: PreTrainedModel) -> Any:
         """Put the LoRA on `model`, whose layers are changed in place.
 
         Returns:
@@ -233,7 +233,7 @@ class Lora:
         try:
             wrapped = peft_model(model, config)
         except ValueError as error:
-            raise self._misfit(f"{first_line(error)}.") from error
+            raise self._misfit_error(f"{first_line(error)}.") from error
         try:
             self._load_weights(wrapped)
         except BaseException:
@@ -242,9 +242,9 @@ class Lora:
         return wrapped.eval()
 
     def for_inference(self, model: PreTrainedModel) -> Any:
-        """Do what `put_on` does, and freeze the LoRA and cast it to the data type of the base model."""
+        """Do what `attach_to` does, and freeze the LoRA and cast it to the data type of the base model."""
         with without_warnings():
-            return _in_dtype_of_base(self.put_on(model))
+            return _in_dtype_of_base(self.attach_to(model))
 
     def _load_weights(self, wrapped: Any) -> None:
         from safetensors import SafetensorError
@@ -260,10 +260,10 @@ class Lora:
         if expected != shapes:
             names = sorted(expected.keys() | shapes.keys())
             differing = [name for name in names if expected.get(name) != shapes.get(name)]
-            raise self._misfit(f"These tensors are missing, extra or have another shape: {', '.join(differing)}.")
+            raise self._misfit_error(f"These tensors are missing, extra or have another shape: {', '.join(differing)}.")
         _peft().set_peft_model_state_dict(wrapped, weights)
 
-    def _misfit(self, why: str) -> AdapterError:
+    def _misfit_error(self, why: str) -> AdapterError:
         return AdapterError(f"{self.folder} does not fit the model.", why, "Use a LoRA of the same base model.")
 
 

@@ -34,7 +34,7 @@ from deltamem_tool.base_model.attention import AttentionLayer, attention_layers,
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError
-from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.io.atomic import atomic_folder
 from deltamem_tool.io.names import resolve_folder
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.attachment import hf_model
@@ -87,7 +87,7 @@ class StaticAdapter(nn.Module):
         """Return the module of decoder layer `index`."""
         return cast(StaticLayer, self.layers[str(index)])
 
-    def put_on(self, model: PreTrainedModel) -> list[RemovableHandle]:
+    def attach_to(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Correct the projections of `model` until the returned handles are removed."""
         layers = layers_at(attention_layers(hf_model(model)), [int(index) for index in self.layers])
         handles = []
@@ -109,7 +109,7 @@ class StaticAdapter(nn.Module):
         }
         weights = {name: weight.detach().float().cpu().contiguous() for name, weight in self.state_dict().items()}
         contents = {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS_FILE: save(weights)}
-        with folder_whole(out, overwrite) as staged:
+        with atomic_folder(out, overwrite) as staged:
             for name, content in {**contents, **files}.items():
                 (staged / name).write_bytes(content)
 
@@ -242,13 +242,13 @@ class Static:
         return adapter
 
     @contextmanager
-    def on(self, model: PreTrainedModel) -> Iterator[None]:
+    def applied_to(self, model: PreTrainedModel) -> Iterator[None]:
         """Put the static adapter on `model` inside the block.
 
         Raises:
             AdapterError: the weights are damaged, or do not fit the model.
         """
-        handles = self.adapter_for(model).to(model.device).requires_grad_(False).put_on(model)
+        handles = self.adapter_for(model).to(model.device).requires_grad_(False).attach_to(model)
         try:
             yield
         finally:

@@ -35,7 +35,7 @@ from deltamem_tool.chat.torch_states import (
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.attachment import attachment_of
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.call_options import CallOptions, fill
+from deltamem_tool.memory.call_options import CallOptions, fill_layer
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.segments.tags import SegmentTag
@@ -154,7 +154,7 @@ class TorchModel:
         for index, other in past.others.items():
             cache.layers[index] = copy.deepcopy(other)
         for index, (keys, values) in past.layers.items():
-            fill(cast(DynamicLayer, cache.layers[index]), keys, values)
+            fill_layer(cast(DynamicLayer, cache.layers[index]), keys, values)
         for index, states in past.states.items():
             fill_states(cache.layers[index], states)
         if segment_end is not None:

@@ -137,7 +137,7 @@ def command(
     )
     from deltamem_tool.bench.run import bench
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.io.atomic import check_writable, write_whole
+    from deltamem_tool.io.atomic import check_writable, write_atomically
 
     if out is not None:
         check_writable(out)
@@ -150,7 +150,7 @@ def command(
         result = bench(setting, peaks=not no_peak, report=report)
     document = result.to_json()
     if out is not None:
-        write_whole(out, (json.dumps(document, indent=1) + "\n").encode())
+        write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
     if as_json:
         click.echo(json.dumps(document))
         return

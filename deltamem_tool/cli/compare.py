@@ -32,14 +32,14 @@ def command(a: Path, b: Path, margin: float | None, out: Path | None, as_json: b
     compared, and the output says so.
     """
     from deltamem_tool.evaluation.report.compare import compare
-    from deltamem_tool.io.atomic import check_writable, write_whole
+    from deltamem_tool.io.atomic import check_writable, write_atomically
 
     if out is not None:
         check_writable(out)
     comparison = compare(a, b, margin)
     payload = comparison.to_json()
     if out is not None:
-        write_whole(out, (json.dumps(payload, indent=1) + "\n").encode())
+        write_atomically(out, (json.dumps(payload, indent=1) + "\n").encode())
     if as_json:
         click.echo(json.dumps(payload))
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from deltamem_tool.base_model.launch import join_launched, number_in_launch
+from deltamem_tool.base_model.launch import join_launched, launch_rank
 from deltamem_tool.cli.options import torch_device
 from deltamem_tool.io.installation import RUNTIME, check_installation, is_installed
 from deltamem_tool.onnx.contract import MANIFEST_FILE
@@ -76,7 +76,7 @@ def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> E
 
 def is_follower(device: str | None) -> bool:
     """Whether this process does as another one does, and nothing else."""
-    return device == TENSOR_PARALLEL and number_in_launch() > 0
+    return device == TENSOR_PARALLEL and launch_rank() > 0
 
 
 def follow_engine(adapter: str, loading: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from deltamem_tool.chat.sampling import not_finite_error
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.decoder_call import is_off
+from deltamem_tool.memory.decoder_call import is_memory_off
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -51,7 +51,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         if self.tokenizer.pad_token_id >= self._vocabulary:
             self.tokenizer.pad_token_id = 0  # any token of the model, because a mask hides it
         attachment = find_attachment(model)
-        self._granularity = "token" if attachment is None or is_off() else attachment.adapter.config.granularity
+        self._granularity = "token" if attachment is None or is_memory_off() else attachment.adapter.config.granularity
         self._tags: dict[tuple[int, ...], list[int]] = {}  # segment tags of the rendered prompts, if segments write
         self._tell = tell
         self._done = self._of = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.processes import ALONE, Processes
-from deltamem_tool.io.atomic import check_writable, locked, write_whole
+from deltamem_tool.io.atomic import check_writable, file_lock, write_atomically
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
 
@@ -61,7 +61,7 @@ class RecordFolder:
         file = self.folder / RECORDS_FILE
         if not file.is_file():
             return []
-        with locked(file):
+        with file_lock(file):
             whole, _, cut = file.read_bytes().rpartition(b"\n")
             if cut:
                 os.truncate(file, len(whole) + 1 if whole else 0)
@@ -74,10 +74,10 @@ class RecordFolder:
             DataError: another program has begun an evaluation with other settings in the folder.
         """
         place = self.folder / SETTINGS_FILE
-        with locked(place):
+        with file_lock(place):
             self._check_settings()
             if not place.exists():
-                write_whole(place, (json.dumps(self._settings, indent=1) + "\n").encode())
+                write_atomically(place, (json.dumps(self._settings, indent=1) + "\n").encode())
             with (self.folder / RECORDS_FILE).open("ab") as file:
                 file.write(_lines(records))
                 file.flush()
@@ -86,12 +86,12 @@ class RecordFolder:
     def sort(self, records: Sequence[Record]) -> None:
         """Write these records first, in their order. All others follow, by condition and item."""
         file = self.folder / RECORDS_FILE
-        with locked(self.folder / SETTINGS_FILE):
+        with file_lock(self.folder / SETTINGS_FILE):
             asked = {_key(record) for record in records}
             others = [record for record in read_records(file) if _key(record) not in asked]
             content = _lines([*records, *sorted(others, key=_key)])
             if content != file.read_bytes():
-                write_whole(file, content)
+                write_atomically(file, content)
 
     def _check_settings(self) -> None:
         place, wanted = self.folder / SETTINGS_FILE, self._settings

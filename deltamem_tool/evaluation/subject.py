@@ -128,7 +128,7 @@ class Subject:
 def apply_condition(model: PreTrainedModel, condition: Condition) -> Iterator[None]:
     """Change a PyTorch model as `Subject.apply_condition` does."""
     if condition.memory is None:
-        with without_memory(), condition.on_base.on(model) if condition.on_base else nullcontext():
+        with without_memory(), condition.on_base.applied_to(model) if condition.on_base else nullcontext():
             yield
     else:
         with _corrections_off(adapter_of(model)) if condition.memory == SCALE_ZERO else nullcontext():

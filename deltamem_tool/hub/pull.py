@@ -9,7 +9,7 @@ from pathlib import Path
 from deltamem_tool._compat import git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents
-from deltamem_tool.io.atomic import check_overwrite, folder_whole
+from deltamem_tool.io.atomic import atomic_folder, check_overwrite
 from deltamem_tool.io.names import commit_of, expand_user, fetch, on_hub
 
 
@@ -63,7 +63,7 @@ def pull(
     contents = read_contents(folder)
     if out is None:
         return PullResult(folder, commit_of(folder), contents)
-    with folder_whole(out, overwrite) as staged:
+    with atomic_folder(out, overwrite) as staged:
         card = {CARD_FILE: folder / CARD_FILE} if (folder / CARD_FILE).is_file() else {}
         for path, file in {**contents.files, **card}.items():
             assert isinstance(file, Path)

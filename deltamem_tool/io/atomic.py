@@ -21,10 +21,10 @@ UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def file_lock(path: str | Path) -> Iterator[None]:
     """Wait until no other program has locked `path`, and lock it. Without effect if the file system has no locks.
 
-    The lock is on the folder, because each `write_whole` replaces the file itself.
+    The lock is on the folder, because each `write_atomically` replaces the file itself.
     """
     folder = resolve(path).parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Lock an existing `folder` while the block runs. Without effect if the file system has no locks.
 
     Raises:
@@ -47,7 +47,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as opened:
         try:
-            opened.callback(os.close, _locked_at_once(folder))
+            opened.callback(os.close, _try_lock(folder))
         except BlockingIOError as error:
             raise DeltaMemError(
                 f"Another program is writing to {folder}.",
@@ -59,7 +59,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _locked_at_once(folder: Path) -> int:
+def _try_lock(folder: Path) -> int:
     """Lock `folder` without waiting. The lock lasts until the returned descriptor is closed.
 
     Raises:
@@ -81,7 +81,7 @@ def _locked_at_once(folder: Path) -> int:
 _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def write_atomically(path: str | Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
     An existing file keeps its mode and owner. If `path` is a symbolic link, its target is written. Files that a rename
@@ -190,7 +190,7 @@ def resolve(path: str | Path) -> Path:
 
 
 @contextmanager
-def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a staging folder beside `path`. It is renamed to `path` if the block succeeds, and removed otherwise.
 
     An existing folder and its files keep their mode and owner. Staging folders of programs that were killed while they
@@ -225,7 +225,7 @@ def _staging(path: Path) -> Iterator[Path]:
         staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             with suppress(OSError, ImportError):
-                opened.callback(os.close, _locked_at_once(staged))
+                opened.callback(os.close, _try_lock(staged))
                 staged = staged.rename(f"{staged}{UNFINISHED}")  # after locking, so that no program removes it as left
             yield staged
         except BaseException:
@@ -237,7 +237,7 @@ def _remove_unfinished(path: Path) -> None:
     """Remove staging folders of `path` whose programs were killed: they are no longer locked."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
         with suppress(OSError, ImportError):
-            descriptor = _locked_at_once(left)
+            descriptor = _try_lock(left)
             shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)
 
@@ -280,10 +280,10 @@ def _name(staged: Path, path: Path) -> None:
             raise
         beside = free_name(path)
         os.rename(staged, beside)
-        raise taken_meanwhile(path, beside) from error
+        raise path_taken_error(path, beside) from error
 
 
-def taken_meanwhile(path: Path, beside: Path) -> DeltaMemError:
+def path_taken_error(path: Path, beside: Path) -> DeltaMemError:
     """The error for a `path` that another program created meanwhile, so that the result is in `beside` instead."""
     return DeltaMemError(
         f"{path} was created while this command was running.",

@@ -116,7 +116,7 @@ class DeltaMemAdapter(nn.Module):
         changes = changes_of(parameters)
         if self._fingerprint is not None and self._fingerprint[1] == changes:
             return self._fingerprint[0]
-        self.check_at_hand()
+        self.check_materialized()
         fingerprint = fingerprint_of(
             self.config, {name: w.cpu().float().numpy() for name, w in self.state_dict().items()}
         )
@@ -125,7 +125,7 @@ class DeltaMemAdapter(nn.Module):
         self._fingerprint = (fingerprint, changes, data) if counted else None
         return fingerprint
 
-    def check_at_hand(self) -> None:
+    def check_materialized(self) -> None:
         """Check that the weights are in memory.
 
         Raises:

@@ -249,13 +249,13 @@ class MemoryCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Always raise MemoryStateError: a memory cannot forget tokens."""
-        raise takes_tokens_back()
+        raise token_removal_error()
 
     def _take_keys(self, rows: Tensor) -> None:
         super().reorder_cache(rows)  # type: ignore[arg-type]  # LongTensor is a type of its own to mypy
 
 
-def takes_tokens_back() -> MemoryStateError:
+def token_removal_error() -> MemoryStateError:
     """Return the error for decoding methods that feed tokens and then discard them."""
     return MemoryStateError(
         "A memory cannot forget its last tokens.",

@@ -77,7 +77,7 @@ class CallOptions:
             cache: keys, values and memory before the tokens.
             columns: int64 `[T]`, the positions of the tokens in the mask; None for its last ones.
         """
-        if self._starts_over and input_ids.shape[1] > 1 and _goes_on(cache):
+        if self._starts_over and input_ids.shape[1] > 1 and _continues(cache):
             return self._one_by_one(model, input_ids, attention_mask, cache)
         kwargs: dict[str, Any] = {self._cache: cache}
         if self._first_position is not None:
@@ -160,7 +160,7 @@ def _starts_over(model: PreTrainedModel) -> bool:
     return any("mamba_selective_scan" in vars(sys.modules[module]) for module in modules)
 
 
-def _goes_on(cache: MemoryCache) -> bool:
+def _continues(cache: MemoryCache) -> bool:
     """Whether layers of `cache` have states of earlier tokens, which are numbers here and not what a graph is given."""
     if torch.compiler.is_exporting():
         return False
@@ -226,14 +226,14 @@ def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> 
     return (~seen).to(model.dtype) * torch.finfo(model.dtype).min
 
 
-def fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
+def fill_layer(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
     """Do what `DynamicLayer.update` does to a new layer, without concatenating the past to an empty tensor."""
     layer.keys, layer.values, layer.is_initialized = key, value, True
     layer.dtype, layer.device = key.dtype, key.device
 
 
-def fill_static(layer: StaticLayer, key: Tensor, value: Tensor, length: Tensor) -> None:
-    """Do what `fill` does for a static layer, which changes the tensors that it is given.
+def fill_static_layer(layer: StaticLayer, key: Tensor, value: Tensor, length: Tensor) -> None:
+    """Do what `fill_layer` does for a static layer, which changes the tensors that it is given.
 
     Args:
         layer: a new layer of a static cache.

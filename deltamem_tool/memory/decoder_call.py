@@ -44,17 +44,17 @@ class DecoderCall:
 _THREAD = local()
 
 
-def running() -> DecoderCall | None:
+def current_call() -> DecoderCall | None:
     """Return the forward pass that this thread runs, or None."""
     return getattr(_THREAD, "call", None)
 
 
-def run(call: DecoderCall | None) -> None:
+def set_current_call(call: DecoderCall | None) -> None:
     """Set the forward pass that this thread runs."""
     _THREAD.call = call
 
 
-def is_off() -> bool:
+def is_memory_off() -> bool:
     """Whether this thread is in `without_memory`."""
     return getattr(_THREAD, "off", False)
 
@@ -71,7 +71,7 @@ def without_memory() -> Iterator[None]:
         >>> with deltamem.without_memory():
         ...     logits = model(**model.dummy_inputs).logits  # of the base
     """
-    before, _THREAD.off = is_off(), True
+    before, _THREAD.off = is_memory_off(), True
     try:
         yield
     finally:
@@ -79,11 +79,11 @@ def without_memory() -> Iterator[None]:
 
 
 @contextmanager
-def again(call: DecoderCall | None) -> Iterator[None]:
+def repeat_call(call: DecoderCall | None) -> Iterator[None]:
     """Run a layer a second time with the inputs of `call`, perhaps in another thread. Its results are dropped."""
-    before = running()
-    run(None if call is None else replace(call, readings={}, states={}, open_segments={}, write_gates={}))
+    before = current_call()
+    set_current_call(None if call is None else replace(call, readings={}, states={}, open_segments={}, write_gates={}))
     try:
         yield
     finally:
-        run(before)
+        set_current_call(before)

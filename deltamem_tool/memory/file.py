@@ -22,7 +22,7 @@ from safetensors.numpy import load, load_file, save
 from deltamem_tool._version import __version__
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.tensor_header import LENGTH_BYTES, Header, header_of, read_header
@@ -114,7 +114,7 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
     Raises:
         MemoryStateError: the memory contains NaN or infinity, so that the file could not be read again.
     """
-    write_whole(path, memory_bytes(memory))
+    write_atomically(path, memory_bytes(memory))
 
 
 def memory_bytes(memory: StoredMemory) -> bytes:
@@ -182,7 +182,7 @@ def read_memory(path: str | Path) -> StoredMemory:
     except MemoryStateError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_error(path, error) from error
 
 
 def memory_from_bytes(content: bytes, name: str) -> StoredMemory:
@@ -198,10 +198,10 @@ def memory_from_bytes(content: bytes, name: str) -> StoredMemory:
     except MemoryStateError:
         raise
     except (SafetensorError, ValueError) as error:
-        raise _unreadable(name, error) from error
+        raise _unreadable_error(name, error) from error
 
 
-def _unreadable(name: str | Path, error: Exception) -> MemoryStateError:
+def _unreadable_error(name: str | Path, error: Exception) -> MemoryStateError:
     return MemoryStateError(f"{name} is not a memory file.", f"It cannot be read: {error}.", "Use another file.")
 
 
@@ -212,17 +212,17 @@ def _memory(name: str | Path, header: Header, tensors: dict[str, np.ndarray]) ->
         match = _TENSOR.fullmatch(tensor_name)
         assert match is not None  # or the header had been refused
         if not np.isfinite(tensor).all():
-            raise _damaged(name, f"The state {tensor_name!r} contains NaN or infinity")
+            raise _damaged_error(name, f"The state {tensor_name!r} contains NaN or infinity")
         parts[match[2]][int(match[1])] = tensor
     states, segments = (dict(sorted(part.items())) for part in parts.values())
     if len({state.shape[1:] for state in states.values()}) > 1 or any(
         s.shape[2] != s.shape[3] for s in states.values()
     ):
-        raise _damaged(name, "Its states are not square, or differ in size")
+        raise _damaged_error(name, "Its states are not square, or differ in size")
     if segments and (segments.keys() != states.keys() or len({segment.shape for segment in segments.values()}) > 1):
-        raise _damaged(name, "Its layers disagree on their open segments")
+        raise _damaged_error(name, "Its layers disagree on their open segments")
     if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
-        raise _damaged(name, "Its layers disagree on the number of conversations")
+        raise _damaged_error(name, "Its layers disagree on the number of conversations")
     return StoredMemory(states, segments, header.metadata["adapter"])
 
 
@@ -250,12 +250,12 @@ def _check_header(path: str | Path, header: Header) -> None:
     for name, entry in header.tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None or len(entry.shape) != _AXES[match[2]] or entry.dtype != "float32":
-            raise _damaged(path, f"Its tensor {name!r} is not a float32 state")
+            raise _damaged_error(path, f"Its tensor {name!r} is not a float32 state")
     if not any(name.endswith(".state") for name in header.tensors) or "adapter" not in metadata:
-        raise _damaged(path, "It contains no states or no fingerprint")
+        raise _damaged_error(path, "It contains no states or no fingerprint")
 
 
-def _damaged(path: str | Path, why: str) -> MemoryStateError:
+def _damaged_error(path: str | Path, why: str) -> MemoryStateError:
     return MemoryStateError(f"{path} is damaged.", f"{why}.", "Use another file.")
 
 

@@ -22,14 +22,14 @@ from deltamem_tool.errors import ConfigError, MemoryStateError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attachment import Attachment
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.decoder_call import DecoderCall, is_off, run, running
+from deltamem_tool.memory.decoder_call import DecoderCall, current_call, is_memory_off, set_current_call
 from deltamem_tool.memory.file import check_memory
 from deltamem_tool.memory.masks import (
     check_one_text,
     check_writes_tokens,
+    replace_unknown_padding,
     segment_tokens,
     valid_tokens,
-    with_known_padding,
     writing_tokens,
 )
 from deltamem_tool.memory.state import MemoryState
@@ -89,7 +89,7 @@ def _begin_call(
 ) -> tuple[Args, Kwargs]:
     """Begin a `DecoderCall`."""
     args, kwargs = with_one_cache(parameters, argument, args, kwargs)
-    if is_off():
+    if is_memory_off():
         return args, kwargs
     if attachment.has_moved:
         hook_layers(attachment)
@@ -134,13 +134,15 @@ def _begin_call(
     if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
         valid = None  # cheap to see on a CPU, and it saves every layer its masks
     if tokens is not None and valid is not None and not torch.compiler.is_compiling():
-        kwargs["input_ids"] = with_known_padding(tokens, valid, _rows_of(attachment.model))
+        kwargs["input_ids"] = replace_unknown_padding(tokens, valid, _rows_of(attachment.model))
     if cache.write is not False and not torch.compiler.is_compiling():  # a memory that is only read is every text's
         check_one_text(kwargs, valid, base_separates=mask is None and kwargs.get(argument) is None)
     write_mask, segment_end = segment_tokens(
         adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
     )
-    run(DecoderCall(cache, memory.for_autograd(), valid, write_mask, segment_end, length, past, outer=running()))
+    set_current_call(
+        DecoderCall(cache, memory.for_autograd(), valid, write_mask, segment_end, length, past, outer=current_call())
+    )
     return (), kwargs
 
 
@@ -164,10 +166,10 @@ def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> Non
 
 def _end_call(module: nn.Module, args: Args, output: Any) -> None:
     """End the `DecoderCall`: the cache takes the new states."""
-    call = None if is_off() else running()
+    call = None if is_memory_off() else current_call()
     if call is None:
         return  # or the hook before the decoder refused the call
-    run(call.outer)
+    set_current_call(call.outer)
     if output is None:  # the decoder raised, and the cache keeps the memory it had
         if call.past is not None:
             call.cache.drop_after(call.past)
@@ -187,9 +189,9 @@ def _end_call(module: nn.Module, args: Args, output: Any) -> None:
 
 def _before_attention(adapter: DeltaMemAdapter, index: int, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Read and write, before the attention of layer `index`."""
-    if is_off():
+    if is_memory_off():
         return
-    call = running()
+    call = current_call()
     if call is None:
         raise MemoryStateError(
             "An attention layer was called outside of its decoder.",
@@ -225,9 +227,9 @@ def _after_projection(
     output: Tensor,
 ) -> Tensor | None:
     """Correct what a projection of layer `index` puts out."""
-    if is_off():
+    if is_memory_off():
         return None
-    call = running()
+    call = current_call()
     assert call is not None  # the attention's own hook has seen to it
     layer, readings = adapter.layer(index), call.readings[index]
     if projection.is_whole and output.shape[-1] == projection.width:

@@ -15,7 +15,7 @@ from deltamem_tool.memory.corrections import Corrections
 from deltamem_tool.ops.gates import gates, normalise, per_head, write_inputs
 from deltamem_tool.ops.recurrent import delta_step
 from deltamem_tool.ops.scan import delta_scan, full_precision, read_state
-from deltamem_tool.ops.segment_sums import means, segment_sums, summands
+from deltamem_tool.ops.segment_sums import segment_means, segment_sums, segment_terms
 
 # A token's gradient fades as what it wrote does: at λ = 0.82, 450 tokens later, it is in float32's denormals, where a
 # CPU's matrix products take many times as long; the base's backward pass is made of them. Adam squares gradients:
@@ -109,11 +109,11 @@ class DeltaMemLayer(Corrections):
                 else:
                     query, key = query_key.chunk(2, dim=-1)
                     widths = [part.shape[-1] for part in (key, *raw)]
-                    added = summands((key, *raw))
+                    added = segment_terms((key, *raw))
                     if isinstance(write_mask, Tensor):
                         added = added * write_mask.unsqueeze(-1)
                     sums, open_segment = segment_sums(added, segment_end, open_segment)
-                    key, *raw = torch.split(means(sums)[0], widths, dim=-1)
+                    key, *raw = torch.split(segment_means(sums)[0], widths, dim=-1)
                     q, k = (normalise(per_head(part, self.config)) for part in (query, key))
                     write_mask = False if segment_end is None else segment_end
                 if write_mask is False:  # no segment ends
@@ -135,7 +135,7 @@ class DeltaMemLayer(Corrections):
             if open_segment is not None:  # nothing is written yet
                 query, key = query_key.chunk(2, dim=-1)
                 readings = read_state(state, normalise(per_head(query, self.config)))
-                return LayerOutput(readings.flatten(2), state, open_segment + summands((key, *raw))[:, 0], None)
+                return LayerOutput(readings.flatten(2), state, open_segment + segment_terms((key, *raw))[:, 0], None)
             q_k = normalise(query_key.view(-1, 2, *state.shape[1:3])).permute(0, 2, 3, 1)  # [B, H, R, 2]
             heads = state.shape[1]
             value, *raw = (part.view(-1, heads, part.shape[-1] // heads, 1) for part in raw)
@@ -164,7 +164,7 @@ def end_segment(config: DeltaMemConfig, state: Tensor, open_segment: Tensor) -> 
     rows = config.state_heads * config.rank
     widths = [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
     with full_precision(state.device):
-        values, tokens = means(open_segment)
+        values, tokens = segment_means(open_segment)
         key, *raw = torch.split(values.unsqueeze(1), widths, dim=-1)
         k = normalise(per_head(key, config))
         v, log_keep, erase, write = write_inputs(config, raw)

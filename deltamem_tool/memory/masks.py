@@ -113,7 +113,7 @@ def segment_tokens(
     return write_mask & (tags != OUTSIDE), write_mask & (tags == LAST)
 
 
-def with_known_padding(tokens: Tensor, valid: Tensor, vocabulary: int) -> Tensor:
+def replace_unknown_padding(tokens: Tensor, valid: Tensor, vocabulary: int) -> Tensor:
     """Give padding whose id the embedding does not have, as of a tokenizer with tokens added, an id that it has.
 
     Not at single tokens on a GPU, where it would cost time at each, and only ended rows are padded.

@@ -21,8 +21,8 @@ from deltamem_tool._compat import (
 )
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory.attachment import attachment_of
-from deltamem_tool.memory.cache import MemoryCache, takes_tokens_back
-from deltamem_tool.memory.decoder_call import is_off
+from deltamem_tool.memory.cache import MemoryCache, token_removal_error
+from deltamem_tool.memory.decoder_call import is_memory_off
 from deltamem_tool.memory.masks import check_writes_tokens, valid_tokens
 
 Method = Callable[..., Any]
@@ -44,12 +44,12 @@ def _with_memory_cache(original: Method) -> Method:
         max_cache_length: int,
     ) -> None:
         passed = model_kwargs.get(argument)
-        remembers = isinstance(passed, MemoryCache) or (passed is None and not is_off())
+        remembers = isinstance(passed, MemoryCache) or (passed is None and not is_memory_off())
         if remembers and generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise takes_tokens_back()
+            raise token_removal_error()
         original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         copies = 1
-        if passed is None and generation_config.use_cache and not is_off():
+        if passed is None and generation_config.use_cache and not is_memory_off():
             check_writes_tokens(attachment_of(self).adapter.config)
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise MemoryStateError(

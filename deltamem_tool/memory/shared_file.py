@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.io.atomic import free_name, locked, resolve
+from deltamem_tool.io.atomic import file_lock, free_name, resolve
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.memory.file import StoredMemory, read_memory, write_memory
 
@@ -47,7 +47,7 @@ class SharedMemoryFile:
             MemoryStateError: the memory contains NaN or infinity; nothing was written.
         """
         digest = memory.digest()
-        with locked(self.path):
+        with file_lock(self.path):
             file = self.beside() if not replace and self._has_changed(digest) else self
             write_memory(file.path, memory)
             file._digest = digest

@@ -45,10 +45,10 @@ class MemoryState:
         self.adapter = adapter
         for layer, state in self.layers.items():
             if state.ndim != 4 or state.shape[2] != state.shape[3] or state.dtype != torch.float32:
-                raise _invalid(f"state of layer {layer}", state, "[B, H, R, R]")
+                raise _invalid_tensor_error(f"state of layer {layer}", state, "[B, H, R, R]")
         for layer, segment in self.open_segments.items():
             if segment.ndim != 2 or segment.dtype != torch.float32:
-                raise _invalid(f"open segment of layer {layer}", segment, "[B, W]")
+                raise _invalid_tensor_error(f"open segment of layer {layer}", segment, "[B, W]")
         tensors = [*self.layers.values(), *self.open_segments.values()]
         fits = all(tensor.shape[0] == tensors[0].shape[0] for tensor in tensors)
         if not self.layers or not fits or (self.open_segments and self.open_segments.keys() != self.layers.keys()):
@@ -182,7 +182,7 @@ class MemoryState:
         return MemoryState(layers, self.adapter, segments)
 
 
-def _invalid(name: str, tensor: Tensor, expected: str) -> MemoryStateError:
+def _invalid_tensor_error(name: str, tensor: Tensor, expected: str) -> MemoryStateError:
     return MemoryStateError(
         f"Invalid tensor for the {name}.",
         f"It is {tensor.dtype} {list(tensor.shape)}, not float32 {expected}.",

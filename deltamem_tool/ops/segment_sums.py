@@ -52,12 +52,12 @@ def cumulative_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> t
     return sums, sums[:, -1].masked_fill(segment_end[:, -1:], 0.0)
 
 
-def summands(parts: Sequence[Tensor]) -> Tensor:
+def segment_terms(parts: Sequence[Tensor]) -> Tensor:
     """Return what each token adds to its segment, `[B, T, W]`: its pre-activations, and a one that counts it."""
     return torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
 
 
-def means(sums: Tensor) -> tuple[Tensor, Tensor]:
+def segment_means(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Return the means `[..., W - 1]` and the number of tokens `[..., 1]` from sums `[..., W]`."""
     tokens = sums[..., -1:]
     return sums[..., :-1] / tokens.clamp_min(1.0), tokens

@@ -14,7 +14,7 @@ from typing import Any
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.io import web_files
-from deltamem_tool.io.atomic import check_overwrite, folder_whole
+from deltamem_tool.io.atomic import atomic_folder, check_overwrite
 from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from deltamem_tool.onnx.contract import (
     BFLOAT16,
@@ -114,7 +114,7 @@ def make_page(
     by_sentence = DeltaMemConfig.from_dict(manifest.mechanism).granularity == "sentence"
     wanted = [*FILES, *(WEBGPU_FILES if webgpu else ()), *(SENTENCE_FILES if by_sentence else ())]
     packages = runtime_contents(wanted, runtime, progress)
-    with folder_whole(out, overwrite) as staged:
+    with atomic_folder(out, overwrite) as staged:
         _write(staged, folder, {file.name: file for file in wanted}, packages, cdn)
         sizes = {path.relative_to(staged): path.stat().st_size for path in staged.rglob("*") if path.is_file()}
     return PageResult(

@@ -19,7 +19,7 @@ import httpx2
 import platformdirs
 
 from deltamem_tool.errors import InstallationError, first_line
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.io.names import expand_user
 
 REGISTRY_VARIABLE = "npm_config_registry"  # read by npm, too
@@ -166,7 +166,7 @@ def runtime_contents(
                 progress(f"Fetching {file.package.name} {file.package.version} from npm")
                 fetched[file.package] = _tarball(file.package)
             content = _in_tarball(file, fetched[file.package])
-            write_whole(kept, content)
+            write_atomically(kept, content)
         contents[file.name] = content
     return contents
 
@@ -200,12 +200,12 @@ def _tarball(package: Package) -> bytes:
             for chunk in response.iter_bytes():
                 content += chunk
                 if len(content) > MAX_TARBALL_BYTES:
-                    raise _unfetched(package, f"It is larger than {MAX_TARBALL_BYTES} bytes")
+                    raise _fetch_error(package, f"It is larger than {MAX_TARBALL_BYTES} bytes")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise _unfetched(package, f"{address}: {first_line(error)}") from error
+        raise _fetch_error(package, f"{address}: {first_line(error)}") from error
     digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
     if digest != package.sha512:
-        raise _unfetched(package, f"The file at {address} is not the package that was tested")
+        raise _fetch_error(package, f"The file at {address} is not the package that was tested")
     return bytes(content)
 
 
@@ -222,7 +222,7 @@ def _is_tested(file: RuntimeFile, content: bytes) -> bool:
     return hashlib.sha256(content).hexdigest() == file.sha256
 
 
-def _unfetched(package: Package, why: str) -> InstallationError:
+def _fetch_error(package: Package, why: str) -> InstallationError:
     return InstallationError(
         f"{package.name} {package.version} cannot be fetched from npm.",
         f"{why}.",

@@ -26,7 +26,7 @@ from deltamem_tool.evaluation.report.tables import plot_losses, plot_scores
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.natural_recall import DIALOGUES, recall
-from deltamem_tool.io.atomic import check_overwrite, write_whole
+from deltamem_tool.io.atomic import check_overwrite, write_atomically
 from deltamem_tool.io.names import BACKBONE, expand_user
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import export_onnx
@@ -164,7 +164,7 @@ def quickstart(
         remembered=remembered,
         seconds=seconds,
     )
-    write_whole(result.report, (json.dumps(report_json(result), indent=2) + "\n").encode())
+    write_atomically(result.report, (json.dumps(report_json(result), indent=2) + "\n").encode())
     return result
 
 

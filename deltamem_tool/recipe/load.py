@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from deltamem_tool.config import PRESETS, DeltaMemConfig
-from deltamem_tool.errors import ConfigError, Key, Problem, config_error, problems_of, shown
+from deltamem_tool.errors import ConfigError, Key, Problem, config_error, problems_of, short_value
 from deltamem_tool.io.names import expand_user
-from deltamem_tool.recipe.rules import broken
+from deltamem_tool.recipe.rules import violations
 from deltamem_tool.recipe.schema import (
     KNOWN,
     SECTIONS,
@@ -139,7 +139,7 @@ def _complete_memory(content: dict[str, Any], places: dict[Key, _Place]) -> list
             places["memory", name] = places["memory", old]
     preset = memory.get("preset")
     if preset is not None and preset not in list(PRESETS):
-        why = f"memory.preset must be one of {', '.join(PRESETS)}, not {shown(preset)}"
+        why = f"memory.preset must be one of {', '.join(PRESETS)}, not {short_value(preset)}"
         problems.append(Problem((("memory", "preset"),), why))
         preset = None
     options = {key: value for key, value in memory.items() if key != "preset"}
@@ -184,4 +184,4 @@ def _build(content: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         wrong = ".".join(problem.keys[0])
         values = {key: value for key, value in values.items() if not f"{key}.".startswith(f"{wrong}.")}
     values |= {key: content[key] for key in ("lora", "memory") if key in content}  # given is what counts, right or not
-    return recipe, [*problems, *broken(values)]
+    return recipe, [*problems, *violations(values)]

@@ -162,7 +162,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def broken(values: Mapping[str, Any]) -> Iterator[Problem]:
+def violations(values: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield the violated rules among those whose options are all in `values`, a mapping by dotted key."""
     for keys, holds, why in RULES:
         if all(key in values for key in keys) and not holds(*(values[key] for key in keys)):

@@ -13,9 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from deltamem_tool.config import MAX_NUMBER, OPTIONS, CheckedOptions, DeltaMemConfig
 from deltamem_tool.data.dialogues import KIND_OF
-from deltamem_tool.errors import ConfigError, Key, Known, shown
+from deltamem_tool.errors import ConfigError, Key, Known, short_value
 from deltamem_tool.io.names import expand_name
-from deltamem_tool.recipe.rules import FACT_OPTIONS, broken
+from deltamem_tool.recipe.rules import FACT_OPTIONS, violations
 
 MAX_LORA_RANK = 65_536  # the widest models have 16,384 numbers a token
 
@@ -66,7 +66,9 @@ def _as_pairs(value: Any) -> Any:
             or (isinstance(option, float) and math.isfinite(option))
         )
         if not plain:
-            raise ValueError(f"has {name!r}, which must be a number, text, true, false or null, not {shown(option)}")
+            raise ValueError(
+                f"has {name!r}, which must be a number, text, true, false or null, not {short_value(option)}"
+            )
     return tuple(sorted(value.items()))
 
 
@@ -109,7 +111,7 @@ class _Options(metaclass=CheckedOptions):
             values[".".join((*self.SECTION, entry.name))] = value
             if is_dataclass(value):
                 values |= {f"{entry.name}.{inner.name}": getattr(value, inner.name) for inner in fields(value)}
-        return [problem.why for problem in broken(values)]
+        return [problem.why for problem in violations(values)]
 
 
 @dataclass(frozen=True, config=OPTIONS)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.io.atomic import locked, write_whole
+from deltamem_tool.io.atomic import file_lock, write_atomically
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_text
 from deltamem_tool.serve.errors import RequestError
@@ -87,13 +87,13 @@ def new_key(path: str | Path, tenant: str) -> str:
         )
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     line = f"{tenant} sha256:{hashlib.sha256(key.encode()).hexdigest()}\n"
-    with locked(path):
+    with file_lock(path):
         former = ""
         if path.exists():
             _entries(path)  # raises if it is another kind of file, which must not be changed
             former = read_text(path)
             former += "" if not former or former.endswith("\n") else "\n"
-        write_whole(path, (former + line).encode())
+        write_atomically(path, (former + line).encode())
     return key
 
 

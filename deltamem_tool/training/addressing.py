@@ -97,7 +97,7 @@ class HiddenStates:
 
     calls: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def taken(self) -> dict[int, Tensor]:
+    def take(self) -> dict[int, Tensor]:
         """Return those of all calls since the last time, concatenated in order."""
         joined = {layer: torch.cat(parts, dim=1) for layer, parts in self.calls.items()}
         self.calls.clear()

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from deltamem_tool.adapter.config_file import BaseModel
 from deltamem_tool.baselines.lora import without_warnings
 from deltamem_tool.baselines.static import StaticAdapter
-from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.io.atomic import atomic_folder
 from deltamem_tool.recipe.load import ObjectiveOptions
-from deltamem_tool.training.gradient_checkpointing import recomputing
+from deltamem_tool.training.gradient_checkpointing import recompute_layers
 from deltamem_tool.training.loss import EpisodeModel, answer_loss, divergence, item_count, scored_logits
 
 
@@ -51,7 +51,7 @@ class LoraStepModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute the loss of the answers `[N]` in whole conversations `[Q, F]`. `others` are for a memory."""
         self.lora.train(self.training)  # its dropout
-        with recomputing(self.lora.get_base_model()) if self.recompute else contextlib.nullcontext():
+        with recompute_layers(self.lora.get_base_model()) if self.recompute else contextlib.nullcontext():
             logits = scored_logits(self.lora, full_ids, full_mask, full_scored)
         loss = answer_loss(logits, targets, num_items_in_batch)
         return {"loss": loss, "answer": loss.detach().clone()}  # the Trainer changes the loss in place
@@ -64,7 +64,7 @@ class LoraStepModel(nn.Module):
 
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
         """Write PEFT's adapter folder with the additional `files`, whole or not at all."""
-        with folder_whole(out, overwrite) as staged:
+        with atomic_folder(out, overwrite) as staged:
             with without_warnings():  # that the base has no config.json, where it is a GGUF file
                 self.lora.save_pretrained(staged)
             for name, content in files.items():
@@ -98,7 +98,7 @@ class StaticStepModel(nn.Module):
         self.objective, self.recompute = objective or ObjectiveOptions(), recompute
         base.requires_grad_(False)
         self._base = (base,)  # in a tuple, so that it is not a submodule
-        self._handles = adapter.put_on(base)
+        self._handles = adapter.attach_to(base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -118,7 +118,7 @@ class StaticStepModel(nn.Module):
         **others: Any,
     ) -> dict[str, Tensor]:
         """Compute the loss of the answers `[N]` of exchanges `[Q, T]`. `others` are for a memory."""
-        with recomputing(self.base) if self.recompute else contextlib.nullcontext():
+        with recompute_layers(self.base) if self.recompute else contextlib.nullcontext():
             logits = scored_logits(self.base, read_ids, read_mask, scored)
         loss = answer = answer_loss(logits, targets, num_items_in_batch)
         parts = {"answer": answer.detach().clone()}  # the Trainer changes the loss in place
@@ -137,7 +137,7 @@ class StaticStepModel(nn.Module):
         try:
             return scored_logits(self.base, ids, mask, scored)
         finally:
-            self._handles = self.adapter.put_on(self.base)
+            self._handles = self.adapter.attach_to(self.base)
 
     @torch.no_grad()
     def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
 from deltamem_tool.adapter.load import shapes_of
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
-from deltamem_tool.base_model.launch import number_in_launch, processes_of_launch
+from deltamem_tool.base_model.launch import launch_rank, launch_world_size
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.baselines.lora import new_lora
@@ -105,7 +105,7 @@ def dry_run(recipe: Recipe, report: Report | None = None, processes: int | None 
     notes: list[str] = []
     training = recipe.training
     shards = asks_to_shard(recipe)
-    processes = processes_of_launch() if processes is None else processes
+    processes = launch_world_size() if processes is None else processes
     if shards:
         check_shards(recipe, processes)
     read = Static.read if recipe.static else read_adapter
@@ -190,7 +190,7 @@ def dry_run(recipe: Recipe, report: Report | None = None, processes: int | None 
         tokens_per_step=tokens,
         peak=PeakMemory(*sizes, activations, None if activations is None else sum(sizes) + activations),
         notes=notes,
-        is_main=number_in_launch() == 0,
+        is_main=launch_rank() == 0,
     )
 
 

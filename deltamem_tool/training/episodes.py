@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from deltamem_tool.base_model.limits import NO_LIMITS, Limits
 from deltamem_tool.data.collate import EpisodeCollator
 from deltamem_tool.data.encode import Encoder
-from deltamem_tool.data.mixed import MixedEpisodes
+from deltamem_tool.data.mixed_episodes import MixedEpisodes
 from deltamem_tool.data.sources import read_episodes, read_exchanges
 from deltamem_tool.data.store import EncodedEpisodes, encode_cached
 from deltamem_tool.data.unrelated import UnrelatedExchanges
 from deltamem_tool.recipe.load import Recipe
-from deltamem_tool.training.generated import generated_episodes, held_out_episodes
+from deltamem_tool.training.generated_episodes import generated_episodes, held_out_episodes
 from deltamem_tool.training.trainer import steps_of
 
 

@@ -19,11 +19,11 @@ from transformers import Cache, PreTrainedModel
 
 from deltamem_tool._compat import GradientCheckpointingLayer, tree_map_only
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.memory.decoder_call import again, running
+from deltamem_tool.memory.decoder_call import current_call, repeat_call
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel) -> Iterator[None]:
+def recompute_layers(model: PreTrainedModel) -> Iterator[None]:
     """Run the layers of `model` without keeping activations, inside the block. The backward pass may come after it.
 
     Raises:
@@ -37,7 +37,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
             "Set training.gradient_checkpointing to false.",
         )
     for layer in layers:
-        layer.forward = _recomputed(layer.forward, _indices(layer))
+        layer.forward = _recompute(layer.forward, _indices(layer))
     try:
         yield
     finally:
@@ -51,13 +51,13 @@ def _indices(layer: nn.Module) -> list[int]:
     return sorted(index for index in named if isinstance(index, int))
 
 
-def _recomputed(forward: Callable[..., Any], indices: list[int]) -> Callable[..., Any]:
+def _recompute(forward: Callable[..., Any], indices: list[int]) -> Callable[..., Any]:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        call, first = running(), True
+        call, first = current_call(), True
         kept = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-        before = {id(cache): _kept(cache, indices) for cache in kept}
+        before = {id(cache): _snapshot(cache, indices) for cache in kept}
 
         def restored(value: Any) -> Any:
             return before[id(value)]() if isinstance(value, Cache) else value
@@ -67,7 +67,7 @@ def _recomputed(forward: Callable[..., Any], indices: list[int]) -> Callable[...
             if first:
                 first = False
                 return forward(*args, **kwargs)
-            with again(call):
+            with repeat_call(call):
                 return forward(*map(restored, args), **{name: restored(value) for name, value in kwargs.items()})
 
         return checkpoint(run, *args, use_reentrant=False)
@@ -75,21 +75,21 @@ def _recomputed(forward: Callable[..., Any], indices: list[int]) -> Callable[...
     return recomputed
 
 
-def _kept(cache: Cache, indices: list[int]) -> Callable[[], Cache]:
+def _snapshot(cache: Cache, indices: list[int]) -> Callable[[], Cache]:
     """Copies of the cache as it is now, of which the given layers can be written to."""
-    kept = {index: _copied(cache.layers[index]) for index in indices if index < len(cache.layers)}
+    kept = {index: _copy_layer(cache.layers[index]) for index in indices if index < len(cache.layers)}
 
     def restore() -> Cache:
         restored = copy.copy(cache)
         restored.layers = list(cache.layers)
         for index, layer in kept.items():
-            restored.layers[index] = _copied(layer)
+            restored.layers[index] = _copy_layer(layer)
         return restored
 
     return restore
 
 
-def _copied(layer: Any) -> Any:
+def _copy_layer(layer: Any) -> Any:
     """Keys and values are replaced when they grow, but recurrent states are written into, which copies must not see."""
     copied = copy.copy(layer)
     for name, value in vars(layer).items():

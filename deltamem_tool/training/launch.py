@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 
-from deltamem_tool.base_model.launch import join, processes_of_launch
+from deltamem_tool.base_model.launch import join, launch_world_size
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe.load import Recipe
 
@@ -36,14 +36,14 @@ class Launch:
         return int(self.state.num_processes)
 
 
-def launched(recipe: Recipe) -> Launch:
+def join_launch(recipe: Recipe) -> Launch:
     """Join the processes of a launch, on GPUs if there are any and on CPUs otherwise; or run as a single process.
 
     Raises:
         ConfigError: the recipe or the launcher's configuration asks for sharding that this run does not support.
         DeltaMemError: the other processes did not connect.
     """
-    shards, count = asks_to_shard(recipe), processes_of_launch()
+    shards, count = asks_to_shard(recipe), launch_world_size()
     _check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if shards:
         check_shards(recipe, count)

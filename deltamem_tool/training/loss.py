@@ -27,14 +27,14 @@ from deltamem_tool.memory.decoder_call import without_memory
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.recipe.load import ObjectiveOptions
 from deltamem_tool.training.addressing import Addresses, HiddenStates, addressing_loss, hidden_states_of
-from deltamem_tool.training.gradient_checkpointing import recomputing
-from deltamem_tool.training.sharding import after, is_sharded, with_common_length
+from deltamem_tool.training.gradient_checkpointing import recompute_layers
+from deltamem_tool.training.sharding import is_sharded, pad_to_common_length, pass_gradients
 
 # What an answer is told from: the memory of its conversation, zeros, another conversation's memory.
 CONDITIONS = ("", "_zero", "_donor")
 
 
-class Written(NamedTuple):
+class WriteResult(NamedTuple):
     """The result of a write pass.
 
     Args:
@@ -131,9 +131,9 @@ class EpisodeModel(nn.Module):
         """
         with self._layers(), self.adapter.in_training(), self._hidden_states() as hidden:
             memory, gates, history_kl = self.write(write_ids, write_mask, write_segment_tags)
-            written = hidden.taken()
+            written = hidden.take()
             logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
-            read = hidden.taken()
+            read = hidden.take()
             others = None  # logits `[M, V]` of what no memory is needed for
             if self.objective.unrelated_kl:
                 assert unrelated_ids is not None and unrelated_scored is not None
@@ -166,7 +166,7 @@ class EpisodeModel(nn.Module):
         answer = answer.detach().clone()
         return {"loss": loss, "answer": answer, **{name: part.detach() for name, part in parts.items()}}
 
-    def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> Written:
+    def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> WriteResult:
         """Write histories `[B, W]`.
 
         Writing in chunks computes the same as a single call, since the KV cache is carried over. Gradients flow through
@@ -177,7 +177,7 @@ class EpisodeModel(nn.Module):
         # Without logits, unless they are compared; FSDP gathers weights in calls of the whole model alone.
         decoder = self.base if diverges or sharded else self.base.base_model
         if sharded and self.write_chunk is not None:
-            ids, mask, segments = with_common_length(ids, mask, segments)
+            ids, mask, segments = pad_to_common_length(ids, mask, segments)
         cache, of_base = MemoryCache(self.base), MemoryCache(self.base)
         cache.write_gates = {}
         length = ids.shape[1]
@@ -187,10 +187,12 @@ class EpisodeModel(nn.Module):
         chunks = list(itertools.pairwise(bounds))
         positions = {}
         if len(chunks) == 1:
-            cache.layers, of_base.layers = ([_passing(layer) for layer in each.layers] for each in (cache, of_base))
-        elif self.bptt is not None and mask is not None and all(map(_holds_keys_alone, cache.layers)):
+            cache.layers, of_base.layers = (
+                [_pass_through(layer) for layer in each.layers] for each in (cache, of_base)
+            )
+        elif self.bptt is not None and mask is not None and all(map(_has_only_keys_and_values, cache.layers)):
             # Recurrent layers read padding that comes first; theirs stays last, and short rows learn from fewer tokens.
-            ids, mask, segments = _to_the_right(ids, mask, segments)
+            ids, mask, segments = _move_padding_right(ids, mask, segments)
             if "position_ids" in inspect.signature(self.base.base_model.forward).parameters:
                 positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
         divergences, ends = [], []  # [B, T] of each chunk; logits of those that learn
@@ -217,8 +219,8 @@ class EpisodeModel(nn.Module):
         nothing = ids.new_zeros(len(ids), 2, dtype=torch.float32)
         gates = torch.stack([cache.write_gates.get(layer, nothing) for layer in self.adapter.layer_indices], dim=1)
         means = gates[..., 0] / gates[..., 1].clamp_min(1.0)
-        memory = after(ends, cache.memory) if ends else cache.memory
-        return Written(memory, means, _token_mean(torch.cat(divergences, dim=1), mask) if diverges else None)
+        memory = pass_gradients(ends, cache.memory) if ends else cache.memory
+        return WriteResult(memory, means, _token_mean(torch.cat(divergences, dim=1), mask) if diverges else None)
 
     def answer(self, memory: MemoryState, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
         """Read exchanges `[Q, T]`, each with its row of `memory`, and return logits `[N, V]` at the positions `scored`.
@@ -229,7 +231,7 @@ class EpisodeModel(nn.Module):
         """
         cache = MemoryCache(self.base, write=False)
         cache.memory = memory  # not checked for NaN: the Trainer tells a run that diverged by its loss
-        cache.layers = [_passing(layer) for layer in cache.layers]
+        cache.layers = [_pass_through(layer) for layer in cache.layers]
         return scored_logits(self.base, ids, mask, scored, cache)
 
     @torch.no_grad()
@@ -257,7 +259,7 @@ class EpisodeModel(nn.Module):
         return hidden_states_of(self.adapter) if self.objective.addressing else contextlib.nullcontext(HiddenStates())
 
     def _layers(self) -> contextlib.AbstractContextManager[None]:
-        return recomputing(self.base) if self.recompute else contextlib.nullcontext()
+        return recompute_layers(self.base) if self.recompute else contextlib.nullcontext()
 
 
 def answer_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -327,7 +329,7 @@ def _row_means(values: Tensor, scored: Tensor, ids: Tensor) -> Tensor:
     return sums / counts
 
 
-def _to_the_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _move_padding_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Move padding `[B, W]` from the right to the left: the last tokens of all rows are then side by side."""
     length = ids.shape[1]
     columns = torch.arange(length, device=ids.device)
@@ -335,21 +337,21 @@ def _to_the_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[T
     return ids.gather(1, source), mask.gather(1, source), None if segments is None else segments.gather(1, source)
 
 
-class _Passing(DynamicLayer):  # type: ignore[misc]  # _compat gives its names as Any
+class _PassThroughLayer(DynamicLayer):  # type: ignore[misc]  # _compat gives its names as Any
     """A cache layer for a call that no other follows: keys and values go through, and nothing keeps them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
 
-def _holds_keys_alone(layer: Any) -> bool:
+def _has_only_keys_and_values(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-def _passing(layer: Any) -> Any:
+def _pass_through(layer: Any) -> Any:
     """Layers that hold more than keys and values stay what they are."""
-    if not _holds_keys_alone(layer):
+    if not _has_only_keys_and_values(layer):
         return layer
-    passing = _Passing()
+    passing = _PassThroughLayer()
     passing.is_sliding = layer.is_sliding  # transformers looks at it when it makes masks
     return passing

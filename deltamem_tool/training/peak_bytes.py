@@ -102,11 +102,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]  # _compat gives its n
             if key in self._alive:
                 continue
 
-            def gone(_: Any, key: int = key, count: int = count) -> None:
+            def on_release(_: Any, key: int = key, count: int = count) -> None:
                 self.now -= count
                 del self._alive[key]
 
-            self._alive[key] = weakref.ref(storage, gone)
+            self._alive[key] = weakref.ref(storage, on_release)
             self.now += count
         self._note()
 

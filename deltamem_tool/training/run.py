@@ -27,7 +27,7 @@ from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
 from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.baselines.static import Static, StaticAdapter, new_static
 from deltamem_tool.errors import ConfigError, DeltaMemError
-from deltamem_tool.io.atomic import check_overwrite, free_name, is_free, resolve, taken_meanwhile
+from deltamem_tool.io.atomic import check_overwrite, free_name, is_free, path_taken_error, resolve
 from deltamem_tool.io.formats import versions
 from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import adapter_of, fresh_adapter, hook
@@ -36,13 +36,13 @@ from deltamem_tool.training.arguments import tensorboard, training_arguments
 from deltamem_tool.training.baseline_steps import LoraStepModel, StaticStepModel, Step
 from deltamem_tool.training.episodes import RunData, run_data
 from deltamem_tool.training.estimate import step_seconds
-from deltamem_tool.training.launch import Launch, launched
+from deltamem_tool.training.launch import Launch, join_launch
 from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run_folder import (
     checkpoint_to_resume,
     checkpoints,
-    opened,
-    removed_if_empty,
+    open_run_folder,
+    remove_if_empty,
     run_folder,
     start_of,
     step_of,
@@ -109,7 +109,7 @@ def train(
         >>> deltamem.load("my-adapter").config.model_type
         'qwen3'
     """
-    launch = launched(recipe)
+    launch = join_launch(recipe)
     out, run, state = Path(recipe.out), run_folder(recipe.out), launch.state
     start = start_of(recipe, state.num_processes)
     checkpoint = checkpoint_to_resume(run, start) if resume else None
@@ -130,7 +130,7 @@ def train(
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
     advice = f"The complete checkpoints are in {run}. Pass --resume to continue from the last one."
-    with removed_if_empty(run), report_lost_processes(members(), advice):  # the Trainer makes the folder
+    with remove_if_empty(run), report_lost_processes(members(), advice):  # the Trainer makes the folder
         trainer = _trainer(recipe, step, data, progress, launch.shards)
         if not _is_placed(model):
             cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
@@ -142,7 +142,10 @@ def train(
             if state.is_main_process:
                 expecting(to_come, to_come * options.gradient_accumulation * seconds)
         state.wait_for_everyone()
-        with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
+        with (
+            open_run_folder(run, start, resume) if state.is_main_process else nullcontext(),
+            progress.stop_on_interrupt(),
+        ):
             state.wait_for_everyone()
             if checkpoint is not None and at_end:
                 trainer.load_end(checkpoint)
@@ -168,7 +171,7 @@ def train(
             "Run the same command with --resume to continue.",
         )
     if place != out:
-        raise taken_meanwhile(out, place)
+        raise path_taken_error(out, place)
     return TrainingResult(
         out, steps, summary.losses, summary.seconds, summary.parameters, data.skipped_rows, state.is_main_process
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, SAFE_WEIGHTS_NAME, TRAINER_STATE_NAME
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import alone_in, write_whole
+from deltamem_tool.io.atomic import exclusive_lock, write_atomically
 from deltamem_tool.recipe.load import Recipe, TrainingOptions
 
 RECIPE_FILE = "recipe.json"  # what the run was started with
@@ -27,7 +27,7 @@ def run_folder(out: str | Path) -> Path:
 
 
 @contextmanager
-def removed_if_empty(run: Path) -> Iterator[None]:
+def remove_if_empty(run: Path) -> Iterator[None]:
     """Remove the folder after the block if it is empty, however the block ends."""
     try:
         yield
@@ -37,7 +37,7 @@ def removed_if_empty(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[None]:
+def open_run_folder(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[None]:
     """Open the folder during a run. A run that is not resumed starts with an empty folder.
 
     Unfinished checkpoints, such as those of a full disk, are removed at the end. So is the folder, if no checkpoint is
@@ -47,11 +47,11 @@ def opened(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[Non
         DeltaMemError: another run is writing to the folder.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with alone_in(run):
+    with exclusive_lock(run):
         try:
             if not resume:
                 _empty(run)
-            write_whole(run / RECIPE_FILE, json.dumps(start).encode())
+            write_atomically(run / RECIPE_FILE, json.dumps(start).encode())
             yield
         finally:
             whole = checkpoints(run)
@@ -94,7 +94,7 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
     if not whole or not (run / RECIPE_FILE).is_file():
         raise DeltaMemError(f"There is nothing to resume in {run}.", "It has no checkpoint.", "Start without --resume.")
     # An option that is newer than the run had its default in it.
-    before = comparable(_DEFAULTS) | json.loads((run / RECIPE_FILE).read_text())
+    before = flat_options(_DEFAULTS) | json.loads((run / RECIPE_FILE).read_text())
     free = {"training.shard"} | (_BATCH if _batches(before) == _batches(start) else set())
     changed = [
         f"{key} was {before.get(key)}, is {start[key]}"
@@ -131,7 +131,7 @@ def _batches(start: Mapping[str, Any]) -> str:
 
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:
     """Return everything that determines a run: recipe, number of processes, and content of the data file."""
-    return {**comparable(recipe), "processes": processes, "sha256 of data.path": data_digest(recipe)}
+    return {**flat_options(recipe), "processes": processes, "sha256 of data.path": data_digest(recipe)}
 
 
 def data_digest(recipe: Recipe) -> str | None:
@@ -143,7 +143,7 @@ def data_digest(recipe: Recipe) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def comparable(recipe: Recipe) -> dict[str, object]:
+def flat_options(recipe: Recipe) -> dict[str, object]:
     """Return the recipe's options by dotted key, as JSON returns them, without `out`, which names the run."""
     flat: dict[str, object] = {}
     for name, value in json.loads(json.dumps(asdict(recipe))).items():

@@ -89,7 +89,7 @@ def base_share(model: nn.Module) -> BaseShare:
     return BaseShare(scales + sum(weight.nbytes for weight in weights), int(held), dist.get_world_size())
 
 
-def with_common_length(
+def pad_to_common_length(
     ids: Tensor, mask: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Pad `[B, W]` on the right to the longest of all processes, so that all make the same number of calls in chunks.
@@ -103,18 +103,18 @@ def with_common_length(
     return F.pad(ids, more), F.pad(mask, more), None if segments is None else F.pad(segments, more)
 
 
-def after(ends: Sequence[Tensor], memory: MemoryState) -> MemoryState:
+def pass_gradients(ends: Sequence[Tensor], memory: MemoryState) -> MemoryState:
     """Return a memory whose gradients pass through `ends`, the results of the calls that have written it.
 
     FSDP gathers the weights of a layer for the backward pass when the gradient of its output arrives. States leave a
     layer by another path, so the output of the last layer would get no gradient. With this, it gets zeros.
     """
     layers = list(memory.layers)
-    states = _After.apply(len(ends), *ends, *(memory.layers[layer] for layer in layers))  # type: ignore[no-untyped-call]
+    states = _PassGradients.apply(len(ends), *ends, *(memory.layers[layer] for layer in layers))  # type: ignore[no-untyped-call]
     return MemoryState(dict(zip(layers, states, strict=True)), memory.adapter, memory.open_segments)
 
 
-class _After(torch.autograd.Function):
+class _PassGradients(torch.autograd.Function):
     """`count` ends and values in, the values out; the gradients of the ends are zeros."""
 
     @staticmethod

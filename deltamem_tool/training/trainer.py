@@ -33,7 +33,7 @@ from deltamem_tool._compat import (
 )
 from deltamem_tool.data.store import EncodedEpisodes
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.training.arguments import refused_by_trainer
 from deltamem_tool.training.baseline_steps import Step
 from deltamem_tool.training.run_folder import BEST_FILE
@@ -101,7 +101,7 @@ class EpisodeTrainer(Trainer):
         setattr(self, TRAIN_SAMPLER, self.train_sampler)
         self.order, self.run, self.shards = order, run, shards
         self.sampler: EpisodeSampler | None = None
-        self.add_callback(_TellEpoch(self))
+        self.add_callback(_SetEpoch(self))
         self._parts: list[dict[str, Tensor]] = []  # of the loss, since it was last logged
         self._steps = 0  # since then
         self._conversations: Tensor | int = 0  # in the batches of this step, on all processes
@@ -147,7 +147,7 @@ class EpisodeTrainer(Trainer):
         sources = inputs.pop("sources")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
-            raise _diverged(self.state.global_step + 1, loss, sources, self._parts[-1].get("gates"))
+            raise _divergence_error(self.state.global_step + 1, loss, sources, self._parts[-1].get("gates"))
         return loss
 
     def compute_loss(
@@ -199,7 +199,7 @@ class EpisodeTrainer(Trainer):
         best = math.inf if self.state.best_metric is None else self.state.best_metric
         if loss < best and self.args.should_save:
             weights = {name: weight.cpu().contiguous() for name, weight in self.model.state_dict().items()}
-            write_whole(self.run / BEST_FILE, save(weights))
+            write_atomically(self.run / BEST_FILE, save(weights))
 
     def take_best(self) -> None:
         """Load the weights of the best evaluation, if there was one.
@@ -222,7 +222,9 @@ class EpisodeTrainer(Trainer):
         """Return whether the run was complete at `checkpoint`; the Trainer would run one step too many."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         stops = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStop)]
-        has_waited = any(EarlyStop.waited(state) >= stop.early_stopping_patience for stop in stops)
+        has_waited = any(
+            EarlyStop.evaluations_without_improvement(state) >= stop.early_stopping_patience for stop in stops
+        )
         return state.global_step >= self.args.max_steps or has_waited
 
     def load_end(self, checkpoint: Path) -> None:
@@ -238,7 +240,7 @@ class EpisodeTrainer(Trainer):
         return self.sampler
 
 
-def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | None) -> DeltaMemError:
+def _divergence_error(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | None) -> DeltaMemError:
     rows = [source for source in sources if source]
     more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
     means = "" if gates is None else ", ".join(f"{gate:.3g}" for gate in gates.tolist())
@@ -261,7 +263,7 @@ class Progress(TrainerCallback):
         """Report the step, and stop if requested."""
         if args.eval_strategy != "no" and state.global_step >= state.max_steps:
             control.should_evaluate = True  # else the last weights would never be the best
-        if _anywhere(self.interrupted, args):
+        if _is_interrupted_anywhere(self.interrupted, args):
             self.interrupted = control.should_save = control.should_training_stop = True
         if self.report is not None and state.is_world_process_zero:
             self.report(state.global_step, state.max_steps, self._loss)
@@ -271,7 +273,7 @@ class Progress(TrainerCallback):
         self._loss = (logs or {}).get("answer", self._loss)
 
     @contextmanager
-    def stopping_on_interrupt(self) -> Iterator[None]:
+    def stop_on_interrupt(self) -> Iterator[None]:
         """End training after the current step on the first Ctrl-C, SIGTERM or SIGHUP, and immediately on the second."""
         if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
             yield
@@ -296,7 +298,7 @@ class Progress(TrainerCallback):
                 signal.signal(number, before[number])
 
 
-def _anywhere(interrupted: bool, args: TrainingArguments) -> bool:
+def _is_interrupted_anywhere(interrupted: bool, args: TrainingArguments) -> bool:
     """Whether any process was interrupted: all of them have to stop at the same step."""
     if args.world_size == 1:
         return interrupted
@@ -313,16 +315,16 @@ class EarlyStop(EarlyStoppingCallback):
     ) -> None:
         """Restore the count from the state of the checkpoint."""
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]  # it has no hints
-        self.early_stopping_patience_counter = self.waited(state)
+        self.early_stopping_patience_counter = self.evaluations_without_improvement(state)
 
     @classmethod
-    def waited(cls, state: TrainerState) -> int:
+    def evaluations_without_improvement(cls, state: TrainerState) -> int:
         """Read the number of evaluations without improvement from the state of a checkpoint."""
         callbacks = cast(dict[str, Any], state.stateful_callbacks or {})
         return int(callbacks.get(cls.__name__, {}).get("attributes", {}).get("early_stopping_patience_counter", 0))
 
 
-class _TellEpoch(TrainerCallback):
+class _SetEpoch(TrainerCallback):
     """Where several processes resume, accelerate's wrappers hide the sampler from the Trainer."""
 
     def __init__(self, trainer: EpisodeTrainer) -> None:

@@ -17,7 +17,7 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, attach, load, save_adapte
 from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError
-from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.io.atomic import atomic_folder
 from deltamem_tool.memory.attach import adapter_of
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch
     ):
         with pytest.raises(DeltaMemError, match=says):
             create_adapter("/no/base/is/looked/for", CONFIG, out, overwrite=overwrite)
-        with pytest.raises(DeltaMemError, match=says), folder_whole(out, overwrite):
+        with pytest.raises(DeltaMemError, match=says), atomic_folder(out, overwrite):
             raise AssertionError("the work began")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != mounted)
     with pytest.raises(DeltaMemError, match="not have permission to write"):
@@ -168,7 +168,7 @@ def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
         real(*args)
 
     monkeypatch.setattr(os, "rename", broken)
-    with pytest.raises(OSError, match="Input/output"), folder_whole(tmp_path / "adapter", overwrite=True) as staged:
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "adapter", overwrite=True) as staged:
         (staged / "new").write_text("new")
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
 
@@ -176,7 +176,7 @@ def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
 def test_a_link_is_written_through(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with folder_whole(tmp_path / "link") as staged:
+    with atomic_folder(tmp_path / "link") as staged:
         (staged / "new").write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "new").read_text() == "new"
 

@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-from deltamem_tool.base_model.launch import join, number_in_launch
+from deltamem_tool.base_model.launch import join, launch_rank
 from deltamem_tool.errors import DeltaMemError
 
 
@@ -19,11 +19,11 @@ def waits(late: int, port: int | None, within: timedelta, said: Path) -> None:
         within: how long is waited for it.
         said: the name of the files; each process adds its number.
     """
-    if number_in_launch() == late:
+    if launch_rank() == late:
         return
     if port is not None:
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     try:
         join(within=within)
     except DeltaMemError as error:
-        said.with_name(f"{said.name}-{number_in_launch()}").write_text(str(error))
+        said.with_name(f"{said.name}-{launch_rank()}").write_text(str(error))

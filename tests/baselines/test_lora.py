@@ -90,7 +90,7 @@ def test_a_lora_leaves_nothing_behind(model, tokenizer, folder, fails, monkeypat
     assert torch.equal(logits(model), base) and list(model.state_dict()) == names
     assert [(name, type(module)) for name, module in model.named_modules()] == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with lora.on(model):
+    with lora.applied_to(model):
         assert not torch.allclose(logits(model), base)
     assert torch.equal(logits(model), base)
     hook(model, adapter)
@@ -126,10 +126,13 @@ def test_what_is_not_a_lora_is_refused(model, folder, tmp_path):
     detach(model)
     before = logits(model)
     for place, says in ((less, gone.replace(".", r"\.")), (nowhere, "nowhere")):
-        with pytest.raises(AdapterError, match=f"does not fit the model.*\n.*{says}"), Lora.read(place).on(model):
+        with (
+            pytest.raises(AdapterError, match=f"does not fit the model.*\n.*{says}"),
+            Lora.read(place).applied_to(model),
+        ):
             pytest.fail("it was put on")
     (less / WEIGHTS_FILE).write_bytes(b"cut")
-    with pytest.raises(AdapterError, match="is damaged"), Lora.read(less).on(model):
+    with pytest.raises(AdapterError, match="is damaged"), Lora.read(less).applied_to(model):
         pytest.fail("it was put on")
     assert torch.equal(logits(model), before)
     hook(model, adapter)

@@ -69,7 +69,7 @@ def test_it_adds_the_same_to_every_token(options, model_type):
     def keep(module, args, output):
         seen[module] = args[0], output
 
-    adapter.put_on(model)
+    adapter.attach_to(model)
     for layer in layers:
         for branch in config.branches:
             layer.projection(branch).linear.register_forward_hook(keep)  # after the adapter's own
@@ -94,7 +94,7 @@ def test_it_answers_the_same_whatever_was_told(model, tokenizer, checkpoint, fol
     """As its own model does that was given nothing but the question."""
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=Static.read(folder))
     alone = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    Static.read(folder).adapter_for(alone).put_on(alone)
+    Static.read(folder).adapter_for(alone).attach_to(alone)
     ids = tokenizer(render(tokenizer, TASK.items()[0].question, True), return_tensors="pt").input_ids
     output = alone.generate(ids, max_new_tokens=TASK.max_new_tokens, do_sample=False)
     expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
@@ -116,7 +116,7 @@ def test_it_leaves_nothing_behind(model, tokenizer, folder, monkeypatch):
     before = logits(model)
     evaluate(model, tokenizer, TASK, MEMORY, only=("static",), static=Static.read(folder))
     assert torch.equal(logits(model), before)
-    with Static.read(folder).on(model):
+    with Static.read(folder).applied_to(model):
         assert not torch.allclose(logits(model), before)
     assert torch.equal(logits(model), before)
     with monkeypatch.context() as patched:
@@ -208,7 +208,7 @@ def test_a_new_one_is_the_base_and_learns_all_the_same(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     before = logits(model)
     adapter = new_static(CONFIG, attention_layers(model), lambda projection, count: projection.weight[:, :count])
-    handles = adapter.put_on(model)
+    handles = adapter.attach_to(model)
     assert torch.equal(logits(model), before)
     ids = torch.arange(3, 9)[None]
     step = StaticStepModel(model, adapter)

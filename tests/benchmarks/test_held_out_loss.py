@@ -12,7 +12,7 @@ from ablation_plan import read_ablation
 from click.testing import CliRunner
 from held_out_loss import LOSSES, command
 
-from deltamem_tool.training.run_folder import comparable
+from deltamem_tool.training.run_folder import flat_options
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "recipes" / "ablations" / "smollm2" / "start.yaml"
@@ -20,7 +20,7 @@ SHIPPED = ROOT / "recipes" / "ablations" / "smollm2" / "start.yaml"
 
 def test_no_two_variants_of_the_shipped_file_are_the_same_run():
     plan = read_ablation(SHIPPED)
-    recipes = [json.dumps(comparable(variant.load((), 42, "out"))) for variant in plan.variants]
+    recipes = [json.dumps(flat_options(variant.load((), 42, "out"))) for variant in plan.variants]
     assert len(set(recipes)) == len(recipes)
     assert [variant.name for variant in plan.variants if not variant.changes] == [plan.reference]
 

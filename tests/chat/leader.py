@@ -12,7 +12,7 @@ import torch
 from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool import Conversation, TorchModel
-from deltamem_tool.base_model.launch import join_launched, number_in_launch
+from deltamem_tool.base_model.launch import join_launched, launch_rank
 from deltamem_tool.chat.conversation import Engine, Sampling, generate_together
 from deltamem_tool.chat.leader_model import LeaderModel, follow_leader
 from deltamem_tool.cli.engines import load_on
@@ -80,7 +80,7 @@ def likeliest(engine: Engine, memory: StoredMemory) -> int:
 def talk(folder: Path) -> None:
     """Lead or follow, and write what has come of it."""
     torch.set_num_threads(1)
-    model, number = _model(folder), number_in_launch()
+    model, number = _model(folder), launch_rank()
     words, memories = None, []
     if number == 0:
         led = LeaderModel(model)
@@ -95,7 +95,7 @@ def talk(folder: Path) -> None:
 def lose(folder: Path, ready: Path, go: Path) -> None:
     """Lead or follow, and write how that ends; the first process waits for `go` in between."""
     torch.set_num_threads(1)
-    model, number = _model(folder), number_in_launch()
+    model, number = _model(folder), launch_rank()
     errors = []
     if number == 0:
         conversation = Conversation(LeaderModel(model))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from click.testing import CliRunner
 
-from deltamem_tool.base_model.launch import number_in_launch
+from deltamem_tool.base_model.launch import launch_rank
 from deltamem_tool.cli import cli
 from deltamem_tool.cli.termination import interrupt_on_signals
 
@@ -18,5 +18,5 @@ def invoked(arguments: list[str], lines: str, said: Path) -> None:
     torch.set_num_threads(1)
     with interrupt_on_signals():
         done = CliRunner().invoke(cli, arguments, input=lines, prog_name="deltamem")
-    said.with_name(f"{said.name}-{number_in_launch()}").write_text(done.stdout)
+    said.with_name(f"{said.name}-{launch_rank()}").write_text(done.stdout)
     sys.exit(done.exit_code)

@@ -250,7 +250,7 @@ def test_another_adapter_is_asked_beside_the_memory(kind, tokenizer, checkpoint,
     ]
     options = {"batch_size": 3, kind: adapters[0], "folder": tmp_path / "records"}
     found = evaluate_harness(model, tokenizer, prepared, only=[kind], **options)
-    with adapters[0].on(base):
+    with adapters[0].applied_to(base):
         for record, (messages, row) in zip(found.records[:LIMIT], asked(folder), strict=True):
             alone = [choice_alone(base, tokenizer, messages, text) for text in row["choices"]]
             assert [float(value) for value, _ in json.loads(record.answer)] == pytest.approx(alone, abs=TOLERANCE)

@@ -16,7 +16,7 @@ from helpers.clean_root import why_not
 from helpers.tiny import listing
 
 from deltamem_tool.errors import ConfigError, DeltaMemError, domain_error
-from deltamem_tool.io.atomic import check_overwrite, check_writable, folder_whole, resolve, write_whole
+from deltamem_tool.io.atomic import atomic_folder, check_overwrite, check_writable, resolve, write_atomically
 
 # A program that writes half of the folder that it is told.
 WRITING = """
@@ -36,13 +36,13 @@ def test_links_are_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert resolve(tmp_path / "link" / "new") == (tmp_path / "real" / "new").resolve()
-    with folder_whole(tmp_path / "link", overwrite=True) as staged:
+    with atomic_folder(tmp_path / "link", overwrite=True) as staged:
         (staged / "file").write_text("x")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_text() == "x"
 
 
 def _write_folder(path):
-    with folder_whole(path, overwrite=True):
+    with atomic_folder(path, overwrite=True):
         raise AssertionError("there is nowhere to write")
 
 
@@ -64,14 +64,14 @@ def test_a_file_keeps_its_mode_and_gets_a_new_time(tmp_path, mode):
     file.write_bytes(b"old")
     file.chmod(mode)
     os.utime(file, (0, 0))
-    write_whole(file, b"new")
+    write_atomically(file, b"new")
     assert file.read_bytes() == b"new" and stat.S_IMODE(file.stat().st_mode) == mode
     assert file.stat().st_mtime > 0
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_new_file_has_the_mode_of_any_other(tmp_path):
-    write_whole(tmp_path / "file", b"new")
+    write_atomically(tmp_path / "file", b"new")
     (tmp_path / "other").write_bytes(b"")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
@@ -83,7 +83,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path, there):
     if there:
         target.write_bytes(b"old")
     link.symlink_to("vault/file")
-    write_whole(link, b"new")
+    write_atomically(link, b"new")
     assert link.is_symlink() and not target.is_symlink() and target.read_bytes() == b"new"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "vault"]
 
@@ -91,7 +91,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path, there):
 def test_a_second_name_is_that_of_the_same_file(tmp_path):
     (tmp_path / "one").write_bytes(b"old and longer")
     (tmp_path / "two").hardlink_to(tmp_path / "one")
-    write_whole(tmp_path / "one", b"new")
+    write_atomically(tmp_path / "one", b"new")
     assert (tmp_path / "one").samefile(tmp_path / "two") and (tmp_path / "two").read_bytes() == b"new"
 
 
@@ -102,8 +102,8 @@ def test_the_owner_stays(tmp_path):
     folder.mkdir(mode=0o750)
     for path in (file, folder):
         os.chown(path, OTHER, OTHER)
-    write_whole(file, b"new")
-    with folder_whole(folder, overwrite=True) as staged:
+    write_atomically(file, b"new")
+    with atomic_folder(folder, overwrite=True) as staged:
         (staged / "file").write_bytes(b"new")
     assert [(path.stat().st_uid, path.stat().st_gid) for path in (file, folder)] == [(OTHER, OTHER)] * 2
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
@@ -118,17 +118,17 @@ def test_somebody_elses_file_is_written_in_place_or_refused(public_folder):
     theirs.write_bytes(b"old")
     with _as_user(OTHER):
         check_writable(ours)
-        write_whole(ours, b"new")
+        write_atomically(ours, b"new")
         with pytest.raises(DeltaMemError, match="read-only"):
             check_writable(theirs)
         with pytest.raises(PermissionError):
-            write_whole(theirs, b"new")
+            write_atomically(theirs, b"new")
     assert ours.read_bytes() == b"new" and ours.stat().st_uid == 0
     public_folder.chmod(0o777)
     with _as_user(OTHER):
         with pytest.raises(PermissionError):  # a rename would not ask
-            write_whole(theirs, b"new")
-        write_whole(ours, b"newer")
+            write_atomically(theirs, b"new")
+        write_atomically(ours, b"newer")
     assert theirs.read_bytes() == b"old"
     assert ours.read_bytes() == b"newer" and ours.stat().st_uid == 0
     assert sorted(listing(public_folder)) == ["ours", "theirs"]
@@ -140,11 +140,11 @@ def test_a_name_that_cannot_be_taken_is_written_in_place(tmp_path, monkeypatch, 
     file.write_bytes(b"old and longer")
     inode = file.stat().st_ino
     monkeypatch.setattr(Path, "replace", _raises(OSError(error, "no rename")))
-    write_whole(file, b"new")
+    write_atomically(file, b"new")
     assert file.read_bytes() == b"new" and file.stat().st_ino == inode
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(OSError, match="no rename"):  # there is nothing to write into
-        write_whole(tmp_path / "other", b"new")
+        write_atomically(tmp_path / "other", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_leaves_what_is_written_in_place(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="full"):
-        write_whole(tmp_path / "one", b"new and longer")
+        write_atomically(tmp_path / "one", b"new and longer")
     assert (tmp_path / "two").read_bytes() == b"old"
 
 
@@ -181,13 +181,13 @@ def test_a_pipe_is_written_into(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
-        write_whole(tmp_path / "pipe", b"new")
+        write_atomically(tmp_path / "pipe", b"new")
         assert os.read(reader, 10) == b"new"
     finally:
         os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(OSError, match="pipe") as nobody_reads:
-        write_whole(tmp_path / "pipe", b"new")
+        write_atomically(tmp_path / "pipe", b"new")
     assert "cannot be read or written" in str(domain_error(nobody_reads.value))
     program = "from deltamem_tool.io.atomic import *; check_writable('/dev/stdout'); write_whole('/dev/stdout', b'new')"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"new"
@@ -205,11 +205,11 @@ def test_what_a_killed_program_has_left_of_a_folder_is_removed_when_it_is_writte
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".onnx.") and (left / "half").exists()
     (tmp_path / ".onnx.backup-1").mkdir()
-    with folder_whole(tmp_path / "other"):
+    with atomic_folder(tmp_path / "other"):
         assert left.exists()
-    with folder_whole(tmp_path / "onnx") as first:
+    with atomic_folder(tmp_path / "onnx") as first:
         assert not left.exists()
-        with folder_whole(tmp_path / "onnx", overwrite=True) as second:
+        with atomic_folder(tmp_path / "onnx", overwrite=True) as second:
             assert first.is_dir() and second.is_dir()
         (tmp_path / "onnx").rmdir()
     assert {path.name for path in tmp_path.iterdir()} == {"onnx", "other", ".onnx.backup-1"}
@@ -224,7 +224,7 @@ def test_a_folder_that_came_to_be_is_left_and_the_result_lies_beside(tmp_path, t
         (tmp_path / "onnx").mkdir()
 
     def write():
-        with folder_whole(tmp_path / "onnx") as staged:
+        with atomic_folder(tmp_path / "onnx") as staged:
             (staged / "result").write_text("ours")
             (tmp_path / "onnx").mkdir(exist_ok=True)
             (tmp_path / "onnx" / "thesis").write_text("theirs")
@@ -239,7 +239,7 @@ def test_a_folder_that_is_another_by_now_is_not_replaced(tmp_path):
     (tmp_path / "onnx" / "result").write_text("of before")
 
     def write():
-        with folder_whole(tmp_path / "onnx", overwrite=True) as staged:
+        with atomic_folder(tmp_path / "onnx", overwrite=True) as staged:
             (staged / "result").write_text("ours")
             (tmp_path / "onnx").rename(tmp_path / "moved")
             (tmp_path / "onnx").mkdir()
@@ -255,7 +255,7 @@ def test_files_of_a_folder_that_is_replaced_keep_their_mode(tmp_path):
     for name in ("private", "inside/private"):
         (tmp_path / "onnx" / name).write_text("of before")
         (tmp_path / "onnx" / name).chmod(0o600)
-    with folder_whole(tmp_path / "onnx", overwrite=True) as staged:
+    with atomic_folder(tmp_path / "onnx", overwrite=True) as staged:
         (staged / "inside").mkdir()
         for name in ("private", "inside/private", "new"):
             (staged / name).write_text("ours")
@@ -265,7 +265,7 @@ def test_files_of_a_folder_that_is_replaced_keep_their_mode(tmp_path):
 
 def test_an_empty_folder_is_taken_and_keeps_its_mode(tmp_path):
     (tmp_path / "onnx").mkdir(mode=0o700)
-    with folder_whole(tmp_path / "onnx") as staged:
+    with atomic_folder(tmp_path / "onnx") as staged:
         (staged / "result").write_text("ours")
     assert stat.S_IMODE((tmp_path / "onnx").stat().st_mode) == 0o700 and sorted(listing(tmp_path)) == [
         "onnx/",
@@ -287,8 +287,8 @@ def test_a_folder_never_takes_the_place_of_a_file(tmp_path, overwrite):
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    write_whole("~/file", b"new")
-    with folder_whole("~/folder") as staged:
+    write_atomically("~/file", b"new")
+    with atomic_folder("~/folder") as staged:
         (staged / "result").write_text("ours")
     assert sorted(listing(tmp_path)) == ["file", "folder/", "folder/result"]
     with pytest.raises(ConfigError, match="~nobody-here/file is not a valid path"):

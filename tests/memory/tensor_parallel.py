@@ -13,7 +13,7 @@ from helpers.tiny import PAD, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 from deltamem_tool import Conversation, DeltaMemConfig, MemoryCache, TorchModel, attach, evaluate, export_onnx, load
-from deltamem_tool.base_model.launch import join_launched, number_in_launch
+from deltamem_tool.base_model.launch import join_launched, launch_rank
 from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.baselines.static import Static
 from deltamem_tool.chat.sampling import Sampling
@@ -113,7 +113,7 @@ def exact(folders: list[Path]) -> None:
     join_launched()
     for folder in folders:
         found = in_float64(folder, distributed_config=DistributedConfig(tp_plan="auto"))
-        torch.save(found, folder / f"exact-{number_in_launch()}.pt")
+        torch.save(found, folder / f"exact-{launch_rank()}.pt")
 
 
 def in_float64(folder: Path, **options: Any) -> list[torch.Tensor]:

@@ -50,11 +50,11 @@ def naive_loss(model, batch):
     with torch.no_grad(), hidden_states_of(adapter) as hidden:
         cache = MemoryCache(model)
         model(batch["write_ids"], attention_mask=batch["write_mask"], cache=cache)
-        written = hidden.taken()
+        written = hidden.take()
         read_cache = MemoryCache(model, write=False)
         read_cache.memory = cache.memory.select(batch["rows"])
         model(batch["read_ids"], attention_mask=batch["read_mask"], cache=read_cache)
-        read = hidden.taken()
+        read = hidden.take()
     wanted = sorted({(row, column) for _, row, columns in addresses for column in columns})
     by_row = {row: [] for row in range(len(batch["write_ids"]))}
     for (exchange, place), row, columns in addresses:

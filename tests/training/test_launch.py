@@ -6,7 +6,7 @@ import pytest
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe.load import LoraOptions, Recipe, TrainingOptions
-from deltamem_tool.training.launch import asks_to_shard, check_shards, launched
+from deltamem_tool.training.launch import asks_to_shard, check_shards, join_launch
 
 
 def recipe(**training) -> Recipe:
@@ -26,7 +26,7 @@ def test_another_engine_is_refused(variable, monkeypatch):
     """DeepSpeed's ZeRO-3 among them: data parallel in its place would not fit on a GPU."""
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     with pytest.raises(ConfigError, match="is not supported") as raised:
-        launched(recipe())
+        join_launch(recipe())
     assert "recipes/accelerate/fsdp2.yaml" in raised.value.next
 
 
@@ -34,12 +34,12 @@ def test_the_first_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ConfigError, match=r"^FSDP 1 is not supported\."):
-        launched(recipe())
+        join_launch(recipe())
 
 
 def test_one_process_shares_with_nobody():
     with pytest.raises(ConfigError, match=r"^FSDP2 needs several processes, but this is the only one\."):
-        launched(recipe(shard="fsdp2"))
+        join_launch(recipe(shard="fsdp2"))
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -47,7 +47,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match=r"^8 processes were started for 2 GPUs\."):
-        launched(recipe())
+        join_launch(recipe())
 
 
 def test_a_base_in_int8_is_not_sharded():

@@ -17,7 +17,7 @@ from deltamem_tool.data.encode import IGNORED
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import ObjectiveOptions
-from deltamem_tool.training.gradient_checkpointing import recomputing
+from deltamem_tool.training.gradient_checkpointing import recompute_layers
 from deltamem_tool.training.loss import EpisodeModel
 
 SLOPE_TOLERANCE = 2e-3  # relative, of a derivative by central differences
@@ -224,7 +224,7 @@ def test_recomputing_keeps_less():
 
 def test_recomputing_needs_layers():
     refused = pytest.raises(ConfigError, match=r"(?s)cannot recompute.*gradient_checkpointing")
-    with refused, recomputing(nn.Linear(1, 1)):
+    with refused, recompute_layers(nn.Linear(1, 1)):
         pass
 
 

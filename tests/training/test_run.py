@@ -24,7 +24,7 @@ from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import DataOptions, Recipe, TrainingOptions
 from deltamem_tool.training import EpisodeModel, arguments, run, train
 from deltamem_tool.training.arguments import training_arguments
-from deltamem_tool.training.run_folder import opened, run_folder
+from deltamem_tool.training.run_folder import open_run_folder, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_second_run_in_the_same_folder_is_refused(checkpoint, tmp_path):
 
     def start_again(step, *_):
         try:
-            with opened(run_folder(recipe.out), {}, resume=False):
+            with open_run_folder(run_folder(recipe.out), {}, resume=False):
                 raise AssertionError("two runs write to one folder")
         except DeltaMemError as error:
             refused.append(error.what)

@@ -32,7 +32,7 @@ from deltamem_tool.base_model.attention import AttentionLayer, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError, first_line
-from deltamem_tool.io.atomic import check_overwrite, folder_whole, resolve
+from deltamem_tool.io.atomic import atomic_folder, check_overwrite, resolve
 from deltamem_tool.io.names import check_revision, expand_name, expand_user, resolve_folder
 from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.memory.adapter import DeltaMemAdapter
@@ -188,7 +188,7 @@ def _to_reference(
     tensors = {name: exact[name].to(_DTYPES[other_dtypes.get(name, dtype)], copy=True) for name in exact}
     if not all(torch.equal(tensor.float(), exact[name]) for name, tensor in tensors.items()):
         tensors = exact  # trained since the conversion, so the original dtype would round them
-    with folder_whole(dst, overwrite) as staged:
+    with atomic_folder(dst, overwrite) as staged:
         (staged / REFERENCE_CONFIG).write_text(json.dumps(config, indent=2))
         torch.save(tensors, staged / REFERENCE_WEIGHTS)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())

@@ -16,7 +16,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
 from deltamem_tool.evaluation.scoring.statistics import FEWEST, Difference, position_to_margin
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import read_json
 
@@ -32,7 +32,7 @@ _AGAIN = "Create it with `deltamem eval ADAPTER --out evaluation.json`."
 
 def write_evaluation(path: str | Path, result: Mapping[str, Any]) -> None:
     """Write the result of `evaluation_json`, completely or not at all."""
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def evaluation_json(

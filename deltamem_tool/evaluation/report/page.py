@@ -17,7 +17,7 @@ from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, wri
 from deltamem_tool.evaluation.report.settings import settings
 from deltamem_tool.evaluation.report.templating import render_template
 from deltamem_tool.evaluation.scoring.statistics import FEWEST, is_clear
-from deltamem_tool.io.atomic import check_writable, write_whole
+from deltamem_tool.io.atomic import check_writable, write_atomically
 
 PAGE_FILE, MARKDOWN_FILE = "index.html", "report.md"
 FILES = {
@@ -55,8 +55,8 @@ def write_report(folder: Path, result: Mapping[str, Any], records: Sequence[Reco
     """
     known = _template_values(result, records)
     write_evaluation(folder / EVALUATION_FILE, result)
-    write_whole(folder / MARKDOWN_FILE, render_template("report.md.jinja", **known))
-    write_whole(folder / PAGE_FILE, render_template("report.html.jinja", **known))
+    write_atomically(folder / MARKDOWN_FILE, render_template("report.md.jinja", **known))
+    write_atomically(folder / PAGE_FILE, render_template("report.html.jinja", **known))
 
 
 def _template_values(result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:

@@ -52,14 +52,14 @@ def _item(row: Any, where: str) -> Item:
         paragraphs = _paragraphs(row["context"])
         question, answer, group = row["question"], row["answer"], row["type"]
     except KeyError as error:
-        raise _no_hotpotqa(where, f"It has no {error}.") from error
+        raise _format_error(where, f"It has no {error}.") from error
     except (TypeError, ValueError) as error:
-        raise _no_hotpotqa(where, f"{error}.") from error
+        raise _format_error(where, f"{error}.") from error
     for field, text in (("question", question), ("answer", answer), ("type", group)):
         if not isinstance(text, str) or not text.strip():
-            raise _no_hotpotqa(where, f"It has no {field}.")
+            raise _format_error(where, f"It has no {field}.")
     if not paragraphs:
-        raise _no_hotpotqa(where, "It has no paragraph.")
+        raise _format_error(where, "It has no paragraph.")
     messages: list[Message] = []
     for title, text in paragraphs:
         messages += [{"role": "user", "content": f"{title}\n{text}"}, {"role": "assistant", "content": _SEEN}]
@@ -75,5 +75,5 @@ def _paragraphs(context: Any) -> list[tuple[str, str]]:
     return paragraphs
 
 
-def _no_hotpotqa(where: str, why: str) -> DataError:
+def _format_error(where: str, why: str) -> DataError:
     return DataError(f"{where} is not a HotpotQA question.", why, "Use the distractor file that its authors publish.")

@@ -59,11 +59,11 @@ class LoCoMo:
             history = _sessions(talk["conversation"])
             questions, name = talk["qa"], str(talk.get("sample_id", number))
         except KeyError as error:
-            raise _no_locomo(where, f"It has no {error}.") from error
+            raise _format_error(where, f"It has no {error}.") from error
         except (TypeError, AttributeError) as error:
-            raise _no_locomo(where, f"{error}.") from error
+            raise _format_error(where, f"{error}.") from error
         if not history or not isinstance(questions, list) or not questions:
-            raise _no_locomo(where, "It has no session, or no question.")
+            raise _format_error(where, "It has no session, or no question.")
         for place, asked in enumerate(questions, start=1):
             yield _item(asked, f"{where} question {place}", f"{name}/{place}", name, history)
 
@@ -133,20 +133,20 @@ def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[M
     try:
         category, question, answer = asked["category"], asked["question"], asked.get("answer")
     except (KeyError, TypeError) as error:
-        raise _no_locomo(where, f"It lacks {error}.") from error
+        raise _format_error(where, f"It lacks {error}.") from error
     if type(category) is not int or category not in GROUPS:
-        raise _no_locomo(where, f"Its category is {category!r}, not a number from 1 to 5.")
+        raise _format_error(where, f"Its category is {category!r}, not a number from 1 to 5.")
     if not isinstance(question, str) or not question.strip():
-        raise _no_locomo(where, "It has no question.")
+        raise _format_error(where, "It has no question.")
     group = GROUPS[category]
     answer = UNSAID if group == GROUPS[5] else str(answer) if type(answer) in (str, int, float) else ""
     if group == GROUPS[3]:
         answer = answer.split(";")[0].strip()  # the rest explains
     if not answer.strip():
-        raise _no_locomo(where, "It has no answer.")
+        raise _format_error(where, "It has no answer.")
     content = _ASK.format(question=question) + (_DATED if group == GROUPS[2] else "")
     return Item(id, history_id, history, [{"role": "user", "content": content}], [answer], group, where, question)
 
 
-def _no_locomo(where: str, why: str) -> DataError:
+def _format_error(where: str, why: str) -> DataError:
     return DataError(f"{where} is not a LoCoMo conversation.", why, "Use the locomo10.json that its authors publish.")

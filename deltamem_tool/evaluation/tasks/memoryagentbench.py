@@ -233,22 +233,22 @@ class _Row:
             context, questions, answers = row["context"], row["questions"], row["answers"]
             dates = metadata.get("question_dates")
         except (AttributeError, KeyError, TypeError) as error:
-            raise _no_row(where, f"It has no {error}." if isinstance(error, KeyError) else f"{error}.") from error
+            raise _row_error(where, f"It has no {error}." if isinstance(error, KeyError) else f"{error}.") from error
         if not isinstance(context, str) or not context.strip():
-            raise _no_row(where, "Its context is not a text.")
+            raise _row_error(where, "Its context is not a text.")
         if not isinstance(questions, list) or not questions or not isinstance(answers, list):
-            raise _no_row(where, "Its questions and answers are not lists.")
+            raise _row_error(where, "Its questions and answers are not lists.")
         family = _family(source, where)
         if len(questions) == 1:
             answers = [_flat(answers)]  # as the benchmark's `_create_query_answer_pairs` has it
         if len(answers) != len(questions):
-            raise _no_row(where, f"It has {len(questions)} questions and {len(answers)} answers.")
+            raise _row_error(where, f"It has {len(questions)} questions and {len(answers)} answers.")
         answers = [[one] if isinstance(one, str) else one for one in answers]
         for place, (question, right) in enumerate(zip(questions, answers, strict=True), start=1):
             if not _is_text(question):
-                raise _no_row(f"{where} question {place}", "The question is not a text.")
+                raise _row_error(f"{where} question {place}", "The question is not a text.")
             if not isinstance(right, list) or not right or not all(_is_text(one) for one in right):
-                raise _no_row(f"{where} question {place}", "It has no answer.")
+                raise _row_error(f"{where} question {place}", "It has no answer.")
         dates = dates if isinstance(dates, list) else []  # most sources have none
         return cls(source, family, context, questions, answers, dates, where, number)
 
@@ -301,7 +301,7 @@ def _family(source: str, where: str) -> Family:
     for beginning, family in FAMILIES.items():
         if source.startswith(beginning):
             return family
-    raise _no_row(where, f"Its metadata name the source {source!r}; known are {', '.join(FAMILIES)}.")
+    raise _row_error(where, f"Its metadata name the source {source!r}; known are {', '.join(FAMILIES)}.")
 
 
 def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
@@ -341,5 +341,5 @@ def _flat(answers: list[Any]) -> list[Any]:
     return [one for each in answers for one in (each if isinstance(each, list) else [each])]
 
 
-def _no_row(where: str, why: str) -> DataError:
+def _row_error(where: str, why: str) -> DataError:
     return DataError(f"{where} is not a MemoryAgentBench row.", why, "Use ai-hyz/MemoryAgentBench as published.")

@@ -21,7 +21,7 @@ from deltamem_tool.base_model.placement import is_spread
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.chat.torch_engine import stop_tokens
 from deltamem_tool.errors import ExportError
-from deltamem_tool.io.atomic import check_overwrite, folder_whole
+from deltamem_tool.io.atomic import atomic_folder, check_overwrite
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.attachment import hf_model
@@ -147,7 +147,7 @@ def export_onnx(
             model, adapter, interface, options, for_target, quantize, quantization, frozenset(without), start, tell
         )
         genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
-        with folder_whole(out, overwrite) as staged:
+        with atomic_folder(out, overwrite) as staged:
             _write_graph(plan, staged / contract.MODEL_FILE)
             _write_configs(plan, staged, tokenizer, genai_config)
             report = plan.stage("Comparing ONNX Runtime with PyTorch")

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.chat.torch_engine import stop_tokens
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import write_atomically
 from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.file import MemoryShape, check_memory
@@ -81,7 +81,7 @@ def write_adapter_file(folder: str | Path, memory: str | Path, out: str | Path) 
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "memory"
         file.export_adapter(str(whole))
-        write_whole(out, whole.read_bytes())
+        write_atomically(out, whole.read_bytes())
 
 
 def _check_start(memory: MemoryState, shape: MemoryShape, adapter: str) -> None:

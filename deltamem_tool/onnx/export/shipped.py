@@ -11,7 +11,7 @@ import platformdirs
 
 from deltamem_tool._version import __version__
 from deltamem_tool.adapter.config_file import CONFIG_FILE
-from deltamem_tool.io.atomic import locked
+from deltamem_tool.io.atomic import file_lock
 from deltamem_tool.io.names import ASSETS, BUILTIN
 
 _KEY = 16  # hexadecimal digits
@@ -46,7 +46,7 @@ def export_shipped(name: str, progress: Callable[[str, int, int], object]) -> No
     from deltamem_tool.onnx.export.export import export_onnx
 
     folder = shipped_folder(name)
-    with locked(folder):  # another program may have exported it while this one waited
+    with file_lock(folder):  # another program may have exported it while this one waited
         if not folder.is_dir():
             for part in folder.parent.glob(f".{folder.name}.*"):  # left by a program that was killed
                 shutil.rmtree(part, ignore_errors=True)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from deltamem_tool._compat import DynamicLayer, StaticLayer
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.call_options import CallOptions, fill, fill_static
+from deltamem_tool.memory.call_options import CallOptions, fill_layer, fill_static_layer
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
@@ -90,11 +90,11 @@ class Step(nn.Module):
             cache.layers = [traced_layer(layer) for layer in cache.layers]
         for layer, past in zip(cache.layers, past_key_values, strict=False):
             if contract.KEY in past and past_length is None:
-                fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
+                fill_layer(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
                 fill_columns(layer, past)
             elif contract.KEY in past and past_length is not None:
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
-                fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
+                fill_static_layer(cast(StaticLayer, layer), keys, values, past_length[0].clone())
         states = self._base_states(attention_mask, input_ids, cache, past_key_values)
         with states, dynamic_topk(self.model), self.layers.mark_originals():
             logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)

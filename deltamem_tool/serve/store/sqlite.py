@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 
 from deltamem_tool.errors import ConfigError, InstallationError
-from deltamem_tool.io.atomic import locked, resolve
+from deltamem_tool.io.atomic import file_lock, resolve
 from deltamem_tool.serve.store.database import LOCK_SECONDS
 from deltamem_tool.serve.store.errors import StoreDamaged
 from deltamem_tool.serve.store.overflow import OverflowPages
@@ -54,7 +54,7 @@ class Sqlite:
     def engine(self) -> Engine:
         """Return a pool of connections to the file, which is created for its owner alone."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self._path):
+        with file_lock(self._path):
             if not self._path.exists():  # else closing the file would release the locks that SQLite holds on it here
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             with closing(sqlite3.connect(self._path, LOCK_SECONDS)) as connection:

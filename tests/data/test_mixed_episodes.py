@@ -10,7 +10,7 @@ from data.talks import TALK
 from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.episode import Episode
-from deltamem_tool.data.mixed import MixedEpisodes
+from deltamem_tool.data.mixed_episodes import MixedEpisodes
 from deltamem_tool.data.store import encode_cached
 from deltamem_tool.data.synthetic import DialogueEpisodes
 
