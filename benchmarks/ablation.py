@@ -1,4 +1,4 @@
-"""Make the runs that ablations need, keep the results, and write tables and plots."""
+"""Make the runs of ablations, store their results, and write tables and plots."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import data_digest, flat_options
 
-ADAPTERS = "adapters"  # folder of the adapters that are kept
+ADAPTERS = "adapters"  # subfolder of the kept adapters
 
-Report = Callable[[str, int, int, str], object]  # name of the run, done, of, note
+Report = Callable[[str, int, int, str], object]  # name of the run, steps done, total steps, note
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What every adapter is asked: `episodes` conversations for each number of `facts`.
+    """The questions for every adapter: `episodes` conversations for each number of `facts`.
 
     Raises:
         ConfigError: a number of facts is invalid, or there are fewer than two conversations.
@@ -64,7 +64,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Job:
-    """A run to make. Ablations share equal ones, such as the recipe with no change."""
+    """A run to make. Ablations share identical jobs, such as the unchanged recipe."""
 
     variant: Variant
     seed: int
@@ -78,7 +78,7 @@ class Job:
 
 @dataclass(frozen=True)
 class AblationResult:
-    """All runs, and the jobs whose adapters should be kept but are missing: an earlier call made them without."""
+    """All runs, and the jobs whose adapters should be kept but are missing: an earlier call did not keep them."""
 
     runs: list[Run]
     unkept: list[Job]
@@ -91,11 +91,11 @@ def plan_jobs(
     questions: Questions,
     folder: Path,
 ) -> dict[tuple[str, str, int], Job]:
-    """Jobs by ablation, variant and seed; seed by seed, so that whole tables are there early.
+    """Return the jobs of all ablations, variants and seeds, seed by seed, so that complete tables exist early.
 
     Raises:
         ConfigError: a recipe is invalid or trains a LoRA; two ablations have the same name; two variants of an
-            ablation are the same run; a seed is given twice; or `changes` set the seed.
+            ablation are the same run; a seed is repeated; or `changes` set the seed.
     """
     names = [ablation.name for ablation in ablations]
     for name in names:
@@ -137,7 +137,7 @@ def plan_jobs(
 
 
 def _key(recipe: Recipe, questions: Questions) -> str:
-    """A hash of everything that a run's figures depend on."""
+    """Return a hash of everything that the results of a run depend on."""
     parts: list[object] = [flat_options(recipe), questions.facts, questions.episodes]
     digest = data_digest(recipe)
     if digest is not None:
@@ -155,17 +155,17 @@ def ablate(
     report: Report | None = None,
     ended: Callable[[int, int], None] | None = None,
 ) -> AblationResult:
-    """Make the runs that are missing in `out`; after each of them, write a table and a plot of every ablation.
+    """Make the runs that are missing in `out`. After each one, write a table and a plot of every ablation.
 
     Args:
-        ablations: what to compare.
-        out: the folder of tables, plots and runs.
-        seeds: of training.
-        questions: what every adapter is asked.
+        ablations: the ablations.
+        out: folder of tables, plots and runs.
+        seeds: seeds of the training runs.
+        questions: the questions for every adapter.
         changes: `key=value`, applied to every recipe.
-        keep_adapters: leave adapters in `out/adapters`, named by key. Existing runs are not repeated for it.
-        report: follows one run.
-        ended: called with the number of finished runs, (done, of).
+        keep_adapters: keep adapters in `out/adapters`, named by key. Existing runs are not repeated for this.
+        report: called with the progress of a run.
+        ended: called with the number of finished runs and the total.
 
     Raises:
         DeltaMemError: a recipe is invalid, `out` cannot be written, or a run failed.
@@ -178,7 +178,7 @@ def ablate(
     for number, (key, job) in enumerate(unique.items(), start=1):
         if key not in runs:
             runs[key] = make_run(job, questions, report or (lambda name, done, of, note: None))
-            processes.all(None)  # all have done with the adapter
+            processes.all(None)  # wait until all processes are done with the adapter
             if processes.is_main:
                 append_run(out, runs[key])
                 if not keep_adapters:
@@ -188,7 +188,7 @@ def ablate(
             ended(number, len(unique))
     if processes.is_main:
         _write(ablations, out, seeds, jobs, runs, changes)
-        with suppress(OSError):  # not empty: it holds adapters
+        with suppress(OSError):  # not empty if it holds adapters
             (out / ADAPTERS).rmdir()
     unkept = [job for job in unique.values() if keep_adapters and not Path(job.recipe.out).exists()]
     return AblationResult([runs[key] for key in unique], unkept)
@@ -216,7 +216,7 @@ def _write(
 
 
 def make_run(job: Job, questions: Questions, report: Report) -> Run:
-    """Train and evaluate. The adapter stays in the recipe's `out`."""
+    """Train and evaluate an adapter. It stays in the recipe's `out`."""
     name = job.name
     started = time.process_time()
     try:
@@ -226,7 +226,7 @@ def make_run(job: Job, questions: Questions, report: Report) -> Run:
             report=lambda done, of, loss: report(name, done, of, "" if loss is None else f"loss {loss:.3f}"),
         )
     except DeltaMemError as error:  # its advice is for `deltamem train`
-        next = "Correct the ablation if it is at fault. The same command continues, and repeats this run."
+        next = "Correct the ablation if it is at fault. To continue with this run, repeat the command."
         raise DeltaMemError(f"{name}: {error.what}", error.why, next) from error
     processor = time.process_time() - started
     on_gpu = torch.cuda.is_available()  # then the training was there too

@@ -1,4 +1,4 @@
-"""An ablation as a YAML file: what changes in which recipe, and the paper's figures."""
+"""Read an ablation from a YAML file: a recipe, its variants, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltamem_tool.recipe.load import Recipe, load_recipe
 from deltamem_tool.recipe.yaml_lines import read_yaml
 
 SEED = "training.seed"  # set for each run
-RECIPE = "recipe"  # among a variant's changes: a recipe of its own
+RECIPE = "recipe"  # key among a variant's changes that names another recipe
 
 
 class _Paper(BaseModel):
@@ -49,14 +49,14 @@ _KNOWN = {(): list(_File.model_fields), ("paper",): list(_Paper.model_fields)}
 
 @dataclass(frozen=True)
 class Variant:
-    """`changes` are `key=value`, as `load_recipe` takes them."""
+    """A variant of a recipe. `changes` are `key=value`, as in `load_recipe`."""
 
     name: str
     recipe: Path
     changes: tuple[str, ...]
 
     def load(self, changes: Sequence[str], seed: int, out: str) -> Recipe:
-        """The recipe to train; `changes` override the variant's own.
+        """Return the recipe to train. `changes` override those of the variant.
 
         Raises:
             ConfigError: the changed recipe is invalid.
@@ -66,9 +66,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What differs between adapters, and the variant (`reference`) to compare the others with."""
+    """The variants to compare, and the one (`reference`) that the others are compared with."""
 
-    name: str  # of its table and plot: the file's, without its ending
+    name: str  # name of table and plot: that of the file, without its extension
     title: str
     variants: tuple[Variant, ...]
     reference: str
@@ -95,7 +95,7 @@ def read_ablation(file: str | Path) -> Ablation:
         raise config_error(f"{file} is not a valid ablation.", whys) from error
     twice = [".".join(key) for key, lines in document.lines.items() if len(lines) > 1]
     if twice:
-        raise ConfigError(f"{file} is not a valid ablation.", f"{twice[0]} is given more than once.", "Keep one.")
+        raise ConfigError(f"{file} is not a valid ablation.", f"{twice[0]} is repeated.", "Keep one.")
     variants = tuple(_variant(file, content.recipe, name, changes or {}) for name, changes in content.variants.items())
     paper = content.paper or _Paper(what="the paper", figures={})
     return Ablation(file.stem, content.title, variants, content.reference, paper.what, paper.figures)

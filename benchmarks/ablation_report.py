@@ -1,4 +1,4 @@
-"""Runs of an ablation as a table and a picture, beside the paper's figures."""
+"""Show the runs of an ablation as a table and a plot, beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Runs = Mapping[str, Sequence[Run]]  # by variant, one or more runs, each with it
 
 
 def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) -> str:
-    """One table: for each variant the mean over the seeds, with the smallest and the largest below it."""
+    """Return a table with the mean over the seeds for each variant, and the minimum and maximum below it."""
     every = [run for of_variant in runs.values() for run in of_variant]
     dates = sorted({run.date for run in every})
     environments = dict.fromkeys(map(_environment, every))
@@ -34,10 +34,10 @@ def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) 
     lines = [
         f"# {ablation.title}, {dates[-1]}",
         "",
-        f"Exact match of held-out facts from the memory alone, {episodes} conversations for each number of facts:",
-        "the mean over the seeds, and below it the smallest and the largest. The highest control is the most that any",
-        f"seed reached, over all questions, with {_any_of(controls)}. Minutes are",
-        "processor time of training.",
+        f"Exact match of held-out facts from the memory alone, {episodes} conversations per number of facts:",
+        "the mean over the seeds, and below it minimum and maximum. The highest control is the highest score of any",
+        f"seed, over all questions, with {_any_of(controls)}. Minutes are",
+        "CPU time of training.",
         "",
         _row(columns),
         _row(["---"] * len(columns)),
@@ -58,7 +58,7 @@ def _environment(run: Run) -> str:
 
 
 def _command(ablation: Ablation, runs: Runs, changes: Sequence[str]) -> str:
-    """The command that repeats these runs, without options that have their default value."""
+    """Return the command that repeats these runs, without options that have their default value."""
     some = next(run for of_variant in runs.values() for run in of_variant)
     seeds = dict.fromkeys(run.seed for of_variant in runs.values() for run in of_variant)
     words = ["python", "benchmarks/ablate.py", f"recipes/ablations/{ablation.name}.yaml", "--out", "DIR"]
@@ -108,7 +108,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(ablation: Ablation, runs: Runs, path: Path) -> None:
-    """Draw a row for each variant: exact match by number of facts, and the paper's figure beside it."""
+    """Plot a row per variant: exact match by number of facts, and the paper's figure beside it."""
     names = list(runs)
     figure = Figure(figsize=(8 if ablation.paper else 6.4, 1.5 + 0.36 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Results of an ablation's runs, one line each, so that an interrupted ablation continues and repeats nothing."""
+"""Store the results of runs, one per line, so that an interrupted ablation continues without repeating runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE
 
 SEEDS = (42, 43, 44)
-EPISODES = 100  # conversations for each number of facts
+EPISODES = 100  # conversations per number of facts
 FACTS = (1, 2, 4, 6, 8)
 RUNS_FILE = "runs.jsonl"
 CPU = "CPU"
@@ -20,9 +20,9 @@ CPU = "CPU"
 
 @dataclass(frozen=True)
 class Run:
-    """One adapter: how it was trained, and its score.
+    """One adapter: how it was trained, and its scores.
 
-    `scores` has the mean exact match by condition, one entry for each number of facts.
+    `scores` has the mean exact match by condition, one entry per number of facts.
     """
 
     key: str
@@ -35,8 +35,8 @@ class Run:
     parameters: int
     state_bytes: int
     loss: float
-    minutes: float  # of training, by the clock
-    processor_minutes: float  # and of all threads
+    minutes: float  # wall-clock time of training
+    processor_minutes: float  # CPU time of all threads
     threads: int
     versions: dict[str, str]
     date: str
@@ -44,12 +44,12 @@ class Run:
 
     @property
     def mean(self) -> float:
-        """The score over all questions, from the memory."""
+        """Return the score from the memory, over all questions."""
         return sum(self.scores[STATE]) / len(self.scores[STATE])
 
 
 def read_runs(folder: Path) -> dict[str, Run]:
-    """Runs by key; empty if there is no file. A last line that is incomplete is removed.
+    """Read the runs, by key; none if there is no file. An incomplete last line is removed.
 
     Raises:
         DataError: a line is not a run.

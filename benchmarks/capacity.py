@@ -1,11 +1,11 @@
-"""How much a memory holds, and what is written since does to it: measured, and as the delta rule predicts.
+"""Measure how much a memory holds and how later writes affect it, and compare this with predictions of the delta rule.
 
     python benchmarks/capacity.py --out benchmarks/results/DATE-capacity.md --plots docs
     python benchmarks/capacity.py TSW=tsw-adapter SSW=ssw-adapter MSW=msw-adapter --out OUT.md
 
-Each adapter answers conversations of the recall task: with ever more facts, with ever more written since a fact was
-told, and since one was changed. `docs/capacity.md` says what is predicted and how. Each point is added to the `.jsonl`
-beside OUT as it is done, and a run that was cut off goes on from there. Tables and plots are written anew at the end.
+Each adapter answers conversations of the recall task: with more and more facts, and with more and more text after a
+fact was told or changed. `docs/capacity.md` explains the predictions. Each point is added to the `.jsonl` beside OUT
+when it is done, and an interrupted run continues from there. Tables and plots are rewritten at the end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from deltamem_tool.memory.attach import adapter_of
 
 PROTOCOL = EvalProtocol.parse("memory")
 CONTROLS = ("donor_state", "zero_state")
-SESSION = 8  # turns that are written in one context: about as many as the backbone and its adapters were trained on
+SESSION = 8  # turns per context: about as many as the backbone and its adapters were trained on
 DEFAULT = "shipped=builtin:adapter"
 FACTS = (1, 2, 4, 6, 8, 12, 16, 24)
 TALK = (0, 4, 8, 16, 32, 64)
@@ -55,9 +55,9 @@ class Curve:
 
     name: str
     title: str
-    along: str  # the option that grows
+    along: str  # the option that varies
     values: Sequence[int]
-    options: Mapping[str, Any]  # the others
+    options: Mapping[str, Any]  # the other options
 
 
 CURVES = (
@@ -83,7 +83,7 @@ CURVES = (
 
 
 def measure(model: Any, tokenizer: Any, prototypes: Prototypes, curve: Curve, value: int, shared: Point) -> Point:
-    """One point: exact matches (and old values) with the state and its controls, and what is predicted of it."""
+    """Measure one point: exact matches (and old values) with the state and its controls, and the predictions."""
     options = {**curve.options, curve.along: value, "session": SESSION}
     task = Recall(episodes=shared["episodes"], seed=shared["seed"], **options)
     found = evaluate(model, tokenizer, task, PROTOCOL, only=(STATE, *CONTROLS), seed=shared["seed"])
@@ -98,8 +98,8 @@ def measure(model: Any, tokenizer: Any, prototypes: Prototypes, curve: Curve, va
 
 
 def wrong_answers(items: Sequence[Item], found: Evaluation) -> dict[str, float]:
-    """Of all answers with the state: the share that says that nothing was told, and that gives another value that was
-    told: another fact's, or the same one's before."""
+    """Return two shares of the answers with the state: those that say that nothing was told, and those with another
+    value that was told, either that of another fact or an earlier one of the same fact."""
     histories = {item.id: " ".join(message["content"] for one in item.history for message in one) for item in items}
     mine = [record for record in found.records if record.condition == STATE and not record.scores["exact"]]
     unknown = [record for record in mine if record.answer.startswith(UNKNOWN.partition("{")[0])]
@@ -122,7 +122,7 @@ def _is_of(point: Point, shared: Point) -> bool:
 
 
 def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
-    """The results as Markdown: a table a curve, its adapters below each other."""
+    """Return the results as Markdown: a table per curve, with the adapters below each other."""
     some = points[0]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     lines = [
@@ -197,7 +197,7 @@ def _adapters(said: Sequence[str]) -> dict[str, str]:
     for text in said or (DEFAULT,):
         name, equals, place = text.partition("=")
         if not equals or not name or not place or name in found:
-            raise click.BadParameter(f"{text!r} is no NAME=ADAPTER of its own name", param_hint="ADAPTERS")
+            raise click.BadParameter(f"{text!r} is not NAME=ADAPTER with a unique name", param_hint="ADAPTERS")
         found[name] = place
     return found
 
@@ -205,9 +205,13 @@ def _adapters(said: Sequence[str]) -> dict[str, str]:
 @click.command(help=(__doc__ or "").partition("\n")[0])
 @click.argument("adapters", nargs=-1, metavar="[NAME=ADAPTER]...")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Markdown file to write.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder of the PNG files.  [OUT's]")
-@click.option("--episodes", default=100, show_default=True, type=click.IntRange(10), help="Conversations a point.")
-@click.option("--seed", default=0, show_default=True, help="Of all that is drawn.")
+@click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the PNG files.  [default: that of OUT]",
+)
+@click.option("--episodes", default=100, show_default=True, type=click.IntRange(10), help="Conversations per point.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 def main(adapters: tuple[str, ...], out: Path, plots: Path | None, episodes: int, seed: int) -> None:
     chosen = _adapters(adapters)
     plots = plots or out.parent

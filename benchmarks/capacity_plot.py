@@ -1,4 +1,4 @@
-"""The curves of `capacity.py` as pictures: an adapter with what is predicted of it, and all beside each other."""
+"""Plot the curves of `capacity.py`: each adapter with its predictions, and all adapters together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEYS = {
 
 
 def draw_adapter(points: Sequence[Any], curves: Sequence[Any], path: Path) -> None:
-    """A panel a curve, measured and predicted; and below, what is left of a fact's reading."""
+    """Draw a panel per curve, measured and predicted, and below it the share of a fact's reading that is left."""
     figure = new_figure(3, 3)
     grid = figure.subplots(3, 3)
     for curve, axes in zip(curves, grid.flat, strict=False):
@@ -61,7 +61,7 @@ def draw_adapter(points: Sequence[Any], curves: Sequence[Any], path: Path) -> No
 
 
 def draw_comparison(points: Sequence[Any], curves: Sequence[Any], path: Path) -> None:
-    """A panel a curve, a colour an adapter: measured, and what random keys predict."""
+    """Draw a panel per curve with a colour per adapter: measured, and predicted with random keys."""
     figure = new_figure(2, 3)
     grid = figure.subplots(2, 3)
     names = list(dict.fromkeys(point["name"] for point in points))
@@ -84,7 +84,7 @@ def _of(points: Sequence[Any], curve: Any) -> list[Any]:
 
 
 def _places(points: Sequence[Any], curve: Any) -> list[float]:
-    """Where the points are along the axis: at the number of facts, or of tokens since."""
+    """Return the positions of the points on the axis: numbers of facts, or of tokens written since."""
     return [p["value"] if curve.along == "facts" else p["predicted"]["tokens since"] for p in points]
 
 

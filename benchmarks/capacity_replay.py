@@ -1,4 +1,4 @@
-"""What the delta rule predicts for conversations of the recall task: their writes are recorded and replayed."""
+"""Predict recall with the delta rule: the writes of conversations are recorded and replayed."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.segments.encode import encode_chat, pad_rows
 from deltamem_tool.segments.template import render
 
-TELLINGS = 2  # one-fact conversations whose readings make a prototype
+TELLINGS = 2  # one-fact conversations per prototype
 _ANSWER = re.compile(r"(Your (\w+) is) (\w+)\.")
-CLOSE = 1e-3  # how far a replay may be from the model's own states and readings, which it stands for
+CLOSE = 1e-3  # allowed difference between a replay and the model's own states and readings
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A batch of conversations: the writes of each layer, and which tokens do what; `[B, T]`."""
+    """A batch of conversations: the writes of each layer, and masks of tokens, `[B, T]`."""
 
     writes: dict[int, Writes]
-    fact: Tensor  # of the turns that tell what is asked for
-    later: Tensor  # written after the last of these
-    real: Tensor  # no padding
+    fact: Tensor  # tokens of the turns that tell the requested fact
+    later: Tensor  # tokens written after the last of these
+    real: Tensor  # tokens that are not padding
     memory: MemoryState
 
 
 class Prototypes:
-    """What the layers read at the word before the value, where one fact has been told: the mean for each value."""
+    """The mean reading for each value, at the word before the value, after one fact was told."""
 
     def __init__(self, model: Any, tokenizer: Any, seed: int) -> None:
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
         self._known: dict[str, Tensor] = {}
 
     def of(self, attribute: str) -> Tensor:
-        """`[values, N]`, N = layers · H · R, in the order of the kind's values."""
+        """Return the prototypes `[values, N]`, N = layers · H · R, in the order of the kind's values."""
         if attribute not in self._known:
             rng = random.Random(f"prototypes/{self._seed}/{attribute}")
             values = dialogues.KIND_OF[attribute].values
@@ -70,19 +70,19 @@ def _one_fact(rng: random.Random, fact: dialogues.Fact) -> Item:
 
 
 def predict(model: Any, tokenizer: Any, items: Sequence[Item], prototypes: Prototypes, seed: int) -> dict[str, Any]:
-    """Means over `items`: how often the nearest value is the right one, or the stale one, of what is read and of what
-    would be read with random or rotated keys; the share of the fact's reading that is left; what was written since."""
+    """Return means over `items`: how often the value nearest to the reading is the right one or the old one, with the
+    model's keys and with random or rotated ones; the share of the fact's reading that is left; and the later writes."""
     found: list[dict[str, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for some in _alike(items):
             found.append(_predicted(model, tokenizer, some, prototypes, generator))
     means = {name: torch.cat([one[name].double() for one in found]).nanmean().item() for name in found[0]}
-    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}  # nothing was written since
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}  # NaN: nothing was written since
 
 
 def _alike(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Batches of histories with one number of sessions."""
+    """Yield batches of histories with the same number of sessions."""
     for count in sorted({len(item.history) for item in items}):
         some = [item for item in items if len(item.history) == count]
         for start in range(0, len(some), BATCH_SIZE):
@@ -139,12 +139,12 @@ def _check(ours: Tensor, theirs: Tensor) -> None:
 
 
 def joined(by_layer: dict[int, Tensor]) -> Tensor:
-    """`[B, H, R]` by layer to `[B, N]`."""
+    """Concatenate `[B, H, R]` of all layers to `[B, N]`."""
     return torch.cat([by_layer[layer].flatten(1) for layer in sorted(by_layer)], dim=1)
 
 
 def record(model: Any, tokenizer: Any, items: Sequence[Item]) -> Recorded:
-    """Write the histories, all of one number of sessions, as an evaluation does, and keep what was written."""
+    """Write histories with the same number of sessions as an evaluation does, and record the writes."""
     adapter = adapter_of(model)
     memory = adapter.empty_memory(len(items))
     writes: dict[int, Writes] = {}
@@ -163,13 +163,13 @@ def record(model: Any, tokenizer: Any, items: Sequence[Item]) -> Recorded:
         real.append(chat.attention_mask.bool())
         facts.append(torch.stack([_told_at(tokenizer, item, number, chat.input_ids.shape[1]) for item in items]))
     fact, present = torch.cat(facts, 1), torch.cat(real, 1)
-    seen = fact.flip(1).cumsum(1).flip(1) > 0  # a token of the fact's is still to come
+    seen = fact.flip(1).cumsum(1).flip(1) > 0  # a token of the fact follows
     return Recorded(writes, fact, present & ~seen, present, memory)
 
 
 @contextmanager
 def _scans() -> Iterator[list[Writes]]:
-    """What every `delta_scan` of the block was given, layer by layer."""
+    """Record the arguments of every `delta_scan` in the block, layer by layer."""
     from deltamem_tool.memory import layer as memory
 
     found: list[Writes] = []
@@ -184,7 +184,7 @@ def _scans() -> Iterator[list[Writes]]:
 
 
 def _told_at(tokenizer: Any, item: Item, number: int, length: int) -> Tensor:
-    """Bool `[length]`: the tokens of a session in whose turns the attribute that is asked for gets a value."""
+    """Return the tokens of a session whose turns set the requested attribute, bool `[length]`."""
     match = _ANSWER.fullmatch(item.answers[0])
     assert match is not None, item.answers
     session, here = item.history[number], torch.zeros(length, dtype=torch.bool)
@@ -202,7 +202,7 @@ def _count(tokenizer: Any, messages: Sequence[Any]) -> int:
 def read_before_value(
     model: Any, tokenizer: Any, items: Sequence[Item], memory: MemoryState
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The queries and the readings, `[B, H, R]` by layer, at the word before the value in the right answer."""
+    """Return queries and readings, `[B, H, R]` by layer, at the word before the value in the right answer."""
     texts = []
     for item in items:
         match = _ANSWER.fullmatch(item.answers[0])

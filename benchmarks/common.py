@@ -1,4 +1,4 @@
-"""What the scripts share: Qwen3's shape with random weights, pairs of measurements, commands, spreads, and versions."""
+"""Shared code of the benchmarks: random models of Qwen3's shape, paired measurements, commands, spreads, versions."""
 
 import os
 import statistics
@@ -19,9 +19,9 @@ from deltamem_tool.bench.result import quartiles
 from deltamem_tool.bench.timing import in_turn
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "onnx-ir", "transformers", "torch")
-Seconds = tuple[float, float]  # by the clock, and of the processor: other work on the machine hardly changes the latter
+Seconds = tuple[float, float]  # wall-clock time and CPU time; other work on the machine hardly affects the latter
 
-WATCH_SECONDS = 0.05  # between two looks at a process
+WATCH_SECONDS = 0.05  # interval at which a process is polled
 
 
 def qwen3(
@@ -34,7 +34,7 @@ def qwen3(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """A model of Qwen3's architecture with random weights, by default of Qwen3-0.6B's layer shape."""
+    """Return a random model of Qwen3's architecture, by default with Qwen3-0.6B's layer shape."""
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -51,21 +51,21 @@ def qwen3(
 
 
 def few_words() -> PreTrainedTokenizerFast:
-    """A tokenizer of three words, for exports that nobody talks to."""
+    """Return a tokenizer with three words, for exports that are only measured."""
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="c")
 
 
 @torch.no_grad()
 def randomize(adapter: torch.nn.Module, *names: str) -> None:
-    """Draw the adapter's parameters, or those with one of `names` in their name: many of a fresh one are zeros."""
+    """Randomise the adapter's parameters, or those with one of `names` in their name. Fresh ones are mostly zeros."""
     for name, parameter in adapter.named_parameters():
         if not names or any(part in name for part in names):
             parameter.normal_(std=0.02)
 
 
 def timed(call: Callable[[], object], calls: int = 1, wait: Callable[[], None] = lambda: None) -> Seconds:
-    """Seconds of one call, the mean over `calls`; `wait` returns when the device has finished."""
+    """Return the seconds of one call, the mean over `calls`. `wait` returns when the device has finished."""
     wait()
     start, of_processor = time.perf_counter(), time.process_time()
     for _ in range(calls):
@@ -77,7 +77,7 @@ def timed(call: Callable[[], object], calls: int = 1, wait: Callable[[], None] =
 def compare(
     one: Callable[[], Seconds], other: Callable[[], Seconds], repeats: int
 ) -> tuple[list[float], list[list[float]]]:
-    """Median seconds of both, and for every pair of runs the ratio of their seconds, and of the processor's."""
+    """Return the median seconds of both, and the ratios of wall-clock and of CPU time for every pair of runs."""
     pairs = in_turn({"one": one, "other": other}, repeats).values.values()
     medians = [statistics.median(clock for clock, _ in taken) for taken in pairs]
     ratios = [[a / b for a, b in zip(mine, others, strict=True)] for mine, others in zip(*pairs, strict=True)]
@@ -85,32 +85,32 @@ def compare(
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """The median, its quartiles, and the range."""
+    """Format the median, the quartiles and the range."""
     quarters = quartiles(ratios)
     return f"**{quarters.median:.3f}** ({quarters.low:.3f}–{quarters.high:.3f}; {min(ratios):.3f}–{max(ratios):.3f})"
 
 
 def versions(*packages: str) -> str:
-    """Names and versions of those `packages` that are installed."""
+    """Return the names and versions of the installed ones among `packages`."""
     texts = []
     for package in packages:
         try:
             texts.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # one of the two distributions of ONNX Runtime
+        except PackageNotFoundError:  # only one of ONNX Runtime's distributions is installed
             continue
     return ", ".join(texts)
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command printed and took.
+    """Output and cost of a command.
 
     Args:
-        output: what it printed.
-        seconds: by the clock.
-        of_processor: seconds of the processor, its children's too.
-        resident: most bytes of memory that it held at once; `own` are those that only it can hold, `mapped` are pages
-            of files, which the system can take back.
+        output: its output.
+        seconds: wall-clock time.
+        of_processor: CPU time in seconds, including its children.
+        resident: peak resident memory in bytes. `own` is memory of the process alone, `mapped` are pages of files,
+            which the system can reclaim.
     """
 
     output: str
@@ -122,7 +122,7 @@ class Command:
 
 
 def watched(*arguments: object) -> Command:
-    """Run Python with these arguments, and look at its memory meanwhile (on Linux); end this process if it fails."""
+    """Run Python with these arguments while polling its memory (on Linux). Exit this process if it fails."""
     command = [sys.executable, *map(str, arguments)]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
@@ -146,7 +146,7 @@ def watched(*arguments: object) -> Command:
 def _resident(pid: int) -> dict[str, int]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         lines = []
     kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     own, mapped = (int(kilobytes.get(name, 0)) * 1024 for name in ("RssAnon", "RssFile"))

@@ -1,9 +1,9 @@
-"""Which model types can be exported: every one that takes a memory, tiny and with random weights, as a table.
+"""Export a tiny random model of every type that supports a memory, and tabulate which exports work.
 
     python benchmarks/export_sweep.py --out benchmarks/results/DATE-export-sweep.md [TYPE …]
 
-Every type is tried in a process of its own. Results are added to OUT's `.jsonl` beside it as they come, and a run that
-was cut off goes on from there.
+Each type runs in a separate process. Results are added to a `.jsonl` beside OUT as they come, and an interrupted run
+continues from there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tests", "recipes")]
 
-CPU_SECONDS = 120  # for one type
+CPU_SECONDS = 120  # limit for one type
 DEPTH = 4  # layers: two rounds of a pattern of two
 PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnxscript")
 
@@ -56,7 +56,7 @@ def attempt(model_type: str) -> dict:
 
 @contextlib.contextmanager
 def counted_copies() -> Iterator[list[tuple[int, int]]]:
-    """Of each graph that is made inside: how many layers it has, and how many of these are copies."""
+    """Record, for each graph created in the block, its number of layers and how many of them are copies."""
     from deltamem_tool.onnx.export import trace
 
     counts = []
@@ -87,11 +87,11 @@ def fusion_obstacle(model_type: str) -> str:
 
 
 def in_a_process(model_type: str) -> dict:
-    """A fork of this process, which has imported everything."""
+    """Run one type in a fork of this process, which has imported everything."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        gc.disable()  # tracing makes millions of objects, and the process is short
+        gc.disable()  # tracing creates millions of objects, and the process is short-lived
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
@@ -157,7 +157,7 @@ def main() -> None:
     from deltamem_tool._compat import OnnxExporter  # noqa: F401  imported before the processes fork
 
     torch.set_num_threads(1)
-    attempt("llama")  # once here, so that no process does again what is done once
+    attempt("llama")  # in this process, so that one-time work is not repeated in every fork
     gc.collect()
     gc.freeze()
     for model_type in arguments.types or [*TEXT, *VISION]:

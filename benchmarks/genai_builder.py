@@ -1,4 +1,4 @@
-"""A base model's graph without a memory, as onnxruntime-genai's model builder writes it, and how its users run it."""
+"""Build a base model's graph with onnxruntime-genai's model builder, and run it as onnxruntime-genai does."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from deltamem_tool.onnx.contract import FLOAT16, FLOAT32, GENAI_CONFIG_FILE, MOD
 from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, to_device, to_numpy
 from deltamem_tool.onnx.runtime.providers import OPTIONS, check_provider, execution_providers
 
-PRECISIONS = {FLOAT32: "fp32", FLOAT16: "fp16", "int4": "int4"}  # the builder's names of ours
+PRECISIONS = {FLOAT32: "fp32", FLOAT16: "fp16", "int4": "int4"}  # our names, and those of the builder
 _TYPES = {"tensor(float)": FLOAT32, "tensor(float16)": FLOAT16}
 _RECORDED, _NOT_RECORDED = "1", "-1"  # ONNX Runtime's gpu_graph_id
 
 
 def build(checkpoint: Path, out: Path, precision: str, options: list[str], provider: str = "cpu") -> Command:
-    """Write the graph of `checkpoint` into `out`; `options` are the builder's own, such as "block_size=32"."""
+    """Write the graph of `checkpoint` to `out`. `options` are options of the builder, such as "block_size=32"."""
     extra = ["--extra_options", *options] if options else []
     arguments = ["-i", checkpoint, "-o", out, "-p", PRECISIONS[precision], "-e", provider, "-c", out / "cache"]
     return watched("-m", "onnxruntime_genai.models.builder", *arguments, *extra)
@@ -31,15 +31,16 @@ def build(checkpoint: Path, out: Path, precision: str, options: list[str], provi
 class BuilderSide:
     """A graph of the builder: a `deltamem_tool.bench.sides.Side` for one conversation at a time.
 
-    Keys and values are in buffers of a fixed length that are input and output at once, as in onnxruntime-genai.
+    Keys and values are in buffers of a fixed length, which are inputs and outputs at the same time, as in
+    onnxruntime-genai.
 
     Args:
-        folder: where the builder wrote the graph.
-        length: tokens that the buffers have room for.
-        threads: of a call on a CPU; 0 for as many as it has cores.
+        folder: folder in which the builder wrote the graph.
+        length: number of tokens that fit into the buffers.
+        threads: threads per call on a CPU; 0 for the number of cores.
         provider: "cpu" or "cuda".
-        fixed_steps: have steps of one token read and write in the same places, always. On CUDA they are recorded as a
-            CUDA graph then, and replayed.
+        fixed_steps: make steps of one token always read and write the same addresses. On CUDA, they are then recorded
+            as a CUDA graph and replayed.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class BuilderSide:
         self._bind(self._step_binding, *self._step)
 
     def call(self, ids: NDArray[Any], past: int | None = None) -> tuple[NDArray[Any], int]:
-        """Feed tokens, int64 `[1, T]`, after `past` others. Returns the last one's logits `[1, V]` and the new past."""
+        """Feed tokens, int64 `[1, T]`, after `past` others. Return the last logits `[1, V]` and the new past."""
         length = (past or 0) + ids.shape[1]
         mask, options = np.ones((1, length), np.int64), onnxruntime.RunOptions()
         fixed = self._fixed_steps and ids.shape[1] == 1
@@ -87,11 +88,11 @@ class BuilderSide:
         return to_numpy(logits)[:, -1], length
 
     def choose(self, logits: NDArray[Any]) -> NDArray[np.int64]:
-        """Return the likeliest tokens, int64 `[1, 1]`."""
+        """Return the most likely token, int64 `[1, 1]`."""
         return np.asarray(logits.argmax(-1)[:, None], np.int64)
 
     def _bound(self) -> Any:
-        """A binding of keys and values to where they are."""
+        """Return a binding of keys and values to their buffers."""
         binding = self._session.io_binding()
         for past, present, buffer in self._buffers:
             binding.bind_ortvalue_input(past, buffer)
@@ -99,7 +100,7 @@ class BuilderSide:
         return binding
 
     def _values(self, ids: NDArray[Any], mask: NDArray[Any]) -> tuple[OrtValue, OrtValue, OrtValue]:
-        """Ids, mask and a place for the logits, on the device."""
+        """Return ids, mask and a buffer for the logits, on the device."""
         positions = 1 if self._positions == 1 else ids.shape[1]
         shape = [1, positions, self.vocab_size]
         logits = OrtValue.ortvalue_from_shape_and_type(shape, self._logits_type, self._device)

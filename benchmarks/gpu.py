@@ -1,21 +1,21 @@
-"""The exported graph on a GPU: does it compute what PyTorch computes, what does the memory cost, how fast is it and how
-much does it take.
+"""Test exported graphs on a GPU: compare them with PyTorch, and measure the cost of the memory, their speed and their
+GPU memory.
 
 Command: python benchmarks/gpu.py [--layers 28 --vocabulary 151936] [--dtypes float16,float32] [--past 256,2048]
     [--prompts 4096,16384,32768] [--repeats 15] [--out FILE.md]
-Without a GPU: python benchmarks/gpu.py --device cpu, with tiny sizes, to try this script; its figures mean nothing.
+To try this script without a GPU: python benchmarks/gpu.py --device cpu, with tiny sizes; the figures then mean nothing.
 
-The shape is Qwen3-0.6B's with random weights. Needs deltamem-tool, torch, transformers, onnxruntime-gpu and
-onnxruntime-genai-cuda, and nothing that CUDA would have to be installed for. In float16 an answer is right if it is not
-further from PyTorch's float32 than PyTorch's own float16 is, with some room; in float32 if it differs from it by less
-than an export may.
+The model has Qwen3-0.6B's shape and random weights. The script needs deltamem-tool, torch, transformers,
+onnxruntime-gpu and onnxruntime-genai-cuda, and no installation of CUDA. In float16, a result is right if its error
+against PyTorch in float32 is not much larger than that of PyTorch in float16. In float32, it is right if it differs by
+less than an export may.
 
-Decode steps of two graphs run in turn, one by one and as CUDA graphs: the one with a memory, of fixed length, and the
-base's own, which onnxruntime-genai's model builder has written, over buffers of the same length (in float32 there is
-none for CUDA: fused attention over buffers wants half precision there). Prompts are timed in
-graphs with a memory whose keys and values grow, or have room for the longest, and in the builder's. Memory is what the
-whole GPU has in use, beside what it had before the graph was loaded, so nothing else should run on it. Which kernels
-ONNX Runtime has chosen for attention is what it says itself.
+Decode steps of two graphs run in turn, one by one and as CUDA graphs: one with a memory and a fixed length, and one of
+the base model from onnxruntime-genai's model builder, with buffers of the same length. (In float32 there is no such
+graph for CUDA, because fused attention over buffers needs half precision.) Prompts are timed in graphs with a memory
+whose keys and values grow or have room for the longest prompt, and in the builder's. GPU memory is what the whole GPU
+has in use beyond the amount before the graph was loaded, so nothing else should run on it. ONNX Runtime itself reports
+which attention kernels it uses.
 """
 
 import argparse
@@ -50,13 +50,13 @@ from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 DECODED = 32  # tokens of one timed decode
 WARM_UP = 64  # tokens
-ROOM = 256  # tokens that go into the longest prompt's graph after it
+ROOM = 256  # tokens that fit into the longest prompt's graph after it
 GIB = 2**30
-HALF_PRECISION_ROOM = 2.0  # how much further from float32 than PyTorch's own half precision
-AIM = 1.05  # decode with a memory, as a CUDA graph, over decode without
+HALF_PRECISION_ROOM = 2.0  # allowed ratio of its error against float32 to that of PyTorch in half precision
+AIM = 1.05  # target ratio of decoding with a memory to decoding without, as CUDA graphs
 BASE = "builder's"
-BUILDER_OPTIONS = ["prune_lm_head=true"]  # the logits of the last token alone, as in the graphs with a memory
-KERNELS = "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"  # has ONNX Runtime print what it has chosen for attention
+BUILDER_OPTIONS = ["prune_lm_head=true"]  # only the logits of the last token, as in the graphs with a memory
+KERNELS = "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"  # makes ONNX Runtime print its attention kernels
 TINY = {"layers": 1, "vocabulary": 64, "repeats": 3, "past": "8", "prompts": "16,40", "dtypes": "float32"}
 REAL = {
     "layers": 28,
@@ -70,19 +70,19 @@ REAL = {
 
 @dataclasses.dataclass
 class Exported:
-    """Graphs of one type: "growing" and "long" for prompts, "memory" to be compared with `BASE`."""
+    """Graphs of one data type: "growing" and "long" for prompts, and "memory" to compare with `BASE`."""
 
     folders: dict[str, Path]
     args: argparse.Namespace
 
     def graph(self, name: str, cuda_graph: bool = False) -> Any:
-        """One with a memory."""
+        """Open a graph with a memory."""
         folder = self.folders[name]
         interface = Manifest.read(folder).interface
         return open_graph(folder, interface, self.args.device, cuda_graph=cuda_graph)
 
     def side(self, name: str, length: int, cuda_graph: bool = False) -> Side:
-        """Any; the builder's has room for `length` tokens."""
+        """Open any graph. The builder's has room for `length` tokens."""
         if name == BASE:
             return BuilderSide(self.folders[name], length, 0, self.args.device, cuda_graph)
         folder = self.folders[name]
@@ -91,12 +91,12 @@ class Exported:
 
 
 def steps(args: argparse.Namespace) -> int:
-    """How many tokens the longest comparison of decode steps takes."""
+    """Return the number of tokens in the longest comparison of decode steps."""
     return max(args.past) + (args.repeats + 2) * DECODED
 
 
 def export(args: argparse.Namespace, model: PreTrainedModel, checkpoint: Path, folder: Path) -> Exported:
-    """The graphs of the type that `model` has; `checkpoint` is the same model without the memory."""
+    """Export the graphs in the type of `model`. `checkpoint` is the same model without the memory."""
     dtype, tokenizer = str(model.dtype).removeprefix("torch."), few_words()
     folders = {name: folder / name for name in ("growing", "long", "memory", BASE)}
     for name, length in {"growing": 0, "long": max(args.prompts) + ROOM, "memory": steps(args)}.items():
@@ -110,14 +110,14 @@ def export(args: argparse.Namespace, model: PreTrainedModel, checkpoint: Path, f
 
 
 def conversation(vocabulary: int) -> list[Tensor]:
-    """A prompt, single tokens, and a longer piece, int64 `[1, T]`."""
+    """Return the calls of a conversation, int64 `[1, T]`: a prompt, single tokens, and a longer piece."""
     random = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (1, tokens), generator=random) for tokens in (40, 1, 1, 1, 9, 1)]
 
 
 @torch.no_grad()
 def in_pytorch(model: PreTrainedModel, calls: list[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """Logits of each call `[1, V]`, and the states after the last."""
+    """Return the logits `[1, V]` of each call, and the states after the last one."""
     cache = MemoryCache(model)
     logits = [model(ids.to(model.device), cache=cache, logits_to_keep=1).logits[:, -1].float().cpu() for ids in calls]
     assert cache.memory is not None
@@ -134,7 +134,7 @@ def in_onnx(graph: Any, calls: list[Tensor]) -> tuple[list[Tensor], dict[int, Te
 
 
 def apart(found: Any, expected: Any) -> tuple[float, float]:
-    """Largest differences, of logits and of states."""
+    """Return the largest differences of logits and of states."""
     (logits, states), (other_logits, other_states) = found, expected
     return (
         max(float((a - b).abs().max()) for a, b in zip(logits, other_logits, strict=True)),
@@ -145,7 +145,7 @@ def apart(found: Any, expected: Any) -> tuple[float, float]:
 def agreement(
     args: argparse.Namespace, dtype: str, exported: Exported, truth: Any, own: Any, calls: list[Tensor]
 ) -> Iterator[tuple[str, bool]]:
-    """Rows, and whether each is as it should be. `truth` is PyTorch in float32 on the CPU, `own` in this type here."""
+    """Yield rows, each with whether it is right. `truth` is PyTorch in float32 on the CPU, `own` in this type here."""
     allowed = [HALF_PRECISION_ROOM * difference for difference in apart(own, truth)]
     if dtype == contract.FLOAT32:
         allowed = [TOLERANCE, TOLERANCE]
@@ -165,7 +165,7 @@ def agreement(
 
 
 class Decoding:
-    """A side that goes on and on from a prompt of so many tokens."""
+    """A side that decodes continuously after a prompt of `past` tokens."""
 
     def __init__(self, side: Side, prompt: int) -> None:
         self._side, self._past = side, None
@@ -175,7 +175,7 @@ class Decoding:
         _, self._past = self._side.call(np.ones((1, tokens), np.int64), self._past)
 
     def seconds(self) -> Seconds:
-        """Of one token."""
+        """Return the seconds per token."""
         return timed(lambda: self.feed(1), DECODED)
 
 
@@ -205,12 +205,12 @@ def prompts(args: argparse.Namespace, dtype: str, exported: Exported) -> Iterato
         kernels = attention_kernels(exported, name, room)
         before = used(args)
         side = exported.side(name, room)
-        for tokens in sorted(args.prompts):  # ONNX Runtime gives nothing back: the memory is the most so far
+        for tokens in sorted(args.prompts):  # ONNX Runtime never frees memory: each figure is the peak so far
             Decoding(side, min(tokens, WARM_UP))
             start = time.perf_counter()
             try:
                 decoding = Decoding(side, tokens)
-            except Exception as error:  # ONNX Runtime's have no common base class; the longest may not fit
+            except Exception as error:  # ONNX Runtime's exceptions have no common base; the longest may not fit
                 yield f"| {dtype} | {name} | {tokens} | {str(error).splitlines()[0][:200]} | | | {kernels} |"
                 break
             took = time.perf_counter() - start
@@ -227,8 +227,8 @@ def prompts(args: argparse.Namespace, dtype: str, exported: Exported) -> Iterato
 
 
 def attention_kernels(exported: Exported, name: str, room: int) -> str:
-    """What ONNX Runtime names as its kernels for attention, in a prompt and a step; it does so on CUDA alone."""
-    with printed() as text, environment(KERNELS, "1"):  # read when a session is made
+    """Return the attention kernels that ONNX Runtime reports for a prompt and a step; it only does so on CUDA."""
+    with printed() as text, environment(KERNELS, "1"):  # read when a session is created
         decoding = Decoding(exported.side(name, room), WARM_UP)
         decoding.feed(1)
     del decoding
@@ -247,7 +247,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def printed() -> Iterator[Callable[[], str]]:
-    """What is written to stdout inside, by libraries too, is what the function returns that this gives."""
+    """Capture stdout inside the block, including that of libraries. The yielded function returns the text."""
     with tempfile.TemporaryFile() as file:
         text = ""
         sys.stdout.flush()
@@ -263,7 +263,7 @@ def printed() -> Iterator[Callable[[], str]]:
 
 
 def used(args: argparse.Namespace) -> int:
-    """Bytes of the GPU's memory that are in use, PyTorch's own spare memory given back."""
+    """Return the GPU memory in use in bytes, after freeing PyTorch's cached memory."""
     if not args.cuda:
         return 0
     torch.cuda.synchronize()
@@ -299,7 +299,7 @@ Prompts, with a memory (keys and values that grow; with room for the longest) an
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, bool]]:
-    """Lines of the report, and False with those that say that something is wrong."""
+    """Yield the lines of the report, each with False if it reports an error."""
     yield heading(args), True
     torch.manual_seed(0)
     model = qwen3(args.layers, args.vocabulary)
@@ -315,7 +315,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, bool]
         model.to(getattr(torch, dtype))
         exported = export(args, model, checkpoint, folder / dtype)
         own = in_pytorch(model.to(args.device), calls)
-        model.to("cpu")  # out of the GPU's way, and its adapter with it
+        model.to("cpu")  # free the GPU, including the adapter
         adapter.to("cpu")
         gc.collect()
         yield AGREEMENT, True
@@ -331,9 +331,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     for name, kind in {"layers": int, "vocabulary": int, "repeats": int}.items():
         parser.add_argument(f"--{name}", type=kind)
-    parser.add_argument("--past", help="tokens before a decode")
-    parser.add_argument("--prompts", help="lengths")
-    parser.add_argument("--dtypes", help="of the model")
+    parser.add_argument("--past", help="numbers of tokens before decoding")
+    parser.add_argument("--prompts", help="lengths of the prompts")
+    parser.add_argument("--dtypes", help="data types of the model")
     parser.add_argument("--out", type=Path, help="append the tables to this file")
     args = parser.parse_args()
     args.cuda = args.device == "cuda"
@@ -350,7 +350,7 @@ def main() -> None:
         for line, fine in measure(args, Path(folder)):
             print(line, flush=True)
             right = right and fine
-            if args.out:  # line by line: what is there stays, if something fails
+            if args.out:  # line by line, so that results are kept if something fails later
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
     sys.exit(0 if right else "The graph does not compute what PyTorch computes.")

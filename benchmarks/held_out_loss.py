@@ -1,10 +1,10 @@
-"""Train every variant of an ablation, and tabulate losses on held-out episodes: for bases that learn recall slowly.
+"""Train every variant of an ablation and tabulate its losses on held-out episodes, for bases that learn recall slowly.
 
 Command: python benchmarks/held_out_loss.py recipes/ablations/smollm2/start.yaml --out ablations [--seed 42]
     [--set KEY=VALUE …]
 
-Losses are in nats a token, with the state, with another conversation's, and with zeros. An interrupted run continues
-with the same command.
+Losses are in nats per token, with the state, with that of another conversation, and with zeros. To continue an
+interrupted run, use the same command.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.run import train
 from deltamem_tool.training.run_folder import flat_options
 
-EPISODES = 64  # held out, that a loss is the mean of
+EPISODES = 64  # number of held-out episodes per loss
 LOSSES = {"state": "eval_loss", "donor": "eval_loss_donor", "zero": "eval_loss_zero"}
 
 
 def measured(name: str, recipe: Recipe) -> dict[str, Any]:
-    """Train a variant, and return its figures. Its adapter is removed."""
+    """Train a variant and return its results. Its adapter is removed."""
     with progress() as bar:
         task = bar.add_task(name, total=None, note="")
 
@@ -46,7 +46,7 @@ def measured(name: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def table(title: str, rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown, a row for each variant."""
+    """Return a Markdown table with a row per variant."""
     lines = [
         f"# {title}",
         "",
@@ -63,8 +63,8 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> str:
 @click.command()
 @click.argument("ablation", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
-@click.option("--seed", default=42, show_default=True, help="Of training.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+@click.option("--seed", default=42, show_default=True, help="Seed of the training runs.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe. Repeatable.")
 def command(ablation: Path, out: Path, seed: int, changes: tuple[str, ...]) -> None:
     """Train every variant of ABLATION (YAML), and write a table of their losses on held-out episodes."""
     plan = read_ablation(ablation)
@@ -85,7 +85,7 @@ def command(ablation: Path, out: Path, seed: int, changes: tuple[str, ...]) -> N
 
 
 def _evaluated_at_its_end(variant: Variant, changes: tuple[str, ...], seed: int, out: Path) -> Recipe:
-    """The recipe of a variant, with one evaluation after its last step."""
+    """Return the recipe of a variant with one evaluation, after its last step."""
     adapter = str(out / "adapter")
     steps = variant.load(changes, seed, adapter).training.steps
     return variant.load((*changes, f"training.eval_every={steps}", f"training.eval_episodes={EPISODES}"), seed, adapter)

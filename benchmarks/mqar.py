@@ -1,10 +1,10 @@
-"""How many pairs a state recalls (MQAR, arXiv 2312.04927), trained by itself, and what the delta rule predicts of it.
+"""Measure how many pairs a trained state recalls (MQAR, arXiv 2312.04927), and compare it with the delta rule.
 
     OMP_NUM_THREADS=1 python benchmarks/mqar.py --out benchmarks/results/DATE-mqar.md --plots docs
 
-One `DeltaMemLayer` of the shipped backbone's width, no backbone: `docs/capacity.md` says what it is given, and what is
-predicted. Each layer is added to the `.jsonl` beside OUT once it is trained, and a run that was cut off goes on from
-there. Tables and the figure are written anew at the end.
+A single `DeltaMemLayer` with the shipped backbone's width is trained, without a backbone. `docs/capacity.md` explains
+the task and the predictions. Each trained layer is added to the `.jsonl` beside OUT, and an interrupted run continues
+from there. Tables and the plot are rewritten at the end.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from deltamem_tool.ops.scan import use_implementation
 
 RANKS = (4, 8, 16, 32)
 STATES = (1, 2, 4, 8)
-SHIPPED = (8, 16)  # four layers of four 8×8 states, which are sixteen to a read-out that sums the layers' corrections
-SEEDS = 3  # of the shipped rank with the default rule; of all else the first alone
-DEFAULT = "no_lambda"  # the rule of the adapter that ships
-RULES: dict[str, dict[str, Any]] = {  # name: options beside those of a row of the grid, for layers of `SHIPPED`
+SHIPPED = (8, 16)  # four layers with four 8×8 states each; a read-out that sums the corrections sees sixteen states
+SEEDS = 3  # for the shipped rank with the default rule; one seed for all others
+DEFAULT = "no_lambda"  # the rule of the shipped adapter
+RULES: dict[str, dict[str, Any]] = {  # name: options beyond those of a row of the grid, for layers of `SHIPPED`
     DEFAULT: {},
     "lambda_outside": {"update_rule": "lambda_outside"},
     "standard": {"update_rule": "standard"},
@@ -61,16 +61,16 @@ RULES: dict[str, dict[str, Any]] = {  # name: options beside those of a row of t
     "standard, β bias −4": {"update_rule": "standard", "beta_bias": -4.0},
 }
 
-STEPS, RULE_STEPS = 200, 600  # of training, in the grid and for the comparison of rules
-SHOWN = (40, 80, 160, 320)  # steps in the table of rules, beside the last
-RELIABLE = 0.9  # recall from which a number of pairs counts as held
+STEPS, RULE_STEPS = 200, 600  # training steps, in the grid and for the comparison of rules
+SHOWN = (40, 80, 160, 320)  # steps in the table of rules, besides the last
+RELIABLE = 0.9  # minimum recall for pairs to count as held
 
 Cell = dict[str, Any]  # one line of the .jsonl
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained for one line of the `.jsonl`."""
+    """The training run behind one line of the `.jsonl`."""
 
     rank: int
     states: int
@@ -89,12 +89,12 @@ class Setting:
 
 
 def rule_settings(steps: int) -> list[Setting]:
-    """The shipped shape by every rule."""
+    """Return the shipped shape with every rule."""
     return [Setting(*SHIPPED, rule, 0, steps) for rule in RULES]
 
 
 def grid_settings(steps: int) -> list[Setting]:
-    """Every shape, and the other seeds of the shipped rank."""
+    """Return every shape, and the other seeds of the shipped rank."""
     shipped = [*STATES, SHIPPED[1]]
     once = [Setting(rank, states, DEFAULT, 0, steps) for rank in RANKS for states in STATES]
     again = [Setting(SHIPPED[0], states, DEFAULT, seed, steps) for seed in range(1, SEEDS) for states in shipped]
@@ -102,7 +102,7 @@ def grid_settings(steps: int) -> list[Setting]:
 
 
 def measure(setting: Setting) -> Cell:
-    """Train a layer, ask it at every number of pairs, and predict the same."""
+    """Train a layer, measure its recall at every number of pairs, and compute the predictions."""
     start = time.process_time()
     layer, words, curve = train(setting.config, setting.seed, setting.steps, setting.is_watched)
     generator = torch.Generator().manual_seed(setting.seed + 2)
@@ -121,9 +121,9 @@ def measure(setting: Setting) -> Cell:
 
 
 def held(pairs: Sequence[int], recalls: Sequence[float]) -> float | None:
-    """How many pairs are recalled with `RELIABLE`, between two measured numbers on a logarithmic scale.
+    """Return how many pairs are recalled with `RELIABLE`, interpolated between measured numbers on a logarithmic scale.
 
-    None where the fewest are not, infinity where the most still are.
+    None if even the fewest pairs are not, infinity if the most still are.
     """
     if recalls[0] < RELIABLE:
         return None
@@ -134,12 +134,12 @@ def held(pairs: Sequence[int], recalls: Sequence[float]) -> float | None:
 
 
 def mean_of(cells: Sequence[Cell], name: str) -> list[float]:
-    """Recall at every number of pairs, the mean of the seeds."""
+    """Return the recall at every number of pairs, as the mean over the seeds."""
     return [_mean([cell[name][n][0] for cell in cells]) for n in range(len(PAIRS))]
 
 
 def report(grid: Sequence[Cell], rules: Sequence[Cell], command: str) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     cells = [*grid, *rules]
     lines = [
         f"# Multi-query associative recall, {max(cell['date'] for cell in cells)}",
@@ -251,9 +251,13 @@ def _row(cells: Sequence[str]) -> str:
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Markdown file to write.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder of the PNG file.  [OUT's]")
+@click.option(
+    "--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder for the PNG file.  [default: that of OUT]"
+)
 @click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1), help="Training steps of the grid.")
-@click.option("--rule-steps", default=RULE_STEPS, show_default=True, type=click.IntRange(20), help="Of the rules.")
+@click.option(
+    "--rule-steps", default=RULE_STEPS, show_default=True, type=click.IntRange(20), help="Training steps for the rules."
+)
 def main(out: Path, plots: Path | None, steps: int, rule_steps: int) -> None:
     plots = plots or out.parent
     for folder in (out.parent, plots):
@@ -262,7 +266,7 @@ def main(out: Path, plots: Path | None, steps: int, rule_steps: int) -> None:
     kept = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {Setting(**{name: cell[name] for name in Setting.__annotations__}): cell for cell in kept}
     grid, rules = grid_settings(steps), rule_settings(rule_steps)
-    with progress() as bar, use_implementation("recurrent"):  # at every rank the faster one with so few tokens
+    with progress() as bar, use_implementation("recurrent"):  # the faster one at every rank, with so few tokens
         whole = bar.add_task("Layers", total=len(grid) + len(rules), note="")
         for setting in (*grid, *rules):
             bar.update(whole, note=f"{setting.states} × {setting.rank}×{setting.rank}, {setting.rule}")

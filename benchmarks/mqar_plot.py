@@ -1,4 +1,4 @@
-"""The figure of `mqar.py`: recall against pairs at every rank and number of states, and of every update rule."""
+"""Plot the results of `mqar.py`: recall against pairs for every rank, number of states and update rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 def draw(cells: Sequence[Any], rules: Sequence[Any], path: Path) -> None:
-    """A panel a rank, and three of the rules, which have a cell each: in training, by position, and against pairs."""
+    """Draw a panel per rank, and three for the rules: during training, by position, and against pairs."""
     shapes = sorted({(cell["rank"], cell["states"]) for cell in cells})
     ranks = sorted({rank for rank, _ in shapes})
     counts = sorted({states for _, states in shapes})

@@ -1,6 +1,6 @@
-"""The task of `mqar.py`: pairs for one layer, its training on them, and what the delta rule predicts of its recall.
+"""The task of `mqar.py`: pairs for one layer, its training, and the recall that the delta rule predicts.
 
-`docs/capacity.md` says what the layer is given and what is predicted.
+`docs/capacity.md` explains the task and the predictions.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from deltamem_tool.ops.gates import gates, normalise, per_head, write_inputs
 from deltamem_tool.ops.scan import delta_scan, read_state
 
 WIDTH = 128  # the shipped backbone's hidden size
-HALF = WIDTH // 2  # a token's own embedding, and that of the one before it
-WORDS = 384  # keys, and as many values: the shipped vocabulary has 767 tokens
+HALF = WIDTH // 2  # one half for a token's own embedding, one for that of the token before
+WORDS = 384  # number of keys, and of values; the shipped vocabulary has 767 tokens
 PAIRS = (1, 2, 4, 8, 16, 32, 64)
 
 WARM_UP, BATCH, LEARNING_RATE, BETAS = 20, 32, 4e-3, (0.9, 0.98)
-QUESTIONS, FEWEST = 512, 32  # asked of a trained layer: at least so many, in at least so many sequences
-WATCHED = 16  # pairs of the curves along training and along the sequence
+QUESTIONS, FEWEST = 512, 32  # minimum number of questions to a trained layer, and of sequences
+WATCHED = 16  # number of pairs in the curves over training and over the sequence
 WATCH_EVERY, POSITION_SEQUENCES = 20, 256
-GATES = tuple(2.0**-n for n in range(8))  # β that the prediction chooses from, beside the one before training
+GATES = tuple(2.0**-n for n in range(8))  # values of β for the prediction, besides that before training
 CONFIDENCE = 1.96  # standard errors, for 95 %
 
 
 @dataclass(frozen=True)
 class Words:
-    """Embeddings of keys and values, drawn at random, `[WORDS, HALF]` each."""
+    """Random embeddings of keys and values, `[WORDS, HALF]` each."""
 
     keys: Tensor
     values: Tensor
@@ -48,12 +48,12 @@ class Words:
 class Sequences:
     """Pairs to write, and the questions about all of them.
 
-    A hidden state has the token's own embedding and beside it that of the token before, as an attention head that looks
-    back by one leaves them.
+    A hidden state has the token's own embedding and that of the token before, like the output of an attention head that
+    looks back by one token.
 
     Args:
         written: hidden states of the values' tokens, `[B, N, WIDTH]`.
-        asked: those of the keys' tokens when they come again, with nothing before them.
+        asked: hidden states of the keys' tokens when they appear again, without a token before.
         values: the right answers, `[B, N]`.
     """
 
@@ -63,7 +63,7 @@ class Sequences:
 
     @classmethod
     def draw(cls, words: Words, count: int, pairs: int, generator: torch.Generator) -> Sequences:
-        keys = torch.rand(count, WORDS, generator=generator).argsort(dim=1)[:, :pairs]  # no key twice
+        keys = torch.rand(count, WORDS, generator=generator).argsort(dim=1)[:, :pairs]  # without repeated keys
         values = torch.randint(WORDS, (count, pairs), generator=generator)
         key, value = words.keys[keys], words.values[values]
         return cls(torch.cat([value, key], -1), torch.cat([key, torch.zeros_like(key)], -1), values)
@@ -73,21 +73,21 @@ Recall = Callable[[Sequences], Tensor]  # logits over the values, [B, N, WORDS]
 
 
 def new_layer(config: DeltaMemConfig) -> DeltaMemLayer:
-    """Its only correction is that of o, which is taken for an embedding of the value."""
+    """Return a layer whose only correction is that of o, which is read as an embedding of the value."""
     return DeltaMemLayer(config, WIDTH, {"o": HALF})
 
 
 def recall(layer: DeltaMemLayer, words: Words, sequences: Sequences) -> Tensor:
-    """Write all pairs, then ask for each: logits over the values."""
+    """Write all pairs, then ask for each. Return logits over the values."""
     empty = torch.zeros(len(sequences.values), *layer.config.state_shape)
     state = layer(sequences.written, empty, None, True).state
     return _logits(layer, words, layer(sequences.asked, state, None, False).readings)
 
 
 def recall_random_keys(layer: DeltaMemLayer, words: Words, generator: torch.Generator, sequences: Sequences) -> Tensor:
-    """The same with each pair's key and query turned together at random, in every state by itself.
+    """Do the same with each pair's key and query rotated together at random, separately in every state.
 
-    Their product stays, and what different pairs' are to each other is chance.
+    Their own product stays the same, and the products between different pairs become random.
     """
     raw = [layer.value, layer.gate] + ([] if layer.decay is None else [layer.decay])
     v, *written = write_inputs(layer.config, [project(sequences.written) for project in raw])
@@ -106,17 +106,17 @@ def _logits(layer: DeltaMemLayer, words: Words, readings: Tensor) -> Tensor:
 
 
 def written_and_read(k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, q: Tensor) -> Tensor:
-    """What the queries read once all is written, `[B, N, H, R]`."""
+    """Return the readings of the queries after all writes, `[B, N, H, R]`."""
     batch, _, heads, rank = k.shape
     _, state = delta_scan(q, k, v, log_keep, erase, write, k.new_zeros(batch, heads, rank, rank))
     return read_state(state, q)
 
 
 def predict(config: DeltaMemConfig, count: int, pairs: int, generator: torch.Generator) -> dict[float, float]:
-    """What the rule itself recalls with nothing learned, by the one β of all tokens.
+    """Return the recall of the rule itself, without training, by the β of all tokens.
 
-    Keys are drawn from the unit sphere, for every state by itself, and a value's code from that of all states together;
-    the answer is the code that what is read is most like.
+    Keys are drawn from the unit sphere separately for every state, and the code of a value from that of all states
+    together. The answer is the code that is most similar to the reading.
     """
     heads, rank, _ = config.state_shape
     codes = F.normalize(torch.randn(WORDS, heads * rank, generator=generator), dim=-1)
@@ -132,7 +132,7 @@ def predict(config: DeltaMemConfig, count: int, pairs: int, generator: torch.Gen
 
 
 def first_gate(config: DeltaMemConfig) -> float:
-    """β before training."""
+    """Return β before training."""
     return 1 / (1 + math.exp(-config.beta_bias))
 
 
@@ -141,7 +141,7 @@ def _accuracy(logits: Tensor, values: Tensor) -> Tensor:
 
 
 def train(config: DeltaMemConfig, seed: int, steps: int, watch: bool) -> tuple[DeltaMemLayer, Words, list[list[float]]]:
-    """Train all parameters of a layer on sequences of 1 to 64 pairs; return it, its words, and its recall meanwhile."""
+    """Train all parameters of a layer on sequences of 1 to 64 pairs. Return it, its words, and the recall over time."""
     generator = torch.Generator().manual_seed(seed)
     words = Words.draw(generator)
     torch.manual_seed(seed)
@@ -159,7 +159,7 @@ def train(config: DeltaMemConfig, seed: int, steps: int, watch: bool) -> tuple[D
         optimizer.step()
         schedule.step()
         if watch and (step + 1) % WATCH_EVERY == 0:
-            same = torch.Generator().manual_seed(seed + 1)  # the same sequences at every look
+            same = torch.Generator().manual_seed(seed + 1)  # the same sequences every time
             mean, _ = asked(partial(recall, layer, words), words, WATCHED, same)
             curve.append([step + 1, mean])
     return layer, words, curve
@@ -171,7 +171,7 @@ def _learning_rate(steps: int, step: int) -> float:
 
 @torch.no_grad()
 def asked(ask: Recall, words: Words, pairs: int, generator: torch.Generator) -> tuple[float, float]:
-    """Mean recall, and half of its interval at 95 %; a sequence counts as one, since its questions share a state."""
+    """Return the mean recall and half of its 95 % interval over sequences, whose questions share a state."""
     sequences = Sequences.draw(words, max(FEWEST, QUESTIONS // pairs), pairs, generator)
     of_each = _accuracy(ask(sequences), sequences.values).mean(1)
     return of_each.mean().item(), CONFIDENCE * of_each.std().item() / math.sqrt(len(of_each))
@@ -179,14 +179,14 @@ def asked(ask: Recall, words: Words, pairs: int, generator: torch.Generator) -> 
 
 @torch.no_grad()
 def by_position(ask: Recall, words: Words, generator: torch.Generator) -> list[float]:
-    """Recall of each of `WATCHED` pairs, the first written first."""
+    """Return the recall of each of `WATCHED` pairs, in the order of writing."""
     sequences = Sequences.draw(words, POSITION_SEQUENCES, WATCHED, generator)
     return _accuracy(ask(sequences), sequences.values).mean(0).tolist()
 
 
 @torch.no_grad()
 def overlap(layer: DeltaMemLayer, words: Words) -> float:
-    """Mean squared product of two different keys, which is 1/R at random."""
+    """Return the mean squared product of two different keys, which is 1/R for random keys."""
     written = torch.cat([torch.zeros_like(words.keys), words.keys], -1)  # after no value
     k = normalise(per_head(layer.key(written), layer.config))
     products = torch.einsum("nhr,mhr->hnm", k, k).square()
@@ -195,5 +195,5 @@ def overlap(layer: DeltaMemLayer, words: Words) -> float:
 
 @torch.no_grad()
 def mean_gate(layer: DeltaMemLayer, words: Words) -> float:
-    """Mean β of a pair."""
+    """Return the mean β of a pair."""
     return torch.sigmoid(layer.gate(torch.cat([words.values, words.keys], -1))).mean().item()

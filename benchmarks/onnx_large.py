@@ -1,12 +1,13 @@
-"""What exporting and loading a large model takes: peak memory beside the size of its weights, and loading times.
+"""Measure export and loading of a large model: peak memory relative to its weights, and loading times.
 
     python benchmarks/onnx_large.py [--layers 16 --hidden 2048 --vocabulary 32000] [--dtype float32] [--quantize none]
         [--folder DIR] [--out FILE]
 
-Makes a random checkpoint of Qwen3's architecture (by default 3.5 GB in float32), gives it a memory with `deltamem
-patch`, exports it with `deltamem export`, and loads the folder twice: weights mapped from the file, and packed by ONNX
-Runtime into its own memory. Every step is a process of its own, whose resident memory is watched: "own" is what only it
-can hold, "mapped" are pages of files, which the system can take back. Needs three times the checkpoint's size on disk.
+This creates a random checkpoint of Qwen3's architecture (by default 3.5 GB in float32), attaches a memory with
+`deltamem patch`, exports it with `deltamem export`, and loads the folder twice: with weights mapped from the file, and
+with weights packed by ONNX Runtime into its own memory. Every step is a separate process whose resident memory is
+polled: "own" is memory of the process alone, "mapped" are pages of files, which the system can reclaim. It needs three
+times the checkpoint's size on disk.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     for name, default in {"layers": 16, "hidden": 2_048, "vocabulary": 32_000}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="float32", help="of the checkpoint and of the export")
+    parser.add_argument("--dtype", default="float32", help="data type of the checkpoint and of the export")
     parser.add_argument("--quantize", default="none")
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="working folder; a temporary one by default")
     parser.add_argument("--out", type=Path, help="append the table to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

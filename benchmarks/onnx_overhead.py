@@ -1,24 +1,24 @@
-"""What a memory costs in ONNX Runtime, beside the graph that its users would take instead: the base's own, without one.
+"""Measure the cost of a memory in ONNX Runtime, compared with the graph of the base model without one.
 
 Command: python benchmarks/onnx_overhead.py [--checkpoint DIR | --random LAYERS] [--memories tsw,msw]
     [--precisions float32,int4] [--past 256,2048] [--prefill 512,2048] [--exports 3 --openings 4 --repeats 4]
     [--threads 1] [--layers 4,8,16,32] [--control] [--profile] [--folder DIR] [--out FILE.md]
 
-The base is SmolLM2-135M-Instruct, which is fetched, or the checkpoint that is given, or a random one of SmolLM2's
-shape. onnxruntime-genai's model builder writes its graph, `deltamem export` the one with a memory (TSW on q and o, MSW
-on all four branches, random weights). Each export is a process of its own, timed as a whole; those that are compared
-take turns. Then two graphs at a time run in turn in this process: the builder's with keys and values in one buffer, as
-onnxruntime-genai has them, ours as `OnnxModel` runs it. Both give the logits of the last token alone
-(`--builder-options ""` has the builder's default, every token's). In float32 the logits are compared first: with a
-memory that is empty and is not written, they must be the same.
+The base model is SmolLM2-135M-Instruct, which is downloaded, or the given checkpoint, or a random one of SmolLM2's
+shape. onnxruntime-genai's model builder writes its graph, and `deltamem export` the one with a memory (TSW on q and o,
+MSW on all four branches, random weights). Each export is a separate process, timed as a whole; exports that are
+compared take turns. Then two graphs at a time run in turn in this process: the builder's with keys and values in one
+buffer, as in onnxruntime-genai, and ours as `OnnxModel` runs it. Both return only the logits of the last token
+(`--builder-options ""` selects the builder's default, those of every token). In float32, the logits are compared
+first: with a memory that is empty and is not written, they must be the same.
 
-Where in memory the weights land changes a decode by up to a tenth, and the first of two equal graphs to be opened was
-the slower one. So memory comes in large pages (glibc's tunable, for which this script starts itself again), a graph is
-opened and closed before all others, and each pair is opened several times, one side first and then the other.
-`--control` compares the builder's graph with itself, to show what is left of this.
+The position of the weights in memory changes decoding times by up to a tenth, and of two equal graphs, the one opened
+first was slower. Therefore memory is allocated in large pages (with a tunable of glibc, for which this script restarts
+itself), one graph is opened and closed before all others, and each pair is opened several times in either order.
+`--control` compares the builder's graph with itself, to show the remaining effect.
 
-`--layers` adds a table of export times on random checkpoints of so many layers, and `--profile` shows what costs. With
-`--folder` what was exported stays there, and another run takes it from there.
+`--layers` adds a table of export times for random checkpoints with these numbers of layers, and `--profile` shows where
+the time goes. With `--folder`, exported graphs are kept there and reused by later runs.
 """
 
 import argparse
@@ -53,17 +53,17 @@ from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 BUILDER = "builder"
 MEMORIES = {"tsw": ("q,o", "TSW on q, o"), "msw": ("q,k,v,o", "MSW on q, k, v, o")}  # by preset: branches, title
-QUANTIZE = {"float32": "none", "int4": "int4"}  # what `deltamem export` calls it
+QUANTIZE = {"float32": "none", "int4": "int4"}  # the names of `deltamem export`
 DECODED = 4  # tokens of one timed decode
-PROFILED = 5  # timings of a profile, of which the shortest count
-TOLERANCE = 1e-3  # of float32 logits: what an export may differ from PyTorch by
-LARGE_PAGES = "glibc.malloc.hugetlb=1"  # what malloc takes from the system may be in pages of 2 MB, where there are any
+PROFILED = 5  # number of timings in a profile; the shortest counts
+TOLERANCE = 1e-3  # allowed difference of float32 logits, as for an export
+LARGE_PAGES = "glibc.malloc.hugetlb=1"  # lets malloc use pages of 2 MB if the system has them
 COMPARED = (40, 1, 1, 1, 9, 1)  # tokens of the calls whose logits are compared
 Graphs = dict[tuple[str, str], Path]  # by precision, and BUILDER or the memory's preset
 
 
 class Exports:
-    """Exports of one checkpoint below a folder, and what each took."""
+    """Exports of one checkpoint below a folder, and the cost of each."""
 
     def __init__(self, checkpoint: Path, folder: Path, builder_options: list[str]) -> None:
         self._checkpoint, self._folder, self._options = checkpoint, folder, builder_options
@@ -73,7 +73,7 @@ class Exports:
         return self._folder / f"{name}-{precision}"
 
     def make(self, precision: str, name: str) -> None:
-        """Export once more."""
+        """Export once."""
         out = self.path(precision, name)
         print(f"    exporting {out.name}", file=sys.stderr, flush=True)
         if name == BUILDER:
@@ -88,7 +88,7 @@ class Exports:
         self.commands[precision, name].append(command)
 
     def rows(self, precision: str, names: list[str]) -> Iterator[str]:
-        """The table's rows of one precision: medians, and the median of the ratios to the builder of each turn."""
+        """Yield the table's rows of one precision: medians, and the median ratio to the builder in the same turn."""
         base, base_size = self.commands[precision, BUILDER], size(self.path(precision, BUILDER))
         for name in names:
             taken, on_disk = self.commands[precision, name], size(self.path(precision, name))
@@ -105,7 +105,7 @@ class Exports:
 
 
 def size(folder: Path) -> float:
-    """Megabytes of the graph and its weights."""
+    """Return the size of the graph and its weights in megabytes."""
     return sum((folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE)) / 1e6
 
 
@@ -118,7 +118,7 @@ def ratio(ratios: list[float]) -> str:
 
 
 def open_side(folder: Path, name: str, args: argparse.Namespace) -> Side:
-    """The graph in `folder`, as its users run it."""
+    """Open the graph in `folder` as it is normally run."""
     if name == BUILDER:
         timings = max(args.repeats + 1, PROFILED)
         longest = max([*args.prefill, *(past + timings * DECODED for past in args.past)])  # of a text
@@ -131,7 +131,7 @@ def random_tokens(seed: int, tokens: int, vocab_size: int) -> np.ndarray:
 
 
 def difference(builder: Path, ours: Path, threads: int) -> float:
-    """The largest of the logits over a few calls, where nothing has been written into the memory."""
+    """Return the largest difference of the logits over a few calls, without writes into the memory."""
     base, interface = BuilderSide(builder, sum(COMPARED), threads), Manifest.read(ours).interface
     graph = open_graph(ours, interface, threads=threads)
     length, past, found = 0, graph.empty_past(1), []
@@ -145,7 +145,7 @@ def difference(builder: Path, ours: Path, threads: int) -> float:
 
 
 class Decode:
-    """A side that goes on and on after a prompt of `past` tokens."""
+    """A side that decodes continuously after a prompt of `past` tokens."""
 
     def __init__(self, side: Side, past: int) -> None:
         self._side = side
@@ -156,18 +156,18 @@ class Decode:
         _, self._past = self._side.call(self._token, self._past)
 
     def __call__(self) -> Seconds:
-        """Seconds of one token."""
+        """Return the seconds per token."""
         return timed(self._feed, DECODED)
 
 
 def prefill(side: Side, tokens: int) -> Seconds:
-    """Seconds of a prompt."""
+    """Return the seconds of a prompt."""
     ids = random_tokens(1, tokens, smollm2.SHAPE["vocab_size"])
     return timed(lambda: side.call(ids))
 
 
 def measurements(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Side], Callable[[], Seconds]]]]:
-    """What is timed: its name, and what makes a measurement of a side."""
+    """Yield the measurements: a name, and a function that creates the measurement of a side."""
     for past in args.past:
         yield f"decode, {past} past", partial(Decode, past=past)
     for tokens in args.prefill:
@@ -175,7 +175,7 @@ def measurements(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Side
 
 
 def pairs(args: argparse.Namespace, exports: Exports, precision: str, name: str) -> dict[str, list[list[Seconds]]]:
-    """What every measurement found, by its name: pairs of seconds, of the graph with a memory and of the builder's."""
+    """Return the results of every measurement, by name: pairs of seconds, with a memory and of the builder's graph."""
     taken = collections.defaultdict(list)
     for opening in range(args.openings):
         order = (("with", name), ("without", BUILDER))[:: -1 if opening % 2 else 1]
@@ -210,7 +210,7 @@ def nodes(folder: Path) -> int:
 
 @contextmanager
 def profiled(prefix: Path) -> Iterator[None]:
-    """Sessions that are opened inside write a profile as they are closed."""
+    """Make sessions opened in the block write a profile when they are closed."""
     make = onnxruntime.SessionOptions
 
     def with_profile() -> onnxruntime.SessionOptions:
@@ -223,7 +223,7 @@ def profiled(prefix: Path) -> Iterator[None]:
 
 
 def profiles(args: argparse.Namespace, exports: Exports) -> Iterator[str]:
-    """Where the time of a call goes, by operator: the shortest that each node took, added up."""
+    """Yield the time of a call by operator: the sum of the shortest time of each node."""
     for precision in args.precisions:
         for name in (BUILDER, *args.memories):
             for what, measurement in measurements(args):
@@ -249,7 +249,7 @@ def profiles(args: argparse.Namespace, exports: Exports) -> Iterator[str]:
 
 
 def layer_rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
-    """Export times by the number of layers, and the slope between the least and the most."""
+    """Yield export times by the number of layers, and the slope between the smallest and the largest."""
     name, of_processor = args.memories[0], {}
     for layers in args.layers:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -289,7 +289,7 @@ Exporting by the number of layers, float32, random weights, {title}, of the proc
 
 
 def lines(args: argparse.Namespace, folder: Path) -> Iterator[str]:
-    """The report's, one by one; ends this process if the two graphs do not compute the same."""
+    """Yield the lines of the report. Exit this process if the two graphs do not compute the same."""
     checkpoint, base = base_of(args, folder)
     yield (
         f"{date.today()}, {cpu_name()}, {args.threads} thread(s), Python {platform.python_version()}, "
@@ -302,7 +302,7 @@ def lines(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     for precision in args.precisions:
         missing = [name for name in names if not exports.path(precision, name).exists()]
         for _ in range(args.exports if missing else 0):
-            for name in names:  # all of them, in turn: ratios are of the same turn
+            for name in names:  # all in turn, because ratios compare exports of the same turn
                 exports.make(precision, name)
         yield from exports.rows(precision, names)
     if "float32" in args.precisions:
@@ -324,7 +324,7 @@ def lines(args: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 
 def base_of(args: argparse.Namespace, folder: Path) -> tuple[Path, str]:
-    """The checkpoint's folder, and what to say of it."""
+    """Return the folder of the checkpoint and its description."""
     if args.checkpoint:
         return args.checkpoint, args.checkpoint.name
     layers = args.random
@@ -332,7 +332,7 @@ def base_of(args: argparse.Namespace, folder: Path) -> tuple[Path, str]:
         try:
             return smollm2.fetch(), "SmolLM2-135M-Instruct"
         except DeltaMemError as error:
-            print(f"{error}\nA random checkpoint of its shape takes its place.", file=sys.stderr)
+            print(f"{error}\nA random checkpoint of its shape is used instead.", file=sys.stderr)
             layers = smollm2.LAYERS
     checkpoint = folder / f"random-{layers}"
     if not checkpoint.exists():
@@ -341,7 +341,7 @@ def base_of(args: argparse.Namespace, folder: Path) -> tuple[Path, str]:
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """What the command line asks for."""
+    """Parse the command line."""
 
     def words(text: str) -> list[str]:
         return [word for word in text.split(",") if word]
@@ -353,17 +353,19 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--checkpoint", type=Path, help="a Hugging Face folder")
     base.add_argument("--random", type=int, metavar="LAYERS", help="random weights of SmolLM2's shape")
-    parser.add_argument("--memories", type=words, default=list(MEMORIES), help=f"of {','.join(MEMORIES)}")
-    parser.add_argument("--precisions", type=words, default=list(QUANTIZE), help=f"of {','.join(QUANTIZE)}")
-    parser.add_argument("--past", type=numbers, default=[256, 2048], help="tokens before a decode")
-    parser.add_argument("--prefill", type=numbers, default=[512, 2048], help="tokens of a prompt")
+    parser.add_argument("--memories", type=words, default=list(MEMORIES), help=f"some of {','.join(MEMORIES)}")
+    parser.add_argument("--precisions", type=words, default=list(QUANTIZE), help=f"some of {','.join(QUANTIZE)}")
+    parser.add_argument("--past", type=numbers, default=[256, 2048], help="numbers of tokens before decoding")
+    parser.add_argument("--prefill", type=numbers, default=[512, 2048], help="lengths of the prompts in tokens")
     for name, default in {"exports": 3, "openings": 4, "repeats": 4, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--builder-options", type=str.split, default=["prune_lm_head=true"], help="KEY=VALUE …")
-    parser.add_argument("--layers", type=numbers, default=[], help="a table of export times by layers, such as 4,8,16")
-    parser.add_argument("--control", action="store_true", help="compare the builder's graph with itself, too")
+    parser.add_argument(
+        "--layers", type=numbers, default=[], help="numbers of layers for a table of export times, such as 4,8,16"
+    )
+    parser.add_argument("--control", action="store_true", help="also compare the builder's graph with itself")
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
-    parser.add_argument("--folder", type=Path, help="leave the graphs in this folder, or take them from there")
+    parser.add_argument("--folder", type=Path, help="keep the graphs in this folder, and reuse those that are there")
     parser.add_argument("--out", type=Path, help="append the tables to this file")
     return parser.parse_args(arguments)
 
@@ -377,7 +379,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         for line in lines(args, folder):
             print(line, flush=True)
-            if args.out:  # line by line: what is there stays, if something fails
+            if args.out:  # line by line, so that results are kept if something fails later
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
 

@@ -1,11 +1,12 @@
-"""What half precision and quantisation cost and give in ONNX Runtime: size, speed, agreement, state-only recall.
+"""Measure half precision and quantisation in ONNX Runtime: size, speed, agreement, state-only recall.
 
 Command: python benchmarks/onnx_quantized.py [--episodes 200 --repeats 15 --layers 2 --checkpoint DIR --folder DIR]
 
-Agreement and recall are of the quickstart's model with the adapter that ships. So small a model says little about
-speed: that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). All types run
-in turn; the ratios are to float32 in the same round. Bits, groups and zero points are compared on a checkpoint, with a
-memory that adds nothing, over English text. In `--folder` what was exported stays, for another run.
+Agreement and recall are measured on the quickstart's model with the shipped adapter. Such a small model says little
+about speed, which is therefore also measured with Qwen3-0.6B's layer shape (random weights, few layers, a small
+vocabulary). All types run in turn; ratios are relative to float32 in the same round. Bits, groups and zero points are
+compared on a checkpoint, with a memory that adds nothing, over English text. With `--folder`, exported graphs are kept
+for later runs.
 """
 
 import argparse
@@ -59,14 +60,14 @@ TEXTS = (
     *(ROOT / "docs" / f"{name}.md" for name in ("deploy", "docker", "evaluation", "hub", "install")),
     Path(sysconfig.get_path("stdlib"), "LICENSE.txt"),
 )
-CHARACTERS, WINDOW = 1000, 480  # where each begins, and tokens of it
+CHARACTERS, WINDOW = 1000, 480  # characters between the starts of two texts, and tokens per text
 KINDS = ("float32", "float16", INT8, INT4)
 
 
 def quantized_copy(
     folder: Path, how: str, model: PreTrainedModel, group_size: int = GROUP_SIZE, symmetric: bool = SYMMETRIC
 ) -> Path:
-    """A copy of a float32 folder beside it, quantised."""
+    """Write a quantised copy of a float32 folder beside it."""
     copy = folder.with_name(f"{folder.name}-{how}")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
@@ -81,7 +82,7 @@ def megabytes(folder: Path) -> float:
 
 
 def recall(model: OnnxModel, tokenizer: PreTrainedTokenizerBase, episodes: int) -> list[str]:
-    """State only, mean and 95 % interval by number of facts."""
+    """Return the recall from the state alone, as mean and 95 % interval by number of facts."""
     cells = []
     for facts in FACTS:
         protocol = EvalProtocol.parse(MEMORY_ONLY)
@@ -91,12 +92,12 @@ def recall(model: OnnxModel, tokenizer: PreTrainedTokenizerBase, episodes: int) 
 
 
 def prefill(graph: Graph) -> float:
-    """Seconds of one call over `PREFILL` tokens."""
+    """Return the seconds of one call with `PREFILL` tokens."""
     return _timed_call(graph, PREFILL, graph.empty_past(1), 0)[0]
 
 
 def decode(graph: Graph) -> float:
-    """Seconds of a token after `PAST` of them, mean over a few."""
+    """Return the seconds per token after `PAST` tokens, as the mean over a few."""
     _, past = _timed_call(graph, PAST, graph.empty_past(1), 0)
     seconds = 0.0
     for i in range(DECODED):
@@ -114,7 +115,7 @@ def _timed_call(graph: Graph, tokens: int, past: dict, fed: int) -> tuple[float,
 
 
 def ratios(run, graphs: dict[str, Graph], repeats: int) -> dict[str, str]:
-    """Time over that of float32, by kind: median and range over rounds in which all kinds run in turn."""
+    """Return the time relative to float32 by kind: median and range over rounds in which all kinds run in turn."""
     seconds = in_turn({kind: partial(run, graph) for kind, graph in graphs.items()}, repeats).values
     cells = {"float32": "1"}
     for kind in graphs.keys() - cells:
@@ -124,10 +125,10 @@ def ratios(run, graphs: dict[str, Graph], repeats: int) -> dict[str, str]:
 
 
 def text_table(scratch: Path, checkpoint: Path) -> None:
-    """Each kind of quantisation beside float32, over texts that come with Python and with this project."""
+    """Compare each kind of quantisation with float32, over texts that come with Python and with this project."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    attach(model, DeltaMemConfig(layers=(0,)))  # fresh: it corrects nothing
+    attach(model, DeltaMemConfig(layers=(0,)))  # a fresh memory corrects nothing
     folder = scratch / checkpoint.name
     if not folder.exists():
         export_onnx(model, tokenizer, folder, logits="all", without=JOIN_WEIGHTS)
@@ -155,19 +156,19 @@ def text_table(scratch: Path, checkpoint: Path) -> None:
 
 
 def loss(found: np.ndarray, ids: np.ndarray) -> float:
-    """Mean negative log-likelihood of a text's tokens after the first."""
+    """Return the mean negative log-likelihood of a text's tokens after the first."""
     return -found[np.arange(ids.shape[1] - 1), ids[0, 1:]].mean()
 
 
 def log_probabilities(graph: Graph, ids: np.ndarray) -> np.ndarray:
-    """`[T, V]` of one text."""
+    """Return the log-probabilities `[T, V]` of one text."""
     logits, _ = graph.step(ids, np.ones_like(ids), np.ones(ids.shape, bool), graph.empty_past(1))
     shifted = logits[0] - logits[0].max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
-    """Qwen3-0.6B's layer shape with a memory, by kind."""
+    """Return graphs with Qwen3-0.6B's layer shape and a memory, by kind."""
     graphs = {}
     for kind in ("float32", "float16"):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The forms of the scan, forward and backward, as ratios to the first: on the CPU and, if there is one, on the GPU.
+"""Compare the implementations of the scan, forward and backward, on the CPU and on the GPU if there is one.
 
 Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 --repeats 5 --threads 2]
 """
@@ -20,7 +20,7 @@ ON_GPU: tuple[Implementation, ...] = ("chunked", "triton")
 
 
 def make_inputs(batch: int, tokens: int, heads: int, rank: int) -> list[Tensor]:
-    """The standard rule at the mechanism's initial gate bias, -1.5."""
+    """Return inputs for the standard rule, with the mechanism's initial gate bias of -1.5."""
     shape = (batch, tokens, heads, rank)
     q, k = F.normalize(torch.randn(shape), dim=-1), F.normalize(torch.randn(shape), dim=-1)
     z = torch.randn(shape) - 1.5
@@ -30,7 +30,7 @@ def make_inputs(batch: int, tokens: int, heads: int, rank: int) -> list[Tensor]:
 
 
 def measure(inputs: list[Tensor], implementation: Implementation) -> tuple[float, float]:
-    """Seconds of one forward pass, and of one backward pass."""
+    """Return the seconds of one forward and one backward pass."""
     wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
     wait()
     start = time.perf_counter()
@@ -43,7 +43,7 @@ def measure(inputs: list[Tensor], implementation: Implementation) -> tuple[float
 
 
 def compare(inputs: list[Tensor], implementations: tuple[Implementation, ...], repeats: int) -> None:
-    """Print a table: medians, and how many times faster than the first each is."""
+    """Print a table of medians, with the speedup of each implementation over the first."""
     times = in_turn({name: partial(measure, inputs, name) for name in implementations}, repeats).values
 
     print("| implementation | forward ms | backward ms | both ms | ratio |")

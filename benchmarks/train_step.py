@@ -1,16 +1,16 @@
-"""What a training step with a memory costs against one of a LoRA on the same tokens, in time and in memory, as ratios.
+"""Compare a training step with a memory with that of a LoRA on the same tokens, in time and peak memory.
 
 Command: python benchmarks/train_step.py [--shape small|0.6b|4b] [--layers 4] [--write-tokens 2048 --read-tokens 64]
     [--presets tsw,ssw,msw] [--repeats 7] [--threads 2] [--device cuda --dtype bfloat16] [--gradient-checkpointing]
     [--profile] [--out FILE.md]
 
-A step is forward, backward and AdamW. The memory's is the one of `deltamem train`: it writes a history and answers from
-its state. The LoRA's (PEFT, rank 8 on q and o) has history and exchange in one sequence. Both score the second half of
-the exchange, and no other logits are made. The weights are random, one model's for all sides, which run in turn.
+A step is forward, backward and AdamW. With a memory, it is the step of `deltamem train`: it writes a history and
+answers from the state. With a LoRA (PEFT, rank 8 on q and o), history and exchange are one sequence. Both score the
+second half of the exchange, and compute no other logits. The sides share random weights and run in turn.
 
-Peak memory is what a step adds to the models, their optimizers' states included: on a GPU by its allocator, on a CPU by
-the profiler's record of every allocation; and, as a check that knows nothing of tensors, by the growth of the resident
-set of a process that takes one side's steps alone (Linux).
+Peak memory is what a step needs beyond the models, including the states of the optimizer. On a GPU it comes from the
+allocator, on a CPU from the profiler's record of every allocation. As an independent check, it is also the growth of
+the resident set of a process that only runs the steps of one side (Linux).
 """
 
 import argparse
@@ -45,12 +45,12 @@ from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.training.baseline_steps import LoraStepModel
 from deltamem_tool.training.loss import EpisodeModel
 
-SEGMENT = 32  # tokens of a message, where the memory writes by messages
+SEGMENT = 32  # tokens per message, if the memory writes by messages
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LORA = "LoRA"
 
-# Qwen3's widths: of the stream, of the MLP; query heads; layers; vocabulary. "small" is four of 0.6B's layers, with so
-# few words that embedding and head hide nothing.
+# Qwen3's hidden size and MLP size, query heads, layers and vocabulary. "small" has four of 0.6B's layers, with so few
+# words that embedding and head do not dominate.
 SHAPES = {
     "small": (1024, 3072, 16, 4, 1024),
     "0.6b": (1024, 3072, 16, 28, 151936),
@@ -59,7 +59,7 @@ SHAPES = {
 
 
 class Side:
-    """One way to train: a step, and its optimizer."""
+    """One way to train: a step and its optimizer."""
 
     def __init__(self, name: str, args: argparse.Namespace, base: PreTrainedModel, batch: dict[str, Tensor]) -> None:
         twin = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})  # the weights are shared
@@ -90,7 +90,7 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def make_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, Tensor]:
-    """One conversation, as `data.collate` gives it, with its full view."""
+    """Return one conversation, as `data.collate` does, with its full view."""
     write, read = torch.randint(vocabulary, (1, args.write_tokens)), torch.randint(vocabulary, (1, args.read_tokens))
     full = torch.cat([write, read], dim=1)
     scored = torch.arange(args.read_tokens // 2 - 1, args.read_tokens - 1)
@@ -110,12 +110,12 @@ def make_sides(names: list[str], args: argparse.Namespace) -> dict[str, Side]:
 
 
 def seconds(side: Side) -> Seconds:
-    """Of one step."""
+    """Return the seconds of one step."""
     return timed(side.step, wait=torch.cuda.synchronize if side.batch["rows"].is_cuda else lambda: None)
 
 
 def peak_bytes(side: Side) -> int:
-    """The most that tensors take at any time in a step, above what they take before it."""
+    """Return the peak memory of tensors in a step, beyond the memory before it."""
     gc.collect()
     if side.batch["rows"].is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -127,24 +127,24 @@ def peak_bytes(side: Side) -> int:
     events: Any = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
     taken = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        taken += event.nbytes()  # negative where memory is given back
+        taken += event.nbytes()  # negative if memory is freed
         peak = max(peak, taken)
     return peak
 
 
 def resident(field: str) -> int:
-    """Bytes of this process that are in memory now (VmRSS), or were at most (VmHWM)."""
+    """Return the resident memory of this process in bytes, now (VmRSS) or at its peak (VmHWM)."""
     match = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())
     assert match is not None
     return 1024 * int(match[1])
 
 
 def peak_resident(name: str, args: argparse.Namespace) -> int:
-    """As `peak_bytes`, of the whole process: for one that does nothing else."""
+    """Return the same as `peak_bytes` for the whole process, which must do nothing else."""
     side = make_sides([name], args)[name]
     side.step()  # libraries take what they will keep
     gc.collect()
-    CLEAR_REFS.write_text("5")  # begins VmHWM anew
+    CLEAR_REFS.write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     side.step()
     return resident("VmHWM") - before
@@ -155,14 +155,14 @@ def spread(ratios: list[float]) -> str:
 
 
 def in_child(name: str, args: argparse.Namespace) -> int:
-    """`peak_resident` in a process of its own, where glibc gives every tensor's memory back when the tensor goes."""
+    """Run `peak_resident` in a separate process, in which glibc frees the memory of each tensor immediately."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(peak_resident, name, args).result()
 
 
 def rows(args: argparse.Namespace) -> Iterator[str]:
-    """The table's, one by one."""
+    """Yield the rows of the table."""
     names = args.presets.split(",")
     check = args.device == "cpu" and CLEAR_REFS.exists()
     resident_of = {name: in_child(name, args) for name in (LORA, *names)} if check else {}

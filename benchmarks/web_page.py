@@ -1,13 +1,14 @@
-"""What a page costs: its sizes, how long somebody waits for it, and its speed beside ONNX Runtime's on one thread.
+"""Measure a page: its size, its loading time, and its speed compared with ONNX Runtime on one thread.
 
 Command: python benchmarks/web_page.py FOLDER... --node-modules DIR [--prompt 128] [--decoded 32] [--repeats 3]
     [--out FILE.md]
 
-FOLDER is what `deltamem export --target web` wrote, DIR npm's node_modules with the packages of `web/package.json`. A
-headless Chromium opens the page that `deltamem page` makes: cold, with nothing kept, and warm, when it is loaded again;
-both are the time until the first answer is complete, from a host on this machine, by the clock and (in brackets) of
-the browser's processes, which other work hardly changes. Speed is processor time, in Node and in Python, of the same
-calls: a prompt, and tokens after it, one by one. Both sides take turns, and the medians count.
+FOLDER is a result of `deltamem export --target web`, and DIR is npm's node_modules with the packages of
+`web/package.json`. A headless Chromium opens the page that `deltamem page` creates: cold, with nothing cached, and
+warm, when it is loaded again. Both are the time until the first answer is complete, from a host on this machine, as
+wall-clock time and (in brackets) CPU time of the browser's processes, which other work hardly affects. Speed is CPU
+time, in Node and in Python, of the same calls: a prompt, and single tokens after it. Both sides take turns, and the
+medians count.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ FIRST = "My dog is Rex."
 
 
 def seconds_in_node(folder: Path, node_modules: Path, *numbers: int) -> dict[str, float]:
-    """The median of each, in WebAssembly."""
+    """Return the median of each measurement in WebAssembly."""
     with tempfile.TemporaryDirectory() as scripts:
         shutil.copytree(web_files.library(), Path(scripts, "src"))
         shutil.copy(Path(__file__).with_name("web_speed.mjs"), scripts)
@@ -55,7 +56,7 @@ def seconds_in_node(folder: Path, node_modules: Path, *numbers: int) -> dict[str
 
 
 def seconds_native(folder: Path, prompt: int, decoded: int, repeats: int) -> dict[str, float]:
-    """The same in ONNX Runtime."""
+    """Return the same in ONNX Runtime."""
     model = OnnxModel(folder, threads=1)
     ids = np.arange(prompt)[None] % 100
     times: dict[str, list[float]] = {"prompt": [], "token": []}
@@ -79,20 +80,20 @@ def seconds_native(folder: Path, prompt: int, decoded: int, repeats: int) -> dic
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Without a line for each request."""
+    """A handler that does not log requests."""
 
     def log_message(self, format, *arguments):
         pass
 
 
 def processor_seconds() -> float:
-    """Of the processes that this one has started and that are there."""
+    """Return the CPU time of the running child processes."""
     times = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
     return sum(each.user + each.system for each in times)
 
 
 def waits(site: Path) -> list[tuple[float, float]]:
-    """Seconds until the first answer is complete, by the clock and of the browser's processors; cold and warm."""
+    """Return the seconds until the first answer is complete, as wall-clock and CPU time, cold and warm."""
     handler = partial(Quiet, directory=site)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as playwright:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -113,7 +114,7 @@ def waits(site: Path) -> list[tuple[float, float]]:
 
 
 def lines(folders: list[Path], node_modules: Path, prompt: int, decoded: int, repeats: int):
-    """The report."""
+    """Yield the lines of the report."""
     web_version = next(package.version for package in PACKAGES if package.name == "onnxruntime-web")
     yield f"{cpu_name()}, ONNX Runtime {onnxruntime.__version__} and onnxruntime-web {web_version}, one thread each."
     yield ""

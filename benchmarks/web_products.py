@@ -1,9 +1,10 @@
-"""Products with weights of 32, 8 and 4 bits: what they take in WebAssembly and in ONNX Runtime, on one thread each.
+"""Time products with weights of 32, 8 and 4 bits in WebAssembly and in ONNX Runtime, on one thread each.
 
 Command: python benchmarks/web_products.py --node-modules DIR
 
-A chain of 48 products with matrices of 1024 × 1024, whose weights, as a model's, do not fit in a processor's cache;
-milliseconds of the processor of a call with one row (a token) and with 64 (a prompt), the medians of nine.
+The graph is a chain of 48 products with matrices of 1024 × 1024. Like those of a model, their weights do not fit into
+the CPU's cache. The figures are CPU milliseconds of a call with one row (a token) and with 64 (a prompt), as medians of
+nine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KINDS = {
 
 
 def graph(kind: str | int | None) -> onnx.ModelProto:
-    """A chain of products; random weights that keep the size of what they multiply."""
+    """Return a chain of products, with random weights that preserve the scale of their inputs."""
     random = np.random.default_rng(0)
     nodes, weights, name = [], [], "x"
     for number in range(COUNT):
@@ -50,7 +51,7 @@ def graph(kind: str | int | None) -> onnx.ModelProto:
 
 
 def _product(kind, random):
-    """Weights, attributes and operator."""
+    """Return weights, attributes and operator of a product."""
     norm = SIZE**-0.5
     if kind is None:
         return [(random.standard_normal((SIZE, SIZE)) * norm).astype(np.float32)], {}, "MatMul"
@@ -65,7 +66,7 @@ def _product(kind, random):
 
 
 def native(file: Path) -> list[float]:
-    """Milliseconds for each of `ROWS`."""
+    """Return the milliseconds for each of `ROWS`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -1,9 +1,8 @@
-"""Write an adapter whose weights lie between those of two: of one, and of another that was trained on from it.
+"""Interpolate between the weights of two adapters: one, and another that was trained further from it.
 
 Command: python recipes/average.py FIRST SECOND OUT [--share 0.5]
 
-Between the two it keeps most of what each of the two can do (arXiv 2109.01903, of other models). The weights are
-float16.
+The result keeps most of the abilities of both (shown for other models in arXiv 2109.01903). Its weights are float16.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from deltamem_tool.io.atomic import atomic_folder
 @click.argument("first")
 @click.argument("second")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--share", type=click.FloatRange(0.0, 1.0), default=0.5, show_default=True, help="Of the second.")
+@click.option("--share", type=click.FloatRange(0.0, 1.0), default=0.5, show_default=True, help="Weight of the second.")
 def main(first: str, second: str, out: Path, share: float) -> None:
-    """Write OUT between the adapters FIRST and SECOND, which have one base model and one mechanism."""
+    """Write OUT, an adapter between FIRST and SECOND, which have the same base model and mechanism."""
     one, other = read_adapter(first), read_adapter(second)
     if (one.config, one.base.fingerprint) != (other.config, other.base.fingerprint):
         raise click.UsageError(f"{first} and {second} differ in their mechanism or in their base model.")

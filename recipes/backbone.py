@@ -1,9 +1,10 @@
-"""Train the backbone that ships in the package, from nothing, on text that this script generates. No memory involved.
+"""Train the backbone shipped with the package from scratch, on text that this script generates, without a memory.
 
     python recipes/backbone.py --out backbone
 
-About 20 minutes on 2 CPU cores, 1 GB of memory, seeded. The order matters: in-context copying (induction) has to form
-on repeated random sequences before any dialogue is shown; mixed from the start, recall stays at chance.
+This takes about 20 minutes on 2 CPU cores and 1 GB of memory, and is seeded. The order of the stages matters:
+in-context copying (induction) has to form on repeated random sequences before any dialogue. If both are mixed from the
+start, recall stays at chance.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONTEXT = 2048
-KINDS_MIXED = (2, 3, len(dialogues.KINDS))  # with few kinds, knowing what sort of value a question wants is not enough
-UNANSWERABLE = 0.15  # share of the questions that ask for something nobody has said
+# With few kinds, knowing the kind of value that a question asks for is not enough.
+KINDS_MIXED = (2, 3, len(dialogues.KINDS))
+UNANSWERABLE = 0.15  # share of questions about facts that were not told
 
 
 def build_tokenizer(special: tuple[str, ...] = SPECIAL, **options) -> PreTrainedTokenizerFast:
-    """Byte-level, every word of the dialogues one token; other words fall apart into bytes, so any text encodes."""
+    """Return a byte-level tokenizer. Every word of the dialogues is one token; other words are encoded as bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = sorted(
         {word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet)
     )
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet, *words])}
-    # ignore_merges: a word that stands in the vocabulary is taken whole; there are no merges for the others
+    # ignore_merges: a word in the vocabulary is one token; there are no merges for the others
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,8 +79,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def repeated_batch(vocabulary: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random sequences said again and again, `[size, 80]`; only what is a repetition can be predicted, so only it is
-    scored. Each row has its own period: with one for all, a fixed offset would do and no induction would form."""
+    """Return repeated random sequences, `[size, 80]`. Only repetitions can be predicted, so only they are scored. Each
+    row has its own period: with a common one, a fixed offset would be enough, and no induction would form."""
     length = 80
     period = torch.randint(16, 49, (size, 1), generator=generator)
     position = torch.arange(length).expand(size, length)
@@ -87,7 +89,7 @@ def repeated_batch(vocabulary: int, size: int, generator: torch.Generator) -> tu
 
 
 def conversation(rng: random.Random) -> list[dialogues.Message]:
-    """Facts told, small talk, questions between and after, some of them about things nobody has said."""
+    """Return a conversation with facts, small talk and questions, some of them about facts that were not told."""
     kinds = rng.choice(KINDS_MIXED)
     facts = dialogues.sample_facts(rng, rng.randint(1, 7), held_out=False, kinds=kinds)
     unsaid = facts.pop()
@@ -106,7 +108,7 @@ def conversation(rng: random.Random) -> list[dialogues.Message]:
 
 
 def dialogue_batches(tokenizer, size: int, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Conversations of like length as `[size, T]`, every real token scored."""
+    """Yield conversations of similar length as `[size, T]`; all tokens except padding are scored."""
     while True:
         texts = [tokenizer.apply_chat_template(conversation(rng), tokenize=False) for _ in range(8 * size)]
         encoded = sorted(tokenizer(texts).input_ids, key=len)
@@ -119,7 +121,7 @@ def dialogue_batches(tokenizer, size: int, rng: random.Random) -> Iterator[tuple
 
 @torch.no_grad()
 def recall_from_context(model, tokenizer, facts: int, episodes: int, seed: int) -> float:
-    """Exact match of the first question asked after held-out `facts` were told, all of them in view."""
+    """Return the exact match of the first question after held-out `facts` were told, all of them in the context."""
     rng = random.Random(seed)
     prompts, answers = [], []
     for _ in range(episodes):
@@ -137,7 +139,7 @@ def recall_from_context(model, tokenizer, facts: int, episodes: int, seed: int) 
 
 
 def fit(model, batches, steps: int, peak: float, last: float, name: str, stop_below: float = 0.0) -> None:
-    """AdamW with a short warm-up and a cosine from `peak` to `last`; ends early once the mean loss is low enough."""
+    """Train with AdamW, a short warm-up and a cosine from `peak` to `last`. Stop early when the mean loss is low."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98))
     start, mean = time.time(), None
     for step in range(steps):
@@ -161,7 +163,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--induction-steps", type=int, default=4000, help="at most; ends when the loss is below 0.1")
+    parser.add_argument(
+        "--induction-steps", type=int, default=4000, help="maximum; this stage ends when the loss is below 0.1"
+    )
     parser.add_argument("--dialogue-steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
@@ -180,7 +184,7 @@ def main() -> None:
         batches = dialogue_batches(tokenizer, options.batch, random.Random(options.seed))
         fit(model, batches, options.dialogue_steps, 1.5e-3, 5e-5, "dialogues")
 
-    # Each stage leaves its weights, so that a run that was cut off goes on behind the last whole stage.
+    # Each stage saves its weights, so that an interrupted run continues after the last complete stage.
     for name, stage in {"induction": induction, "dialogues": talk}.items():
         weights = options.out / "stages" / f"{name}.safetensors"
         if weights.is_file():
@@ -197,7 +201,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False, max_new_tokens=64
     )
     model.save_pretrained(options.out)
-    tokenizer.backend_tokenizer.no_padding()  # of the last batch
+    tokenizer.backend_tokenizer.no_padding()  # left by the last batch
     tokenizer.save_pretrained(options.out)
     (options.out / "training.json").write_text(
         json.dumps({"seed": options.seed, "recall_from_context": figures}, indent=2) + "\n"

@@ -1,11 +1,11 @@
-"""Write what a base model answers where no memory is needed: `data.unrelated` of a recipe.
+"""Generate a base model's answers to questions that need no memory, as `data.unrelated` of a recipe.
 
 Command: python recipes/own_answers.py BASE OUT.jsonl [--count 1280] [--new-tokens 64] [--seed 0]
 
-Four of five are answers to questions, the rest replies to remarks, most of which tell a fact as those of a training do.
-Half of them are greedy, half are sampled at temperature 1. An answer may end in the middle of a sentence: what is
-learned from it is the base's distribution after each of its tokens, not the text. None of the questions is one of those
-that `deltamem eval --task agreement` asks.
+Four of five are answers to questions. The others are replies to remarks, most of which tell a fact like those in the
+training data. Half of them are greedy, half are sampled at temperature 1. An answer may end in the middle of a
+sentence, because training uses the base model's distribution after each token, and not the text. `deltamem eval --task
+agreement` asks none of these questions.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ WORDS = {
 
 
 def questions(count: int, seed: int) -> list[str]:
-    """Draw so many, all different."""
+    """Draw `count` different questions."""
     asked = set(QUESTIONS.read_text(encoding="utf-8").splitlines())
     every = {
         template.format(word)
@@ -109,7 +109,7 @@ def questions(count: int, seed: int) -> list[str]:
 
 
 def remarks(count: int, seed: int) -> list[str]:
-    """Draw so many: facts that are told, and small talk."""
+    """Draw `count` remarks: facts and small talk."""
     rng = random.Random(seed)
     facts = [sample_facts(rng, 1, NOTHING, third_person=0.25)[0] for _ in range(count)]
     told = [statement_sentence(rng, fact, "chat", NOTHING) for fact in facts]
@@ -119,7 +119,7 @@ def remarks(count: int, seed: int) -> list[str]:
 @click.command()
 @arguments(count=1280, new_tokens=64)
 def main(base: str, out: Path, count: int, new_tokens: int, seed: int) -> None:
-    """Write what BASE answers to COUNT questions and remarks."""
+    """Write the answers of BASE to COUNT questions and remarks."""
     model, rng = Base(base, seed), random.Random(seed)
     talks = []
     said = remarks(round(REMARKS * count), seed)

@@ -1,4 +1,4 @@
-"""What a base model itself says: of `own_answers.py` and `own_conversations.py`, which ask it for different things."""
+"""Generate text with a base model: shared code of `own_answers.py` and `own_conversations.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Command = Callable[..., None]
 
 
 def arguments(count: int, new_tokens: int) -> Callable[[Command], Command]:
-    """The arguments of both commands, with the defaults of one."""
+    """Return a decorator with the arguments of both commands, with the given defaults."""
 
     def add(command: Command) -> Command:
         for argument in (
@@ -33,9 +33,11 @@ def arguments(count: int, new_tokens: int) -> Callable[[Command], Command]:
                 type=click.IntRange(min=1),
                 default=new_tokens,
                 show_default=True,
-                help="The longest text.",
+                help="Maximum length of a text, in tokens.",
             ),
-            click.option("--count", type=click.IntRange(min=1), default=count, show_default=True, help="How many."),
+            click.option(
+                "--count", type=click.IntRange(min=1), default=count, show_default=True, help="Number of texts."
+            ),
             click.argument("out", type=click.Path(dir_okay=False, path_type=Path)),
             click.argument("base"),
         ):
@@ -46,7 +48,7 @@ def arguments(count: int, new_tokens: int) -> Callable[[Command], Command]:
 
 
 class Base:
-    """A base model that answers, seeded."""
+    """A base model that answers, with a random seed."""
 
     def __init__(self, name: str, seed: int) -> None:
         checkpoint = BaseCheckpoint(name)
@@ -56,11 +58,11 @@ class Base:
         torch.manual_seed(seed)
 
     def prompt(self, talk: Sequence[Message]) -> str:
-        """Render a conversation that the base is to answer."""
+        """Render a conversation as a prompt."""
         return self._template.render(talk, generation_prompt=True)
 
     def answers(self, prompts: Sequence[str], new_tokens: int, **sampling: Any) -> list[str]:
-        """Go on with each of the prompts, from all of the base's tokens where it samples."""
+        """Continue each of the prompts. If it samples, it samples from all tokens of the base model."""
         inputs = self._tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
             ids = self._model.generate(**inputs, max_new_tokens=new_tokens, top_k=0, **sampling)
@@ -71,7 +73,7 @@ class Base:
 
 
 def write_rows(out: Path, rows: Sequence[Sequence[Message]], what: str) -> None:
-    """Write conversations as `data.unrelated` reads them, and say how many."""
+    """Write conversations in the format of `data.unrelated`, and print their number."""
     lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(out, "".join(lines).encode())
     click.echo(f"{len(rows)} {what} in {out}")

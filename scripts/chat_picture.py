@@ -1,8 +1,8 @@
-"""Draw a talk with `deltamem chat`, typed in a terminal line by line, as docs/chat.svg shows one.
+"""Draw a session of `deltamem chat`, typed line by line in a terminal, for docs/chat.svg.
 
     printf '%s\n' 'My dog is Rex.' '/forget' | python scripts/chat_picture.py docs/chat.svg onnx --memory me.safetensors
 
-What comes after the picture's name goes to `deltamem chat`. Needs `pip install pexpect pyte`.
+The arguments after the name of the picture are passed to `deltamem chat`. Needs `pip install pexpect pyte`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from rich.text import Text
 
 PROMPT = "> "
 WIDTH, HEIGHT = 96, 200
-SECONDS = 0.5  # of silence after which a program that shows its prompt waits for a line
+SECONDS = 0.5  # without output, after which a program that shows its prompt is waiting for a line
 
 
 class Terminal(pyte.Screen):
-    """The terminal of a program: draws what it prints, and answers what it asks of a terminal."""
+    """The terminal of a program: it draws the output and answers queries to the terminal."""
 
     def __init__(self, program: pexpect.spawn) -> None:
         super().__init__(WIDTH, HEIGHT)
         self.program, self.stream = program, pyte.Stream(self)
 
     def write_process_input(self, data: str) -> None:
-        """Answer the program, which asks where its cursor is."""
+        """Answer the program's query for the position of the cursor."""
         self.program.send(data)
 
     def read_to_prompt(self) -> None:
@@ -45,7 +45,7 @@ class Terminal(pyte.Screen):
                     return
 
     def drawn(self) -> list[Text]:
-        """What is drawn, down to the line before the cursor's."""
+        """Return the drawn lines, except for the cursor's."""
         return [self._line(y) for y in range(self.cursor.y)]
 
     def _line(self, y: int) -> Text:
@@ -61,7 +61,7 @@ def _style(char: pyte.screens.Char) -> Style:
 
 
 def _colour(name: str) -> str | None:
-    """A colour of pyte's in rich's words; None for the terminal's own."""
+    """Convert a colour name of pyte to one of rich; None for the terminal's default."""
     if name == "default":
         return None
     if len(name) == 6 and set(name) <= set("0123456789abcdef"):

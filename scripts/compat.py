@@ -1,10 +1,11 @@
-"""Try the newest releases of what deltamem requires, whatever its upper bounds say; print what passes the smoke tests.
+"""Run the smoke tests with the newest releases of deltamem's dependencies, ignoring its upper bounds.
 
     make compat
 
-Every package whose newest release is not the tested one (constraints.txt) goes alone into the tested set, and last all
-of them together. Each set is an environment in a temporary folder; nothing here is changed. It takes a few minutes and
-gigabytes, and a failure says nothing about this repository: the world has moved. Exit code 1 if anything failed.
+Each package whose newest release differs from the tested one (constraints.txt) is installed alone into the tested set,
+and at the end all of them together. Each set is an environment in a temporary folder, and nothing else is changed. This
+takes a few minutes and gigabytes. A failure does not mean that this repository is broken: a dependency has changed. The
+exit code is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PACKAGE = "deltamem-tool"
 EXTRA = "all"
 TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
 TOGETHER = "all of them"
-LINES = 12  # of a failure's output that are shown
+LINES = 12  # number of lines of a failure's output to show
 
 
 class Environment:
@@ -38,32 +39,32 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         self.python = folder / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        with tempfile.TemporaryDirectory() as copy:  # building leaves folders behind
+        with tempfile.TemporaryDirectory() as copy:  # building creates folders
             tree = Path(copy) / "tree"
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
             self.must("-c", str(ROOT / "constraints.txt"), f"{tree}[{EXTRA}]", *TESTS)
         self.tested = self.frozen()
 
     def install(self, *arguments: str) -> str:
-        """What pip said, if it could not; "" if it could."""
+        """Install packages, and return pip's output if it failed, or else ""."""
         command = [str(self.python), "-m", "pip", "install", "--quiet", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         return "" if done.returncode == 0 else done.stderr
 
     def must(self, *arguments: str) -> None:
-        """Install what has to be there."""
+        """Install packages, and exit if it fails."""
         why = self.install(*arguments)
         if why:
             sys.exit(f"pip cannot install the tested set:\n{why}")
 
     def frozen(self) -> dict[str, str]:
-        """Versions by name."""
+        """Return versions by name."""
         command = [str(self.python), "-m", "pip", "list", "--format", "json"]
         rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         return {canonicalize_name(row["name"]): row["version"] for row in rows}
 
     def restore(self) -> None:
-        """The tested set again."""
+        """Restore the tested set."""
         extra = self.frozen().keys() - self.tested.keys()
         if extra:
             subprocess.run([str(self.python), "-m", "pip", "uninstall", "--quiet", "--yes", *extra], check=True)
@@ -71,7 +72,7 @@ class Environment:
         self.must("--no-deps", *pins)
 
     def smoke(self) -> str:
-        """The last lines of the smoke tests, if they failed; "" if they passed."""
+        """Run the smoke tests, and return their last lines if they failed, or else ""."""
         path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
         env = {**os.environ, "PATH": path, "DELTAMEM_IGNORE_BOUNDS": "1"}
         done = subprocess.run([ROOT / "scripts" / "smoke.sh"], env=env, capture_output=True, text=True)
@@ -79,7 +80,7 @@ class Environment:
 
 
 def required() -> list[str]:
-    """What the package requires on this machine."""
+    """Return the package's dependencies on this machine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found: dict[str, None] = {}
 
@@ -96,7 +97,7 @@ def required() -> list[str]:
 
 
 def newest(environment: Environment, names: Sequence[str]) -> dict[str, str]:
-    """The newest release of each that pip finds for this machine."""
+    """Return the newest release of each package that pip finds for this machine."""
     command = [str(environment.python), "-m", "pip", "list", "--outdated", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = {canonicalize_name(row["name"]): row["latest_version"] for row in json.loads(done.stdout)}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write the sets of versions that are tested: the newest that the bounds of pyproject.toml admit, and the lowest.
-# For every Python and system at once; uv is fetched into an environment of its own.
+# Write the tested sets of versions: the newest and the lowest that the bounds of pyproject.toml allow.
+# Each covers all Python versions and systems. uv is installed into a temporary environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,5 +14,5 @@ write() { # FILE RESOLUTION EXTRAS
         --universal --python-version 3.11 --no-annotate --custom-compile-command "make constraints"
 }
 write constraints.txt highest --all-extras
-# Without Ray, which needs newer packages than the others do.
+# Without Ray, which needs newer packages than the other extras.
 write constraints-lowest.txt lowest-direct --extra cpu --extra harness --extra test

@@ -1,9 +1,9 @@
-"""Draw the page of `deltamem serve` after a short conversation, as docs/serving.png shows it.
+"""Take a screenshot of the page of `deltamem serve` after a short conversation, for docs/serving.png.
 
     deltamem serve builtin:adapter &
     python scripts/page_picture.py docs/serving.png http://127.0.0.1:8000 anna 'My dog is Bella.' 'My parrot is Kiwi.'
 
-The address, the memory's name and what is said to it. Needs `pip install playwright`, and Chromium.
+The arguments are the address, the name of the memory, and the messages. Needs `pip install playwright`, and Chromium.
 """
 
 from __future__ import annotations

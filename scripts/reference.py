@@ -3,7 +3,7 @@ recipe's schema.
 
     make docs
 
-`tests/docs/test_reference.py` fails where they are stale.
+`tests/docs/test_reference.py` fails if they are stale.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WRITTEN_BY = "<!-- Written by `make docs`: change the code, not this page. -->"
 
 
 def cli_page() -> str:
-    """`--help` of every command."""
+    """Return the page with the `--help` of every command."""
     group = _context(cli, "deltamem")
     lines = ["# Commands", "", WRITTEN_BY, "", *_code(cli.get_help(group))]
     for name in COMMANDS:
@@ -42,7 +42,7 @@ def cli_page() -> str:
 
 
 def api_page() -> str:
-    """Signature and docstring of every public name, and of the public methods of classes."""
+    """Return the page with signature and docstring of every public name, and of the public methods of classes."""
     lines = [
         "# Python",
         "",
@@ -61,7 +61,7 @@ def api_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-# The types of `deltamem_tool.recipe.schema`, in words.
+# Descriptions of the types in `deltamem_tool.recipe.schema`.
 TYPES = {
     "Count": "1 or more",
     "Facts": f"1 to {len(schema.KIND_OF)}",
@@ -83,7 +83,7 @@ TYPES = {
 
 
 def recipe_page() -> str:
-    """Every key of a recipe: its values, its default, and what the schema says of it."""
+    """Return the page with every key of a recipe: its values, its default and its description."""
     tree = ast.parse(inspect.getsource(schema))
     source = inspect.getsource(schema).splitlines()
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -92,7 +92,7 @@ def recipe_page() -> str:
     lines += ["explains how to use them. On the command line, `--set section.key=value` changes any of them."]
     for title, kind in {"": schema.Recipe, **schema.SECTIONS}.items():
         lines += ["", f"## `{title}`" if title else "## Top level", ""]
-        if kind.__name__ not in classes:  # the mechanism's, which are those of an adapter
+        if kind.__name__ not in classes:  # options of the mechanism, which are documented elsewhere
             lines += [
                 f"The options of `{kind.__name__}` ([api.md](api.md)), and `preset`: `tsw`, `ssw` or `msw`, whose"
             ]
@@ -112,7 +112,7 @@ def recipe_page() -> str:
 
 
 def _values(annotation: str) -> str:
-    """The type of a key in words."""
+    """Describe the type of a key."""
     annotation = annotation.removesuffix(" | None")
     if literal := re.fullmatch(r"Literal\[(.*)\]", annotation):
         return ", ".join(f"`{value}`" for value in ast.literal_eval(f"({literal[1]},)"))
@@ -159,7 +159,7 @@ def _signature(function: Any) -> str:
     signature = inspect.signature(function)
     if not is_dataclass(function):
         return str(signature).replace("'", "")
-    hints = get_type_hints(function)  # without what pydantic checks
+    hints = get_type_hints(function)  # without pydantic's constraints
     parameters = [each.replace(annotation=hints[name]) for name, each in signature.parameters.items()]
     return str(signature.replace(parameters=parameters)).replace("typing.", "")
 
@@ -174,7 +174,7 @@ def _wrapped(signature: str) -> str:
 
 
 def _split(parameters: str) -> list[str]:
-    """At commas that are in no brackets."""
+    """Split at commas outside of brackets."""
     parts, depth = [""], 0
     for character in parameters:
         depth += (character in "([{") - (character in ")]}")
