@@ -54,7 +54,7 @@ def test_windows_are_those_of_every_token():
 
 
 @pytest.mark.parametrize(
-    ("options", "why"), [({"max_length": 64}, "grows with the text"), ({"target": "genai"}, "does not feed")]
+    ("options", "why"), [({"max_length": 64}, "grow with the text"), ({"target": "genai"}, "does not feed")]
 )
 def test_what_nothing_feeds_is_refused(options, why, tmp_path):
     tokenizer = tiny_tokenizer()
