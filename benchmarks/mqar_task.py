@@ -102,7 +102,7 @@ def recall_random_keys(layer: DeltaMemLayer, words: Words, generator: torch.Gene
 
 
 def _logits(layer: DeltaMemLayer, words: Words, readings: Tensor) -> Tensor:
-    return layer.correction("o", layer.scaled(readings)) @ words.values.mT
+    return layer.correction("o", layer.scale_readings(readings)) @ words.values.mT
 
 
 def written_and_read(k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, q: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class DeltaMemError(Exception):
     """
 
     def __init__(self, what: str, why: str = "", next: str = "") -> None:
-        what, why, next = map(_shown, (what.replace("\n", "\\n"), why, next))
+        what, why, next = map(_printable, (what.replace("\n", "\\n"), why, next))
         super().__init__("\n".join(part for part in (what, why, next) if part))
         self.what, self.why, self.next = what, why, next
 
@@ -92,7 +92,7 @@ class InstallationError(DeltaMemError, ImportError):
     """A package that is needed is missing, or has an unsupported version."""
 
 
-def _shown(sentence: str) -> str:
+def _printable(sentence: str) -> str:
     """Escape control and direction characters of `sentence`, which would affect a terminal, and cut it to a limit."""
     if len(sentence) > MAX_SENTENCE:
         sentence = sentence[:MAX_SENTENCE] + "…"

@@ -108,7 +108,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
             f"The attention of {called} is not known.", "No module has projections of a known layout.", _ADVICE
         )
     layers.sort(key=lambda layer: layer.index)
-    strange = _strange(layers)
+    strange = _misfit_reason(layers)
     if strange:
         raise ArchitectureError(
             f"The attention of {called} does not have the layout that its names suggest.", strange, _ADVICE
@@ -154,7 +154,7 @@ def _check_decoder(layout: Layout, config: PretrainedConfig, called: str) -> Non
         )
 
 
-def _strange(layers: Sequence[AttentionLayer]) -> str:
+def _misfit_reason(layers: Sequence[AttentionLayer]) -> str:
     """Return why a correction would not reach its branch, or "" if it would.
 
     A linear layer may hold more than its heads, such as a gate beside the query, or two modules may claim one layer.

@@ -209,11 +209,11 @@ class BaseCheckpoint:
         """
         if weight in self._stored_as:
             return self._weights.read(self._stored_as[weight], rows, columns)
-        if weight not in self._converted:
+        if weight not in self._converted_weights:
             raise ArchitectureError(
                 f"{self.name} has no weight {weight!r}.", "The checkpoint is incomplete.", "Use another checkpoint."
             )
-        return self._converted[weight][rows, columns]
+        return self._converted_weights[weight][rows, columns]
 
     def first_columns(self, projection: Projection, count: int) -> Tensor:
         """Return the first columns `[out, count]` of a projection's weight `[out, in]`.
@@ -288,7 +288,7 @@ class BaseCheckpoint:
         return stored
 
     @cached_property
-    def _converted(self) -> dict[str, Tensor]:
+    def _converted_weights(self) -> dict[str, Tensor]:
         """The weights that transformers builds from ones stored in another arrangement.
 
         This loads the whole model.

@@ -64,7 +64,7 @@ class StaticLayer(Corrections):
 
     def offset(self, branch: str) -> Tensor:
         """Return the correction of every output of a branch's projection, float32 `[out]`."""
-        return self.correction(branch, self.scaled(self.constant.float()))
+        return self.correction(branch, self.scale_readings(self.constant.float()))
 
 
 class StaticAdapter(nn.Module):

@@ -73,7 +73,7 @@ class TorchSide:
         tokens = torch.from_numpy(ids).to(device)
         if past is None:
             past = self.cache()
-            if self._has_memory and self._segmented:
+            if self._has_memory and self._is_segmented:
                 past.segment_tags = torch.from_numpy(_tags(ids)).to(device)
         options = {"logits_to_keep": 1} if self._keeps_last else {}
         with torch.no_grad():
@@ -87,7 +87,7 @@ class TorchSide:
         return np.asarray(logits.argmax(-1, keepdim=True).cpu())
 
     @property
-    def _segmented(self) -> bool:
+    def _is_segmented(self) -> bool:
         from deltamem_tool.memory.attach import adapter_of
 
         return adapter_of(self._model).config.granularity != "token"
@@ -113,7 +113,7 @@ class OnnxSide:
         from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
         self._graph: Any = open_graph(graph.folder, graph.interface, provider, threads, cuda_graph=cuda_graph)
-        self._segmented = graph.interface.segment > 0
+        self._is_segmented = graph.interface.segment > 0
 
     def call(self, ids: NDArray[Any], past: Past = None) -> tuple[Logits, Past]:
         """Feed tokens; see `Side.call`."""
@@ -121,7 +121,7 @@ class OnnxSide:
         carried, columns = (self._graph.empty_past(len(ids)), 0) if first else past
         columns += ids.shape[1]
         ends = None
-        if self._segmented:
+        if self._is_segmented:
             ends = _ends(ids) if first else np.zeros(ids.shape, bool)
         mask, writes = np.ones((len(ids), columns), np.int64), np.ones(ids.shape, bool)
         logits, carried = self._graph.step(ids, mask, writes, carried, ends)

@@ -258,7 +258,7 @@ def generate_together(
         )
     turns = []
     for number, (conversation, content) in enumerate(zip(conversations, contents, strict=True)):
-        tell = None if on_text is None else _numbered(on_text, number)
+        tell = None if on_text is None else _with_number(on_text, number)
         try:
             turns.append(_Turn(conversation, content, sampling, tell))
         except DeltaMemError as error:
@@ -289,7 +289,7 @@ class _Turn:
             engine, conversation._place, conversation.window, conversation.write, content, sampling
         )
         self._transcript, tokens = start.transcript.begin(engine.text, content)
-        past, fed = self._marked(tokens)
+        past, fed = self._mark_tokens(tokens)
         limit = sampling.max_new_tokens
         if conversation.window is not None:
             limit = min(limit, conversation.window - len(start.tokens) - len(fed))
@@ -307,7 +307,7 @@ class _Turn:
             stream=AnswerStream(engine.text, sampling.stop, on_text),
         )
 
-    def _marked(self, tokens: list[int]) -> tuple[Past, list[Token]]:
+    def _mark_tokens(self, tokens: list[int]) -> tuple[Past, list[Token]]:
         """The past to start from, and the tokens to feed.
 
         The last answer's segment ends with its message's last token, as the template writes it; one that is another
@@ -377,5 +377,5 @@ def _check_fits(engine: Engine, memory: StoredMemory) -> None:
         )
 
 
-def _numbered(on_text: Callable[[int, str], object], number: int) -> Callable[[str], object]:
+def _with_number(on_text: Callable[[int, str], object], number: int) -> Callable[[str], object]:
     return lambda piece: on_text(number, piece)

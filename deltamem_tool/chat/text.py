@@ -102,11 +102,11 @@ class ChatText:
         ids = [self.tokenizer.token_to_id(self._special_tokens.get("eos_token", ""))]
         if self.has_template:
             # Of what the template writes as plain text, nothing can be told from an answer.
-            ids += [id for id in self.encode(self.template.closing().lstrip())[:1] if id in self._added]
+            ids += [id for id in self.encode(self.template.closing().lstrip())[:1] if id in self._added_tokens]
         return frozenset(id for id in ids if id is not None)
 
     @cached_property
-    def _added(self) -> Collection[int]:
+    def _added_tokens(self) -> Collection[int]:
         return self.tokenizer.get_added_tokens_decoder().keys()
 
     def stop_tokens(self, configured: int | Sequence[int] | None) -> frozenset[int]:

@@ -57,8 +57,8 @@ def concatenate_states(rows: Sequence[tuple[int, Mapping[int, States]]]) -> dict
     """States by layer of all rows together, of pasts with so many rows; zeros where a past has none yet."""
     known = next((states for _, states in rows if states), {})
 
-    def joined(layer: int, name: tuple[str, int], like: Tensor) -> Tensor:
+    def concatenate(layer: int, name: tuple[str, int], like: Tensor) -> Tensor:
         parts = [states[layer][name] if states else like.new_zeros(count, *like.shape[1:]) for count, states in rows]
         return torch.cat(parts)
 
-    return {i: {name: joined(i, name, x) for name, x in of_layer.items()} for i, of_layer in known.items()}
+    return {i: {name: concatenate(i, name, x) for name, x in of_layer.items()} for i, of_layer in known.items()}

@@ -70,7 +70,7 @@ class Fact:
         return self.say(ANSWER)
 
     @property
-    def unknown(self) -> str:
+    def unknown_answer(self) -> str:
         """The answer where the fact was never stated."""
         return self.say(UNKNOWN)
 
@@ -213,7 +213,7 @@ def untold_fact(rng: random.Random, facts: Sequence[Fact], held_out: bool) -> Fa
 
 def unanswerable_exchange(rng: random.Random, fact: Fact) -> list[Message]:
     """Draw a question about a fact that was never stated, and the answer that says so."""
-    return [user(fact.question(rng)), assistant(fact.unknown)]
+    return [user(fact.question(rng)), assistant(fact.unknown_answer)]
 
 
 def lexicon() -> list[str]:

@@ -115,4 +115,4 @@ def question_exchange(rng: random.Random, fact: Fact, form: str, held_out: HeldO
 def unanswerable_exchange(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
     """Draw a question about a fact that was never told, and the answer that says so."""
     phrases = FORMS[form]
-    return [user(fact.question(rng, phrases, held_out)), assistant(fact.unknown(rng, phrases, held_out))]
+    return [user(fact.question(rng, phrases, held_out)), assistant(fact.unknown_answer(rng, phrases, held_out))]

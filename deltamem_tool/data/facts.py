@@ -47,7 +47,7 @@ class Fact:
         """Draw the assistant's answer where the fact was stated; the usual one, where phrasings are held out."""
         return self._said(None, phrases.answers[0] if held_out.phrasings else rng.choice(phrases.answers))
 
-    def unknown(self, rng: random.Random, phrases: Phrases, held_out: HeldOut) -> str:
+    def unknown_answer(self, rng: random.Random, phrases: Phrases, held_out: HeldOut) -> str:
         """Draw the assistant's answer where the fact was never stated; likewise."""
         return self._said(None, phrases.unknown[0] if held_out.phrasings else rng.choice(phrases.unknown))
 

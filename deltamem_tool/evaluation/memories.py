@@ -15,7 +15,7 @@ from deltamem_tool.memory.file import MemoryShape, StoredMemory
 def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
     """Copy the memory of some conversations, in the order of `rows`."""
     index = np.asarray(rows, np.int64)
-    return _changed(memory, lambda array: array[index])
+    return _map_states(memory, lambda array: array[index])
 
 
 def join_rows(memories: Sequence[StoredMemory]) -> StoredMemory:
@@ -30,7 +30,7 @@ def join_rows(memories: Sequence[StoredMemory]) -> StoredMemory:
 def mean_rows(memory: StoredMemory, rows: Sequence[Sequence[int]]) -> StoredMemory:
     """Average the memories of several conversations. Each entry of `rows` lists those of one row of the result."""
     # One by one: of large states, all that are averaged would not fit at once.
-    return _changed(
+    return _map_states(
         memory, lambda array: np.stack([array[list(row)].mean(0, dtype=np.float64) for row in rows]).astype(np.float32)
     )
 
@@ -48,7 +48,7 @@ def permute_layers(memory: StoredMemory, seed: int) -> StoredMemory:
     return replace(memory, states={layer: memory.states[source[layer]] for layer in layers})
 
 
-def _changed(memory: StoredMemory, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> StoredMemory:
+def _map_states(memory: StoredMemory, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> StoredMemory:
     states, segments = (
         {layer: change(array) for layer, array in part.items()} for part in (memory.states, memory.open_segments)
     )

@@ -49,7 +49,7 @@ class Views:
             if view in self._within:
                 text = self._last_within(item, self._within[view])
             else:
-                text = {NOTHING: self._plain, ALL: self._all, RETRIEVED: self._retrieved}[view](item)
+                text = {NOTHING: self._plain, ALL: self._all, RETRIEVED: self._with_passages}[view](item)
         except DataError as error:
             raise DataError(f"{item.where}: {error.what}", error.why, error.next) from error
         count, new_tokens = self._count(text), item.new_tokens or self._new_tokens
@@ -65,7 +65,7 @@ class Views:
         return self._render(item, item.question)
 
     def _all(self, item: Item) -> str:
-        return self._render(item, _joined(_messages(item), item.question))
+        return self._render(item, _join_messages(_messages(item), item.question))
 
     def _last_within(self, item: Item, tokens: int) -> str:
         """Render the last messages that fit into `tokens`, including the text that the template adds."""
@@ -83,9 +83,9 @@ class Views:
         shown = list(messages[len(messages) - count :])
         while shown and shown[0]["role"] not in ("user", "system"):
             shown = shown[1:]
-        return self._render(item, _joined(shown, item.question))
+        return self._render(item, _join_messages(shown, item.question))
 
-    def _retrieved(self, item: Item) -> str:
+    def _with_passages(self, item: Item) -> str:
         """Render the passages that BM25 ranks highest, in the order of the history, inside the question."""
         ranked = rank(_passages(item), item.query or text_of(item.question[-1]))
         chosen: list[int] = []
@@ -93,12 +93,12 @@ class Views:
         for number in ranked:
             if self._protocol.view != WINDOW and len(chosen) == PASSAGES:
                 break
-            if self._protocol.view == WINDOW and self._count(self._with(item, [*chosen, number])) > room:
+            if self._protocol.view == WINDOW and self._count(self._with_messages(item, [*chosen, number])) > room:
                 continue  # a shorter one may fit
             chosen.append(number)
-        return self._with(item, chosen)
+        return self._with_messages(item, chosen)
 
-    def _with(self, item: Item, chosen: Sequence[int]) -> str:
+    def _with_messages(self, item: Item, chosen: Sequence[int]) -> str:
         if not chosen:
             return self._plain(item)
         passages = _passages(item)
@@ -117,7 +117,7 @@ def _messages(item: Item) -> list[Message]:
     return [message for session in item.history for message in session]
 
 
-def _joined(shown: Sequence[Message], question: Sequence[Message]) -> list[Message]:
+def _join_messages(shown: Sequence[Message], question: Sequence[Message]) -> list[Message]:
     """Join history and question. A system prompt of the question replaces that of the history."""
     if question[0]["role"] != "system":
         return [*shown, *question]

@@ -23,7 +23,7 @@ def check(items: Sequence[Item]) -> None:
     for item in items:
         first = seen.setdefault(item.id, item)
         owner = histories.setdefault(item.history_id, item)
-        if first is not item or _written(owner) != _written(item):
+        if first is not item or _memory_inputs(owner) != _memory_inputs(item):
             other = first if first is not item else owner
             name = item.id if first is not item else item.history_id
             problem = f"{item.where} and {other.where} have the same name, {name!r}."
@@ -38,7 +38,9 @@ def digest_of(items: Sequence[Item], everyone: Sequence[Item], others: Mapping[s
     asked_histories = {item.history_id for item in items}
     written = asked_histories.union(*(others[name] for name in asked_histories))
     digest = hashlib.sha256()
-    for name, history in {item.history_id: _written(item) for item in everyone if item.history_id in written}.items():
+    for name, history in {
+        item.history_id: _memory_inputs(item) for item in everyone if item.history_id in written
+    }.items():
         digest.update(json.dumps([name, *history]).encode())
     for item in items:
         digest.update(
@@ -47,7 +49,7 @@ def digest_of(items: Sequence[Item], everyone: Sequence[Item], others: Mapping[s
     return digest.hexdigest()
 
 
-def _written(item: Item) -> list[Any]:
+def _memory_inputs(item: Item) -> list[Any]:
     """Return everything that an item's memory is written from."""
     return [list(item.history), *([item.template_kwargs] if item.template_kwargs else [])]
 

@@ -204,14 +204,14 @@ class _Run:
         done = sum(not self._lacks(*pair) for pair in pairs)
         count = done + sum(self._lacks(condition, item) for condition, items in share for item in items)
         for condition, items in share:
-            done += self.records.add(self._answered(condition, items, prompts, to_score, histories, memories))
+            done += self.records.add(self._answer_batch(condition, items, prompts, to_score, histories, memories))
             self.tell("questions", done, count)
         self.records.gather()
 
     def _lacks(self, condition: Condition, item: Item) -> bool:
         return (condition.name, item.id) not in self.records
 
-    def _answered(
+    def _answer_batch(
         self,
         condition: Condition,
         items: Sequence[Item],

@@ -65,7 +65,7 @@ def write_card(
     Raises:
         HubError: the old card's metadata or marks are invalid.
     """
-    card = _parsed(f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n".encode() if old is None else old)
+    card = _parse(f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n".encode() if old is None else old)
     text = card.text
     linked = _SPACE.search(text)
     space = space or (linked and linked[1])
@@ -87,10 +87,10 @@ def write_card(
 
 def has_license(card: bytes) -> bool:
     """Return whether the card's metadata names a licence."""
-    return bool(_parsed(card).data.get("license"))
+    return bool(_parse(card).data.get("license"))
 
 
-def _parsed(card: bytes) -> ModelCard:
+def _parse(card: bytes) -> ModelCard:
     try:
         return ModelCard(card.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

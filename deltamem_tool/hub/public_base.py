@@ -41,17 +41,17 @@ def with_public_base(contents: Contents, base_model: str | None) -> tuple[Conten
     if adapter is not None and base != (adapter.base.name, adapter.base.revision):
         assert base.name is not None
         renamed = {"name": base.name, "revision": base.revision}
-        files[CONFIG_FILE] = _changed(files[CONFIG_FILE], lambda content: content["base"].update(renamed))
+        files[CONFIG_FILE] = _edit_json(files[CONFIG_FILE], lambda content: content["base"].update(renamed))
         adapter = replace(adapter, base=replace(adapter.base, name=base.name, revision=base.revision))
     if manifest is not None and manifest.base_model != base.name:
         path = f"{ONNX_FOLDER}/{MANIFEST_FILE}"
-        files[path] = _changed(files[path], lambda content: content.update(base_model=base.name))
+        files[path] = _edit_json(files[path], lambda content: content.update(base_model=base.name))
         manifest = replace(manifest, base_model=base.name)
     return replace(contents, files=files, adapter=adapter, onnx=manifest), base
 
 
 def _public_base(contents: Contents, base_model: str | None) -> Base:
-    recorded = _recorded(contents)
+    recorded = _recorded_base(contents)
     if base_model is not None:
         hub = on_hub(base_model)
         name = short_name(hub)
@@ -67,7 +67,7 @@ def _public_base(contents: Contents, base_model: str | None) -> Base:
     )
 
 
-def _recorded(contents: Contents) -> Base:
+def _recorded_base(contents: Contents) -> Base:
     """What the files record; a folder of the Hub's cache becomes its Hub id, any other folder None."""
     if contents.adapter is not None:
         name, revision = contents.adapter.base.name, contents.adapter.base.revision
@@ -89,7 +89,7 @@ def _recorded(contents: Contents) -> Base:
     return Base(name, revision) if is_name else Base(None, None)
 
 
-def _changed(file: Path | bytes, change: Callable[[Any], Any]) -> bytes:
+def _edit_json(file: Path | bytes, change: Callable[[Any], Any]) -> bytes:
     """Return a JSON file's bytes after `change` of its content."""
     content = json.loads(file if isinstance(file, bytes) else file.read_bytes())
     change(content)

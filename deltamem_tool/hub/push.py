@@ -116,16 +116,16 @@ def push(
             "--private applies to a new repository.",
             "Make it private in its settings, or choose another name.",
         )
-    described, notes = _described(contents, repository, remote)
+    described, notes = _card_contents(contents, repository, remote)
     if contents.adapter is None and described.adapter is not None:  # which also records a revision
         base = Base(described.adapter.base.name, described.adapter.base.revision)
     old = contents.card if contents.card is not None else repository.content(CARD_FILE, remote)
     if license is None and ask_license is not None and not (old and has_license(old)):
         license = ask_license()
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         page = None
         if space:
-            page_folder = Path(opened.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
+            page_folder = Path(stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
             page = Space(
                 repository.repo_id,
                 _onnx_folder(contents, folder),
@@ -184,7 +184,7 @@ def _onnx_folder(contents: Contents, folder: str | Path) -> Path:
     return graph.parent
 
 
-def _described(contents: Contents, repository: Repository, remote: RemoteTree) -> tuple[Contents, list[str]]:
+def _card_contents(contents: Contents, repository: Repository, remote: RemoteTree) -> tuple[Contents, list[str]]:
     """Return the contents that the card describes, and notes. They include a part that is only in the repository.
 
     Raises:

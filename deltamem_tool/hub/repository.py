@@ -187,7 +187,7 @@ class Repository:
             if local := system_error(error):
                 raise local from error
             is_lost = may_have_landed(error)
-            commit = self._landed(files, changes, remote) if is_lost else None
+            commit = self._find_commit(files, changes, remote) if is_lost else None
             if commit is not None:
                 return commit, self.url
             what = "The Hub's answer was lost: so far {} has" if is_lost else "{} has not been changed: it has"
@@ -195,7 +195,7 @@ class Repository:
             raise hub_error(error, self.repo_id, what, writing=True) from error
         return info.oid, info.pr_url or self.url
 
-    def _landed(self, files: Files, changes: Sequence[Change], remote: RemoteTree) -> str | None:
+    def _find_commit(self, files: Files, changes: Sequence[Change], remote: RemoteTree) -> str | None:
         """Return the commit if it was made although the answer was lost, or None.
 
         Raises:

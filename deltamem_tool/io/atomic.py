@@ -28,12 +28,12 @@ def file_lock(path: str | Path) -> Iterator[None]:
     """
     folder = resolve(path).parent
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         with suppress(OSError, ImportError):  # Windows has no fcntl
             import fcntl
 
             descriptor = os.open(folder, os.O_RDONLY)
-            opened.callback(os.close, descriptor)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
@@ -45,9 +45,9 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     Raises:
         DeltaMemError: another program has locked it.
     """
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         try:
-            opened.callback(os.close, _try_lock(folder))
+            stack.callback(os.close, _try_lock(folder))
         except BlockingIOError as error:
             raise DeltaMemError(
                 f"Another program is writing to {folder}.",
@@ -221,11 +221,11 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path`, locked if the file system has locks. It is removed if the block fails."""
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             with suppress(OSError, ImportError):
-                opened.callback(os.close, _try_lock(staged))
+                stack.callback(os.close, _try_lock(staged))
                 staged = staged.rename(f"{staged}{UNFINISHED}")  # after locking, so that no program removes it as left
             yield staged
         except BaseException:

@@ -26,7 +26,7 @@ _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{4,}|(?<=Bearer )\S+")
 _LATER = "Try again in a while."
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """`text` without anything that is, or looks like, a token of the Hub."""
     token = get_token()
     if token:
@@ -74,11 +74,11 @@ def hub_error(error: BaseException, repo_id: str, what: str, writing: bool = Fal
         return HubError(what, "The Hub did not answer in time.", f"Check the network. {_LATER}")
     if any(isinstance(cause, HTTPError) for cause in causes):
         return HubError(
-            what, f"The connection failed: {redacted(first_line(causes[-1]))}.", f"Check the network. {_LATER}"
+            what, f"The connection failed: {redact(first_line(causes[-1]))}.", f"Check the network. {_LATER}"
         )
     if isinstance(causes[-1], ValueError | KeyError):
         return HubError(what, "The response is not one of the Hub.", f"Check the network, and HF_ENDPOINT. {_LATER}")
-    return HubError(what, f"{redacted(first_line(error))}.", f"Check the network. {_LATER}")
+    return HubError(what, f"{redact(first_line(error))}.", f"Check the network. {_LATER}")
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -109,7 +109,7 @@ _BY_KIND: dict[type[BaseException], tuple[str, str]] = {
 def _by_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str, str]:
     """Return why the request failed and what to do next, by the status of the Hub's answer."""
     status = error.response.status_code
-    lines = redacted(error.server_message or "").strip().splitlines()
+    lines = redact(error.server_message or "").strip().splitlines()
     words = f" It says: {lines[0].rstrip('.')}." if lines else ""
     if status in (401, 403) and not str(error.response.url).startswith(constants.ENDPOINT):
         return (
@@ -136,4 +136,4 @@ def _by_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str,
         return f"The Hub received too many requests from you.{words}", after
     if status >= 500:
         return f"The Hub has an internal error ({status}).{words}", _LATER
-    return f"The Hub answered {status}.{words or f' {redacted(first_line(error))}.'}", "Correct it, and try again."
+    return f"The Hub answered {status}.{words or f' {redact(first_line(error))}.'}", "Correct it, and try again."

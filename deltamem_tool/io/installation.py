@@ -44,11 +44,11 @@ def check_installation(*extras: str) -> None:
     if os.environ.get(IGNORE) == "1":
         return
     for extra in ("", *extras):
-        required = {str(canonicalize_name(each.name)): each for each in _required(extra)}
+        required = {str(canonicalize_name(each.name)): each for each in _requirements(extra)}
         runtime = next((required.pop(name) for name in RUNTIMES if name in required), None)
-        missing = [name for name in required if _installed(name) is None and name not in OPTIONAL]
+        missing = [name for name in required if _installed_version(name) is None and name not in OPTIONAL]
         if missing:
-            raise _missing(missing, extra)
+            raise _missing_error(missing, extra)
         for name, requirement in required.items():
             _check_version(requirement, name)
         if runtime is not None:
@@ -66,7 +66,7 @@ def is_installed(*extras: str) -> bool:
     return True
 
 
-def _required(extra: str) -> Iterator[Requirement]:
+def _requirements(extra: str) -> Iterator[Requirement]:
     """Yield the requirements that `extra` adds on this machine, or for "" those of every installation.
 
     Yields nothing if the package runs without being installed.
@@ -81,19 +81,19 @@ def _required(extra: str) -> Iterator[Requirement]:
             continue
         if canonicalize_name(requirement.name) == PACKAGE:
             for other in requirement.extras:
-                yield from _required(other)
+                yield from _requirements(other)
         else:
             yield requirement
 
 
-def _installed(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def _missing(names: list[str], extra: str) -> InstallationError:
+def _missing_error(names: list[str], extra: str) -> InstallationError:
     shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     return InstallationError(
         f"This needs {shown}, which {'are' if len(names) > 1 else 'is'} not installed.",
@@ -104,7 +104,7 @@ def _missing(names: list[str], extra: str) -> InstallationError:
 
 
 def _check_version(requirement: Requirement, name: str) -> None:
-    installed = _installed(name)
+    installed = _installed_version(name)
     if installed is None or requirement.specifier.contains(installed, prereleases=True):
         return
     raise InstallationError(
@@ -120,7 +120,7 @@ def _bounds(requirement: Requirement) -> str:
 
 
 def _check_runtime(requirement: Requirement) -> None:
-    runtimes = [name for name in RUNTIMES if _installed(name)]
+    runtimes = [name for name in RUNTIMES if _installed_version(name)]
     if not runtimes:
         raise InstallationError(
             "This needs ONNX Runtime, which is not installed.",

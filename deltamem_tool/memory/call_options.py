@@ -84,7 +84,7 @@ class CallOptions:
             kwargs["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
         if self._cuts:
             kwargs["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
-        mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
+        mask = attention_mask if columns is None else _mask_columns(model, attention_mask, columns)
         position = last_valid(attention_mask, input_ids.shape[1])[:, None] if self._padded_right else None
         with _cut(_head_of(model), position):
             logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **kwargs).logits
@@ -214,7 +214,7 @@ def _positions(attention_mask: Tensor, tokens: int, columns: Tensor | None) -> T
     return positions[:, -tokens:] if columns is None else positions.index_select(1, columns)
 
 
-def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> Tensor:
+def _mask_columns(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> Tensor:
     """Which columns the tokens in `columns` attend to, `[B, 1, T, N]`, in the form that attention takes as it is.
 
     What transformers makes of the 2-D mask gathers it by indices, which a CUDA graph cannot replay.

@@ -75,7 +75,7 @@ class Corrections(nn.Module):
             count = min(BASE_SLICE_WIDTH, self.config.rank, weight.shape[1])
             delta[:, :count] = F.normalize(weight[:, :count].to(delta), dim=0, eps=L2_EPS) * INIT_GAIN
 
-    def scaled(self, readings: Tensor) -> Tensor:
+    def scale_readings(self, readings: Tensor) -> Tensor:
         """Return (α/R) · r, times the layer's learned scale if there is one.
 
         The readings r are scaled instead of Δ r, which is much longer and computed for every branch.

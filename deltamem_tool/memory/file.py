@@ -135,10 +135,10 @@ def memory_bytes(memory: StoredMemory) -> bytes:
         "adapter": memory.adapter,
         "deltamem_version": __version__,
     }
-    return _ordered(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
+    return _sort_metadata(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
 
 
-def _ordered(content: bytes) -> bytes:
+def _sort_metadata(content: bytes) -> bytes:
     """`content` with its metadata by name, as safetensors has its tensors: the same memory is the same bytes."""
     begin = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     header = json.loads(content[LENGTH_BYTES:begin])

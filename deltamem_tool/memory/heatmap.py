@@ -69,13 +69,13 @@ class HeatMap:
         self._entries, self._limit = entries, limit
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._coloured() if _has_colours(console) else self._numbers()
+        yield from self._coloured_lines() if _has_colours(console) else self._number_lines()
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         width = self._entries.shape[1] * (1 if _has_colours(console) else 3)
         return Measurement(width, width)
 
-    def _coloured(self) -> Iterator[Text]:
+    def _coloured_lines(self) -> Iterator[Text]:
         for row in range(0, len(self._entries), 2):
             line = Text(no_wrap=True)
             lower = self._entries[row + 1] if row + 1 < len(self._entries) else [None] * self._entries.shape[1]
@@ -84,7 +84,7 @@ class HeatMap:
                 line.append(_UPPER_HALF, f"{_colour(above / self._limit)}{behind}")
             yield line
 
-    def _numbers(self) -> Iterator[Text]:
+    def _number_lines(self) -> Iterator[Text]:
         for row in self._entries:
             yield Text("".join(f"{round(_TENTHS * entry / self._limit):3d}" for entry in row), no_wrap=True)
 

@@ -203,15 +203,15 @@ def _before_attention(adapter: DeltaMemAdapter, index: int, module: nn.Module, a
     layer, (state, segment) = adapter.layer_on(index, hidden.device), call.memory.layer_on(index, hidden.device)
     call.move_masks(hidden.device)
     output = layer(hidden, state, call.read_mask, call.write_mask, segment, call.segment_end)
-    call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
+    call.readings[index], call.states[index] = layer.scale_readings(output.readings), output.state
     if output.open_segment is not None:
         call.open_segments[index] = output.open_segment
     if call.cache.write_gates is not None and output.write_gates is not None:
         written = call.write_mask if segment is None else call.segment_end
-        call.write_gates[index] = _summed(output.write_gates, written)
+        call.write_gates[index] = _sum_gates(output.write_gates, written)
 
 
-def _summed(gates: Tensor, written: Tensor | bool | None) -> Tensor:
+def _sum_gates(gates: Tensor, written: Tensor | bool | None) -> Tensor:
     """β `[B, T, H, R]` of what is `written`, to `[B, 2]`: the sum of its means, and the number of writes."""
     count = written.sum(1) if isinstance(written, Tensor) else gates.new_tensor(gates.shape[1]).expand(len(gates))
     return torch.stack([gates.mean((2, 3)).sum(1), count.to(gates.dtype)], dim=1)

@@ -255,7 +255,7 @@ class Interface:
             **({} if self.genai else {WRITE_MASK: (BOOL, (BATCH, TOKENS))}),
             **({PAST_LENGTH: (INT64, (1,))} if self.max_length else {}),
             **({SEGMENT_END: (BOOL, (BATCH, TOKENS))} if self.segment else {}),
-            **self._carried(PAST, self.max_length or PAST_TOKENS),
+            **self._carried_tensors(PAST, self.max_length or PAST_TOKENS),
         }
 
     def defaults(self) -> dict[str, tuple[str, Shape]]:
@@ -268,10 +268,10 @@ class Interface:
         positions = 1 if self.logits == "last" else TOKENS
         return {
             LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)),
-            **self._carried(PRESENT, self.max_length or ALL_TOKENS),
+            **self._carried_tensors(PRESENT, self.max_length or ALL_TOKENS),
         }
 
-    def _carried(self, prefix: str, length: int | str) -> dict[str, tuple[str, Shape]]:
+    def _carried_tensors(self, prefix: str, length: int | str) -> dict[str, tuple[str, Shape]]:
         """Return the tensors that are carried from call to call, with names that start with `prefix`."""
         tensors: dict[str, tuple[str, Shape]] = {}
         for i, layer in enumerate(self.layers):

@@ -35,8 +35,8 @@ def linear_attention_scan(
     beta = erase / keep
     value = v * (keep * (write / erase.clamp_min(MIN_ERASE)))
     # Step 0 has zero gates: it reads the state as it came. The last step only writes.
-    key, value, decay, beta = (_packed(F.pad(x, (0, 0, 0, 0, 1, 0))) for x in (k, value, log_keep, beta))
-    query = _packed(F.pad(q, (0, 0, 0, 0, 0, 1)))
+    key, value, decay, beta = (_pack(F.pad(x, (0, 0, 0, 0, 1, 0))) for x in (k, value, log_keep, beta))
+    query = _pack(F.pad(q, (0, 0, 0, 0, 0, 1)))
     rows = heads * rank
     carried = state.reshape(batch, rows, rank, 1)
     reads, state = linear_attention("gated_delta", heads, query, key, value, carried, decay, beta)
@@ -96,6 +96,6 @@ def linear_attention(
     return reads, state
 
 
-def _packed(x: Tensor) -> Tensor:
+def _pack(x: Tensor) -> Tensor:
     """`[B, T, H, R]` to `[B, T, H·R]`."""
     return x.flatten(2)

@@ -72,7 +72,7 @@ def _as_pairs(value: Any) -> Any:
     return tuple(sorted(value.items()))
 
 
-def _expanded(name: str) -> str:
+def _expand(name: str) -> str:
     try:
         return expand_name(name)
     except ConfigError as error:
@@ -80,7 +80,7 @@ def _expanded(name: str) -> str:
 
 
 Text = Annotated[str, Strict(), Field(min_length=1)]
-Name = Annotated[Text, AfterValidator(_expanded)]  # of a file, a folder or a repository
+Name = Annotated[Text, AfterValidator(_expand)]  # of a file, a folder or a repository
 Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 Prompt = Annotated[str, Strict()]
 Whole = Annotated[int, Strict(), Field(ge=0)]

@@ -133,9 +133,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
+async def _unexpected_error(request: Request, error: Exception) -> Response:
     """Answer 500 for a bug in the server. The log has the exception."""
     return error_response(RequestError("The server failed.", "", "Nothing of the request was stored.", status=500))
 
 
-_HANDLERS: Any = {DeltaMemError: _domain_error, HTTPException: _http_error, Exception: _unexpected}
+_HANDLERS: Any = {DeltaMemError: _domain_error, HTTPException: _http_error, Exception: _unexpected_error}

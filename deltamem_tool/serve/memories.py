@@ -87,7 +87,7 @@ async def put_memory(request: Request) -> Response:
     await run_sync(_check, service, data)
     async with service.locks.hold(tenant, id):
         current = await run_sync(service.store.get, tenant, id)
-        expected = _expected(request, current)
+        expected = _expected_version(request, current)
         expires_at = None if expires_in is None else time.time() + expires_in
         put = service.store.put
         stored = await _conditional(request, lambda: put(tenant, id, data, expected, None, expires_at))
@@ -100,7 +100,7 @@ async def delete_memory(request: Request) -> Response:
     id = _id(request)
     async with service.locks.hold(tenant, id):
         current = await run_sync(service.store.get, tenant, id) if "if-match" in request.headers else None
-        expected = _expected(request, current)
+        expected = _expected_version(request, current)
         receipt = await _conditional(request, lambda: service.store.delete(tenant, id, expected))
         service.scheduler.forget(tenant, (id, *receipt.responses))
     return JSONResponse(receipt_json(receipt))
@@ -127,7 +127,7 @@ async def restore_memory(request: Request) -> Response:
     id, body = _id(request), validate(RestoreRequest, await read_object(request))
     async with service.locks.hold(tenant, id):
         current = await run_sync(service.store.get, tenant, id) if "if-match" in request.headers else None
-        expected = _expected(request, current)
+        expected = _expected_version(request, current)
         stored = await _conditional(request, lambda: service.store.restore(tenant, id, body.version, expected))
     return JSONResponse(_info(stored), headers=_headers(stored))
 
@@ -185,7 +185,7 @@ def _names(request: Request, header: str, memory: MemoryInfo | None) -> bool:
     return memory is not None and ("*" in tags or _etag(memory) in tags)
 
 
-def _expected(request: Request, current: MemoryVersion | None) -> ExpectedVersion:
+def _expected_version(request: Request, current: MemoryVersion | None) -> ExpectedVersion:
     """The version that a change expects, according to the headers `If-Match` and `If-None-Match`.
 
     Raises:

@@ -42,14 +42,14 @@ class KnownMessages:
     Args:
         messages: for each message, whether it was fed.
         talk: index of the conversation that the request continues; None for a new one.
-        whole: whether the request contains all of that conversation.
-        newest: whether that conversation is the last one that was fed, and `whole`.
+        is_complete: whether the request contains all of that conversation.
+        is_latest: whether that conversation is the last one that was fed, and `is_complete`.
     """
 
     messages: tuple[bool, ...]
     talk: int | None = None
-    whole: bool = False
-    newest: bool = False
+    is_complete: bool = False
+    is_latest: bool = False
 
     @property
     def is_retry(self) -> bool:
@@ -130,7 +130,7 @@ class MessageHistory:
         system = [self._digest(message) for message in messages if message["role"] in SYSTEM_ROLES]
         system = list(dict.fromkeys([*self.system, *system]))[-MAX_SYSTEM:]
         digests = (*self._digests(messages), self._digest({"role": "assistant", "content": answer}))
-        talks = [talk for number, talk in enumerate(self.talks) if not (number == known.talk and known.whole)]
+        talks = [talk for number, talk in enumerate(self.talks) if not (number == known.talk and known.is_complete)]
         talks.append(Talk(digests, pending))
         while len(talks) > 1 and sum(len(talk.digests) for talk in talks) > MAX_DIGESTS:
             del talks[0]

@@ -152,14 +152,14 @@ def _build(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
         new = [Token(token, writes=False) for token in fed]
         return Prompt(memory, (*context, *new), answer_writes=False, room=None, written=0, dropped=cut.dropped)
     flags = _write_flags(text, script, begin, fed, cut)
-    goes_on = bool(cut.read) and request.known.whole
+    goes_on = bool(cut.read) and request.known.is_complete
     pending = request.pending if goes_on else 0
     if pending:
         context[-pending:] = [token._replace(writes=True) for token in context[-pending:]]
     if engine.memory_shape.segment_width:
         tags, ended = script.tags(text, engine.mechanism.granularity, begin)
         # The memory's open segment belongs to the last answer. It continues only if this conversation was fed last.
-        if not (goes_on and request.known.newest) or (ended and not pending):
+        if not (goes_on and request.known.is_latest) or (ended and not pending):
             memory = memory.end_segment(engine.mechanism)
         if ended and pending:
             context[-1] = context[-1]._replace(ends=True)

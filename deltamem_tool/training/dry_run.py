@@ -256,11 +256,11 @@ def _largest_batch(recipe: Recipe, episodes: EncodedEpisodes | None, unrelated: 
         return StepShape(batch, data.max_write_tokens, exchanges, data.max_read_tokens, full, scored, unrelated)
     alone, recent, full = (pc.max(_lengths(episodes, view)).as_py() or 0 for view in VIEWS)
     exchanges = batch * pc.max(pc.list_value_length(episodes.column("exchanges"))).as_py()
-    scored = batch * max(_scored(chunk).max() for chunk in episodes.column("exchanges").chunks)
+    scored = batch * max(_count_scored(chunk).max() for chunk in episodes.column("exchanges").chunks)
     return StepShape(batch, max(episodes.lengths), exchanges, max(alone, recent), full, int(scored), unrelated)
 
 
-def _scored(exchanges: pa.ListArray) -> np.ndarray:
+def _count_scored(exchanges: pa.ListArray) -> np.ndarray:
     """Scored tokens of each episode."""
     labels = exchanges.flatten().field("labels")
     is_scored = pc.not_equal(labels.flatten(), IGNORED).to_numpy(zero_copy_only=False)

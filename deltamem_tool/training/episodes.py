@@ -76,17 +76,17 @@ def run_data(
         held_out = held_out_episodes(recipe, count, encoder)
         return RunData(generated, held_out, collator, "as they come", batch, training.steps)
 
-    def encoded(path: str, split: str, revision: str | None, dropout: float) -> tuple[EncodedEpisodes, int]:
+    def encode(path: str, split: str, revision: str | None, dropout: float) -> tuple[EncodedEpisodes, int]:
         """Episodes, and how many rows were left out."""
         rows = read_episodes(path, split, revision, data.supervise, data.skip_bad_rows)
         episodes = encode_cached(rows.episodes, encoder, data.skip_bad_rows, report, dropout, training.seed)
         return episodes, len(rows.skipped) + len(episodes.skipped)
 
-    episodes, skipped = encoded(data.path, data.split, data.revision, recipe.objective.context_dropout)
+    episodes, skipped = encode(data.path, data.split, data.revision, recipe.objective.context_dropout)
     validation: Sequence[Any] = ()
     if training.eval_every is not None:
         path, revision = (data.path, data.revision) if data.eval_path is None else (data.eval_path, None)
-        others, more = encoded(path, data.eval_split or "train", revision, 1.0)  # from the memory alone
+        others, more = encode(path, data.eval_split or "train", revision, 1.0)  # from the memory alone
         validation = [others[i] for i in range(min(len(others), training.eval_episodes))]
         skipped += more
     steps = training.steps or steps_of(training.epochs or 1.0, math.ceil(len(episodes) / (1 - data.mix)), batch)

@@ -159,7 +159,7 @@ def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
     """
     methods = {name: getattr(step, name) for name in ("write", "answer", "base_logits")}
 
-    def announced(name: str) -> Callable[..., Any]:
+    def announce(name: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             live.enter(name)
             return methods[name](*args, **kwargs)
@@ -170,9 +170,9 @@ def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
         for state in memory.layers.values():  # their gradients are the last thing that the read pass gives
             if state.requires_grad:
                 state.register_hook(lambda _: live.enter("write, backward"))  # type: ignore[no-untyped-call]
-        return announced("answer")(memory, *args)
+        return announce("answer")(memory, *args)
 
-    own: dict[str, Any] = {name: announced(name) for name in methods} | {"answer": answer, "addresses": Addresses.most}
+    own: dict[str, Any] = {name: announce(name) for name in methods} | {"answer": answer, "addresses": Addresses.most}
     for name, method in own.items():
         setattr(step, name, method)
     try:

@@ -226,7 +226,7 @@ def step_model(recipe: Recipe, launch: Launch | None = None) -> tuple[Step, PreT
         check_revision(recipe.base, recipe.revision)
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
         tokenizer = read_tokenizer(checkpoint.source)  # first: what is wrong with it is known in a second
-        model = _loaded(checkpoint, recipe, launch)
+        model = _load_model(checkpoint, recipe, launch)
         if recipe.lora is not None:
             lora = new_lora(model, recipe.lora, checkpoint.name, checkpoint.revision)
             return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
@@ -252,7 +252,7 @@ def _static(recipe: Recipe, checkpoint: BaseCheckpoint, base: BaseModel, model: 
 
 def load_base(recipe: Recipe, launch: Launch | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model with a memory that a recipe trains, and its tokenizer."""
-    options = _loading(recipe, launch)
+    options = _loading_options(recipe, launch)
     if recipe.adapter is not None:
         trust = recipe.trust_remote_code
         model = load(
@@ -264,7 +264,7 @@ def load_base(recipe: Recipe, launch: Launch | None = None) -> tuple[PreTrainedM
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
     made_for = base_of(checkpoint)
     tokenizer = read_tokenizer(checkpoint.source)
-    model = _loaded(checkpoint, recipe, launch)
+    model = _load_model(checkpoint, recipe, launch)
     model.train(False)
     if options.keys() & {"quantization_config", "distributed_config"}:
         # Where a Δ starts from the base's weights, from those on disk: in memory they are quantised, or in parts.
@@ -276,13 +276,13 @@ def load_base(recipe: Recipe, launch: Launch | None = None) -> tuple[PreTrainedM
     return model, tokenizer
 
 
-def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe, launch: Launch | None) -> PreTrainedModel:
+def _load_model(checkpoint: BaseCheckpoint, recipe: Recipe, launch: Launch | None) -> PreTrainedModel:
     """Load the base model.
 
     Raises:
         ConfigError: its weights would be float16, in which small gradients are zeros.
     """
-    model = checkpoint.load(**_loading(recipe, launch))
+    model = checkpoint.load(**_loading_options(recipe, launch))
     _prepare_packed(model, launch)
     if model.dtype == torch.float16 and not _is_placed(model):
         raise ConfigError(
@@ -304,7 +304,7 @@ def _prepare_packed(model: PreTrainedModel, launch: Launch | None) -> None:
         shard_packed(model, launch.state.device, launch.offloads)
 
 
-def _loading(recipe: Recipe, launch: Launch | None) -> dict[str, Any]:
+def _loading_options(recipe: Recipe, launch: Launch | None) -> dict[str, Any]:
     """What `from_pretrained` is to do with the frozen weights."""
     training = recipe.training
     options: dict[str, Any] = {"dtype": training.dtype}

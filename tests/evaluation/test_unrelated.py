@@ -20,7 +20,7 @@ from deltamem_tool.evaluation.scoring.scales import LOG_PROB
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.agreement import Agreement
 from deltamem_tool.evaluation.tasks.text import Text
-from deltamem_tool.evaluation.tasks.unrelated import unrelated
+from deltamem_tool.evaluation.tasks.unrelated import unrelated_conversations
 
 MEMORY = EvalProtocol.parse("memory")
 QUESTIONS = "What is my dog's name?\n\n  Where do I live?  \nWhat is my name?\n"
@@ -125,7 +125,7 @@ def test_bad_options_are_refused(files, tmp_path):
             find_task("agreement", {**files, **options})
     for facts in (-1, 1.5):
         with pytest.raises(ConfigError, match="facts of a conversation"):
-            unrelated(3, facts, 0)
+            unrelated_conversations(3, facts, 0)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     for name in ("bytes.txt", "nowhere.txt"):
         with pytest.raises(DataError, match=f"{name} cannot be read"):

@@ -104,7 +104,7 @@ def test_the_bounds_can_be_ignored(process, tmp_path):
 
 @pytest.mark.slow
 def test_two_runtimes_over_each_other(process, tmp_path):
-    runtimes = [name for name in ("onnxruntime", "onnxruntime-gpu") if installation._installed(name)]
+    runtimes = [name for name in ("onnxruntime", "onnxruntime-gpu") if installation._installed_version(name)]
     assert len(runtimes) == 1, "these tests run where one is installed"
     other = ({"onnxruntime", "onnxruntime-gpu"} - set(runtimes)).pop()
     installed(tmp_path, other, "1.31.0")
@@ -145,8 +145,8 @@ def test_the_library_says_so_too(tmp_path):
 
 def without(monkeypatch, *names: str) -> None:
     """As if these were not installed."""
-    own = installation._installed
-    monkeypatch.setattr(installation, "_installed", lambda name: None if name in names else own(name))
+    own = installation._installed_version
+    monkeypatch.setattr(installation, "_installed_version", lambda name: None if name in names else own(name))
 
 
 def test_an_extra_that_is_missing(monkeypatch):
@@ -178,9 +178,9 @@ def test_no_runtime(monkeypatch, extra):
 
 @pytest.mark.parametrize("runtime", installation.RUNTIMES)
 def test_any_one_runtime_will_do(monkeypatch, runtime):
-    own, found = installation._installed, {runtime: "1.31.1"}
+    own, found = installation._installed_version, {runtime: "1.31.1"}
     monkeypatch.setattr(
-        installation, "_installed", lambda name: found.get(name) if name in installation.RUNTIMES else own(name)
+        installation, "_installed_version", lambda name: found.get(name) if name in installation.RUNTIMES else own(name)
     )
     check_installation("cpu")
     found[runtime] = "1.99.0"
@@ -197,7 +197,7 @@ def test_a_tree_that_is_not_installed_has_no_bounds(monkeypatch):
         raise installation.PackageNotFoundError(name)
 
     monkeypatch.setattr(installation, "requires", missing)
-    monkeypatch.setattr(installation, "_installed", lambda name: None)
+    monkeypatch.setattr(installation, "_installed_version", lambda name: None)
     check_installation("train", "cpu")
 
 

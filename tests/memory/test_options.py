@@ -268,7 +268,7 @@ def test_heads_of_states_do_not_meet():
 def corrections(memory, seed=0):
     torch.manual_seed(seed)
     readings = torch.randn(2, 5, memory.config.state_heads * memory.config.rank)
-    return {branch: memory.correction(branch, memory.scaled(readings)) for branch in memory.config.branches}
+    return {branch: memory.correction(branch, memory.scale_readings(readings)) for branch in memory.config.branches}
 
 
 @pytest.mark.parametrize(("delta_scale", "count"), [("layer", 1), ("branch", 4)])

@@ -95,8 +95,8 @@ def test_a_conversation_that_goes_on_takes_the_place_of_its_beginning():
     state = fed(FIRST, SECOND)
     assert [len(known.digests) for known in state.talks] == [4]
     known = state.match(talk(*SECOND, "c"))
-    assert known.newest and known.whole and known.talk == 0
-    assert not state.match(talk("a", "A", "x")).whole
+    assert known.is_latest and known.is_complete and known.talk == 0
+    assert not state.match(talk("a", "A", "x")).is_complete
 
 
 def test_json_there_and_back():

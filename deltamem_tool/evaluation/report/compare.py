@@ -200,7 +200,7 @@ def compare(a: str | Path, b: str | Path, margin: float | None = None) -> Compar
     """
     check_margin(margin)
     first, second = read_report(expand_user(a)), read_report(expand_user(b))
-    unpaired = _unpaired(first, second)
+    unpaired = _unpaired_reason(first, second)
     _check_alike(first, second, unpaired)
     groups = [group for group in first.result["groups"] if group in second.result["groups"]]
     conditions = [name for name in first.result["conditions"] if name in second.result["conditions"]]
@@ -213,7 +213,16 @@ def compare(a: str | Path, b: str | Path, margin: float | None = None) -> Compar
     ]
     gains = _gains(first, second, conditions, not unpaired) if same_groups else []
     rows, gains = ([replace(row, margin=margin) for row in each] for each in (rows, gains))
-    return Comparison(first, second, unpaired, groups, _differing(first, second), _alone(first, second), rows, gains)
+    return Comparison(
+        first,
+        second,
+        unpaired,
+        groups,
+        _differing_settings(first, second),
+        _one_sided_notes(first, second),
+        rows,
+        gains,
+    )
 
 
 def read_report(place: Path) -> EvaluationFile:
@@ -271,7 +280,7 @@ def _agree(records: Mapping[str, Sequence[Record]], result: Mapping[str, Any]) -
     return True
 
 
-def _unpaired(a: EvaluationFile, b: EvaluationFile) -> str:
+def _unpaired_reason(a: EvaluationFile, b: EvaluationFile) -> str:
     """Return why questions cannot be paired; empty if they can."""
     if a.missing or b.missing:
         return a.missing or b.missing
@@ -306,12 +315,12 @@ def _row(a: EvaluationFile, b: EvaluationFile, name: str, group: str | None, pai
     of_a, of_b, scale = a.score(name, group), b.score(name, group), scale_of(a.result["metric"])
     if not paired:
         return Row(name, False, group, of_a, of_b, **asdict(difference_of_means(of_b, of_a)), unit=scale.unit)
-    ours, theirs, histories, weights = _paired(a, b, name, group)
+    ours, theirs, histories, weights = _pair_scores(a, b, name, group)
     estimate = difference(ours, theirs, histories, a.result["seed"], scale, weights)
     return Row(name, False, group, of_a, of_b, **asdict(estimate), unit=scale.unit)
 
 
-def _paired(
+def _pair_scores(
     a: EvaluationFile, b: EvaluationFile, name: str, group: str | None
 ) -> tuple[list[float], list[float], list[str], list[float] | None]:
     """Return B's scores, A's scores, the histories and the weights, by question."""
@@ -336,7 +345,7 @@ def _gains(a: EvaluationFile, b: EvaluationFile, conditions: Sequence[str], pair
             continue
         if paired:
             (b_state, a_state, histories, weights), (b_other, a_other, *_) = (
-                _paired(a, b, condition, None) for condition in (STATE, other)
+                _pair_scores(a, b, condition, None) for condition in (STATE, other)
             )
             b_gain = [state - control for state, control in zip(b_state, b_other, strict=True)]
             a_gain = [state - control for state, control in zip(a_state, a_other, strict=True)]
@@ -351,7 +360,7 @@ def _interval(result: Mapping[str, Any] | None) -> Interval | None:
     return None if result is None else [result["mean"], result["low"], result["high"]]
 
 
-def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str, str]]:
+def _differing_settings(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str, str]]:
     """Return the settings that differ.
 
     Settings that only one of them has are included if both record how they were run.
@@ -365,7 +374,7 @@ def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str
     return [row for row in rows if row[2] != row[3]]
 
 
-def _alone(a: EvaluationFile, b: EvaluationFile) -> list[str]:
+def _one_sided_notes(a: EvaluationFile, b: EvaluationFile) -> list[str]:
     """Return the conditions and groups that only one evaluation has, as remarks."""
     return [
         f"only {label} has the {kind} {readable_name(name)}"

@@ -85,8 +85,8 @@ def scores_figure(
         title: title above the figure.
         narrow: whether the figure is for a phone.
     """
-    with _look():
-        if _rising(groups):
+    with _plot_style():
+        if _is_ascending(groups):
             figure = _figure(4.9 if narrow else 8, 4.6 if narrow else 4.2)
             axes = figure.subplots()
             _curves(axes, metric, groups, rows)
@@ -110,7 +110,7 @@ def differences_figure(label: str, differences: Mapping[str, Mapping[str, float]
         differences: `mean`, `low`, `high` and `clear`, by condition.
         narrow: whether the figure is for a phone.
     """
-    with _look():
+    with _plot_style():
         figure = _figure(4.9 if narrow else 8, 1.0 + 0.34 * len(differences))
         axes = figure.subplots()
         for place, (name, style) in enumerate(styles(list(differences)).items()):
@@ -128,7 +128,7 @@ def differences_figure(label: str, differences: Mapping[str, Mapping[str, float]
 
 def losses_figure(losses: Sequence[tuple[int, float]]) -> Figure:
     """Plot (step, loss) pairs as a curve."""
-    with _look():
+    with _plot_style():
         figure = _figure(7, 4.2)
         axes = figure.subplots()
         axes.plot([step for step, _ in losses], [loss for _, loss in losses], color=_STYLE[STATE]["color"])
@@ -167,7 +167,7 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
 
 
 @contextmanager
-def _look() -> Iterator[None]:
+def _plot_style() -> Iterator[None]:
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     look: dict[Any, Any] = {name: INK for name in inked}
     look |= {"grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False}
@@ -182,7 +182,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _rising(groups: Sequence[str]) -> bool:
+def _is_ascending(groups: Sequence[str]) -> bool:
     """Return whether the names begin with increasing numbers."""
     matches = [re.match(r"\d+", group) for group in groups]
     numbers = [int(one[0]) for one in matches if one]

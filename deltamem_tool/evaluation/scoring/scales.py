@@ -25,7 +25,7 @@ class Scale:
     weight: str = ""
 
     @property
-    def bounded(self) -> bool:
+    def is_bounded(self) -> bool:
         """Whether it has two ends."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 

@@ -177,9 +177,9 @@ def _interval(sums: NDArray[Any], counts: NDArray[Any], seed: int, scale: Scale)
     """Mean, and the ends of its interval."""
     mean, of_clusters = float(sums.sum() / counts.sum()), sums / counts
     if np.ptp(of_clusters) == 0:
-        margin = 3 / len(sums) if scale.bounded else 0.0
+        margin = 3 / len(sums) if scale.is_bounded else 0.0
         return mean, mean - margin, mean + margin
-    low, high = np.quantile(_resampled(sums, counts, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(_resample(sums, counts, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return mean, float(low), float(high)
 
 
@@ -194,7 +194,7 @@ def _by_cluster(
     return np.bincount(index, scores * heavy), np.bincount(index, heavy)
 
 
-def _resampled(sums: NDArray[Any], counts: NDArray[Any], seed: int) -> NDArray[Any]:
+def _resample(sums: NDArray[Any], counts: NDArray[Any], seed: int) -> NDArray[Any]:
     """Means `[RESAMPLES]` over clusters drawn with replacement: a mean of questions, so a ratio of sums."""
     draws = _draws(len(sums), seed)
     means: NDArray[Any] = (draws @ sums) / (draws @ counts)

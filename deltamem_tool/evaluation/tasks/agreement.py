@@ -8,7 +8,7 @@ from pathlib import Path
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.scoring.metrics import exact
 from deltamem_tool.evaluation.task import Item, require_data
-from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated
+from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated_conversations
 
 QUESTIONS = Path(__file__).parents[2] / "assets" / "questions.txt"
 SAME, SAME_START = "same", "same_start"  # metrics
@@ -56,7 +56,7 @@ class Agreement:
         """A question each."""
         lines = [(number, line.strip()) for number, line in enumerate(read_text(self._data).splitlines(), start=1)]
         asked = [(number, line) for number, line in lines if line]
-        talks = unrelated(len(asked), self._facts, self._seed, self._history)
+        talks = unrelated_conversations(len(asked), self._facts, self._seed, self._history)
         return [
             Item(
                 f"question {number}",

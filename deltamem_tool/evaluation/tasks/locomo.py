@@ -52,9 +52,11 @@ class LoCoMo:
         from deltamem_tool.data.sources import read_rows
 
         talks = read_rows(self._data, "conversation", self._config, self._split)
-        return [item for number, (where, talk) in enumerate(talks, 1) for item in self._asked(talk, number, where)]
+        return [
+            item for number, (where, talk) in enumerate(talks, 1) for item in self._question_items(talk, number, where)
+        ]
 
-    def _asked(self, talk: Any, number: int, where: str) -> Iterator[Item]:
+    def _question_items(self, talk: Any, number: int, where: str) -> Iterator[Item]:
         try:
             history = _sessions(talk["conversation"])
             questions, name = talk["qa"], str(talk.get("sample_id", number))

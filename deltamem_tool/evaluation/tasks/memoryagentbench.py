@@ -171,7 +171,7 @@ class MemoryAgentBench:
         from deltamem_tool.data.sources import read_rows
 
         rows = read_rows(self._data, "row", self._config, self._split, (None, SPLITS))
-        chosen = self._chosen([_Row.of(row, where, number) for number, (where, row) in enumerate(rows, start=1)])
+        chosen = self._select_rows([_Row.of(row, where, number) for number, (where, row) in enumerate(rows, start=1)])
         histories = _Histories(token_counter(self._tokenizer), self._chunk)
         items = [item for row in chosen for item in row.items(*histories.of(row), self._label(row))]
         self._movies = _read_movies(self._movies_file, items)
@@ -188,7 +188,7 @@ class MemoryAgentBench:
             scores = answer_scores(source, answer, item.answers)
         return {SCORE: scores[metric], **scores}
 
-    def _chosen(self, rows: list[_Row]) -> list[_Row]:
+    def _select_rows(self, rows: list[_Row]) -> list[_Row]:
         chosen = [row for row in rows if not self._sources or row.source.startswith(self._sources)]
         if not chosen:
             sources = ", ".join(dict.fromkeys(row.source for row in rows))

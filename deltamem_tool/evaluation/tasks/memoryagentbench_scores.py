@@ -90,14 +90,14 @@ class Movies:
             answer: the list of recommendations.
             right: their numbers.
         """
-        titles = [self._matched(line) for line in _recommended(answer)[: max(CUTOFFS)]]
+        titles = [self._nearest_title(line) for line in _recommendations(answer)[: max(CUTOFFS)]]
         wanted = [self._titles[int(number)] for number in right]
         return {
             f"recsys_recall@{cutoff}": sum(title in titles[:cutoff] for title in wanted) / len(wanted)
             for cutoff in CUTOFFS
         }
 
-    def _matched(self, name: str) -> str:
+    def _nearest_title(self, name: str) -> str:
         _, _, place = self._nearest(name.lower(), self._lower, scorer=self._distance)
         return self._known[place]
 
@@ -108,7 +108,7 @@ def _title(entity: str) -> str:
     return " ".join(_PARENTHESES.sub("", name).split())
 
 
-def _recommended(answer: str) -> list[str]:
+def _recommendations(answer: str) -> list[str]:
     """The lines of a numbered list, or what stands between commas: `extract_recommendation_list`."""
     before, numbered, listed = answer.partition("1.")
     lines = (listed if numbered else before.replace(",", "\n")).split("\n")

@@ -181,8 +181,8 @@ class NaturalRecall(Recall):
         value: str = fact.value
         return value
 
-    def _unknown(self, fact: Any) -> str:
-        unknown: str = fact.unknown(random.Random(0), FORMS[self._form], EVERYTHING)  # the usual words
+    def _unknown_answer(self, fact: Any) -> str:
+        unknown: str = fact.unknown_answer(random.Random(0), FORMS[self._form], EVERYTHING)  # the usual words
         return unknown
 
 

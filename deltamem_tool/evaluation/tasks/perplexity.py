@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, require_data
-from deltamem_tool.evaluation.tasks.unrelated import FACTS, unrelated
+from deltamem_tool.evaluation.tasks.unrelated import FACTS, unrelated_conversations
 from deltamem_tool.segments.messages import Message
 
 
@@ -68,12 +68,14 @@ class Perplexity:
         """An answer each."""
         talks = list(self._talks())
         if self._facts is None and self._history is None:
-            return [item for talk in talks for item in self._asked(talk)]
-        others = unrelated(len(talks), FACTS if self._facts is None else self._facts, self._seed, self._history)
+            return [item for talk in talks for item in self._question_items(talk)]
+        others = unrelated_conversations(
+            len(talks), FACTS if self._facts is None else self._facts, self._seed, self._history
+        )
         return [
             replace(item, history=history)
             for talk, (_, history) in zip(talks, others, strict=True)
-            for item in self._asked(talk)
+            for item in self._question_items(talk)
         ]
 
     def _talks(self) -> Iterator[_Talk]:
@@ -81,10 +83,10 @@ class Perplexity:
             return _locomo(self._data)
         return _conversations(self._data, self._split, self._revision)
 
-    def _asked(self, talk: _Talk) -> Iterator[Item]:
+    def _question_items(self, talk: _Talk) -> Iterator[Item]:
         *earlier, last = talk.sessions
         system = [message for message in last[:1] if message["role"] == "system"]
-        answered = _answered(last)[-self._turns :]
+        answered = _answer_places(last)[-self._turns :]
         begin = answered[0][0] if answered else 0
         history = [*earlier, list(last[:begin])] if begin > len(system) else earlier
         if len(answered) < self._turns or not history:
@@ -114,7 +116,7 @@ class Perplexity:
             )
 
 
-def _answered(messages: Sequence[Message]) -> list[tuple[int, int]]:
+def _answer_places(messages: Sequence[Message]) -> list[tuple[int, int]]:
     """Where each user's turn that has an answer begins, and where the answer is.
 
     That is the assistant's last message of it.

@@ -152,7 +152,7 @@ class Recall:
             history_id=name,
             history=history,
             question=[*system, dialogues.user(question)],
-            answers=[self._answer(asked) if unsaid is None else self._unknown(unsaid)],
+            answers=[self._answer(asked) if unsaid is None else self._unknown_answer(unsaid)],
             group=group if unsaid is None else f"{group}, {NEVER_TOLD}",
             where=name,
             stale="" if stale is None or unsaid is not None else self._answer(stale),
@@ -216,8 +216,8 @@ class Recall:
         answer: str = fact.answer
         return answer
 
-    def _unknown(self, fact: Any) -> str:
-        unknown: str = fact.unknown
+    def _unknown_answer(self, fact: Any) -> str:
+        unknown: str = fact.unknown_answer
         return unknown
 
 

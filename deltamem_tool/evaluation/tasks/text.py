@@ -6,7 +6,7 @@ from typing import Literal
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, require_data
-from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated
+from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated_conversations
 
 _ASK = "Go on with this text:\n\n"
 
@@ -49,7 +49,7 @@ class Text:
             raise DataError(
                 f"{self._data} has no passage of {size} words.", f"It has {len(words)}.", "Use a longer text."
             )
-        talks = unrelated(len(passages), self._facts, self._seed, self._history)
+        talks = unrelated_conversations(len(passages), self._facts, self._seed, self._history)
         return [
             Item(
                 f"passage {number}",

@@ -14,7 +14,7 @@ FACTS = 6  # that a generated conversation tells
 Talk = tuple[str, Sequence[Sequence[Message]]]  # its name, and its sessions: one, or none
 
 
-def unrelated(count: int, facts: int, seed: int, data: str | None = None) -> list[Talk]:
+def unrelated_conversations(count: int, facts: int, seed: int, data: str | None = None) -> list[Talk]:
     """Conversations for so many questions: generated ones, or those of a file in turn.
 
     Args:

@@ -319,12 +319,12 @@ def _pairing(rotate: Callable[..., tuple[Tensor, Tensor]], width: int) -> tuple[
             return None
         for of_numbers in laid_out:
             pairs = zip(rotated, (q, k), strict=True)
-            if all(torch.allclose(x, _rotated(y, angles, of_numbers), atol=1e-5) for x, y in pairs):
+            if all(torch.allclose(x, _apply_rotary(y, angles, of_numbers), atol=1e-5) for x, y in pairs):
                 return of_numbers, of_angles
     return None
 
 
-def _rotated(x: Tensor, angles: Tensor, pairing: int) -> Tensor:
+def _apply_rotary(x: Tensor, angles: Tensor, pairing: int) -> Tensor:
     """Rotate the first numbers of each head of `x` `[B, H, T, D]` by `angles` `[B, T, R / 2]`."""
     width = 2 * angles.shape[-1]
     x, rest = x[..., :width], x[..., width:]

@@ -157,7 +157,7 @@ class _Tables:
         """Return the two tables that can replace the angles of a node for rotary embeddings, or None."""
         angles = (node_input(rotary, 1), node_input(rotary, 2))
         if angles not in self._known:
-            arrays = self._computed(angles)
+            arrays = self._compute(angles)
             self._known[angles] = None
             if arrays is not None:
                 cos, sin = arrays
@@ -167,7 +167,7 @@ class _Tables:
                 )
         return self._known[angles]
 
-    def _computed(self, angles: Iterable[ir.Value]) -> list[np.ndarray] | None:
+    def _compute(self, angles: Iterable[ir.Value]) -> list[np.ndarray] | None:
         length = self._interface.room or 0
         half = length // 2
         if half < 2:
@@ -229,7 +229,7 @@ def _as_model(
     inputs: list[ir.Value] = []
     constants: list[ir.Value] = []
 
-    def copied(value: ir.Value | None) -> ir.Value | None:
+    def copy_value(value: ir.Value | None) -> ir.Value | None:
         if value is None:
             return None
         if value not in copies:
@@ -251,13 +251,13 @@ def _as_model(
         if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
             return None
         copy = ir.Node(
-            node.domain, node.op_type, [copied(x) for x in node.inputs], attributes, num_outputs=len(node.outputs)
+            node.domain, node.op_type, [copy_value(x) for x in node.inputs], attributes, num_outputs=len(node.outputs)
         )
         for before, after in zip(node.outputs, copy.outputs, strict=True):
             after.name, after.type, after.shape = before.name, before.type, before.shape
             copies[before] = after
         new.append(copy)
-    ends = [copied(value) for value in outputs]
+    ends = [copy_value(value) for value in outputs]
     part = ir.Graph(inputs, [end for end in ends if end is not None], nodes=new, opset_imports=graph.opset_imports)
     for value in constants:
         part.register_initializer(value)

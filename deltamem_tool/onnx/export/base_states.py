@@ -169,8 +169,8 @@ class BaseStates:
             keys[1].flatten(2),
             value.float().flatten(2),
             initial_state,
-            self._masked(g.float()).flatten(2),
-            self._masked(beta.float()),
+            self._mask(g.float()).flatten(2),
+            self._mask(beta.float()),
         )
         return output.view(value.shape).to(query.dtype), state
 
@@ -194,7 +194,7 @@ class BaseStates:
         dt = _time_steps(dt, dt_bias, dt_softplus)
         if dt_limit != (0.0, math.inf):
             dt = dt.clamp(*dt_limit)
-        dt = self._masked(dt)
+        dt = self._mask(dt)
         output, state = self._attend(
             "gated",
             B.shape[2],
@@ -229,7 +229,7 @@ class BaseStates:
         state = state if state.ndim == A.ndim + 1 else state[:, self._scanned]
         self._scanned += 1
         bias = None if delta_bias is None else delta_bias[:, None]
-        dt = self._masked(_time_steps(dt, bias, delta_softplus).transpose(1, 2))  # [B, T, I]
+        dt = self._mask(_time_steps(dt, bias, delta_softplus).transpose(1, 2))  # [B, T, I]
         output, state = self._attend(
             "gated",
             1,
@@ -244,7 +244,7 @@ class BaseStates:
             output = output + hidden_states * D[:, None]
         return output if z is None else output * F.silu(z), state.squeeze(-1)
 
-    def _masked(self, x: Tensor) -> Tensor:
+    def _mask(self, x: Tensor) -> Tensor:
         """Return `x` `[B, T, …]` with 0 at padding, where nothing decays and nothing is written."""
         return x * self._valid.view(*self._valid.shape, *[1] * (x.ndim - 2)).to(x.dtype)
 

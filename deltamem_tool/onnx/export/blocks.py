@@ -79,7 +79,7 @@ def _chosen_tokens(
     return tokens_chosen[:, None]
 
 
-def _shifted(self: Any, token_ids: Tensor, shift: int) -> Tensor:
+def _shift_tokens(self: Any, token_ids: Tensor, shift: int) -> Tensor:
     """Return `token_ids` `[B, N]` shifted by `shift`, with the end-of-text token where a text ended in between."""
     shifted = token_ids
     for distance in range(1, shift + 1):
@@ -97,6 +97,6 @@ def _short_convolution(self: Any, hidden_states: Tensor, cache: Any) -> Tensor:
 
 _METHODS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "Qwen4ExpTextQSAIndexer": {"forward": _chosen_tokens},
-    _NGRAMS: {"_shift_right_ignore_eos": _shifted},
+    _NGRAMS: {"_shift_right_ignore_eos": _shift_tokens},
     "Qwen4ExpTextPLELayer": {"_short_conv": _short_convolution},
 }

@@ -178,7 +178,7 @@ class FusedMemory(nn.Module):
         beta = torch.exp(z) if self.config.couple_lambda else torch.sigmoid(z) * (1 + torch.exp(y))
         return value * torch.exp(log_keep), beta, log_keep
 
-    def scaled(self, readings: Tensor) -> Tensor:
+    def scale_readings(self, readings: Tensor) -> Tensor:
         """Return the readings unchanged, because Δ includes the scale."""
         return readings
 

@@ -72,10 +72,10 @@ class PrefixCache:
             owner = self._owners.get(keys[count - 1])
             if owner is not None:
                 self._prefixes.move_to_end(owner)
-                return self._beginning(self._prefixes[owner], count)
+                return self._truncate(self._prefixes[owner], count)
         return None
 
-    def _beginning(self, prefix: Prefix, count: int) -> Prefix:
+    def _truncate(self, prefix: Prefix, count: int) -> Prefix:
         if count == len(prefix.keys):
             return prefix
         past = self._engine.take(prefix.past, 0, np.arange(count * self._piece))

@@ -115,7 +115,7 @@ class Ticket:
     def __iter__(self) -> Iterator[str | Completion]:
         reading = _EventReader(self._text)
         while reading.end is None:
-            if text := reading.take((self._events.get(), *self._arrived())):
+            if text := reading.take((self._events.get(), *self._new_events())):
                 yield text
         yield reading.completion()
 
@@ -124,14 +124,14 @@ class Ticket:
         self._reader = asyncio.get_running_loop(), arrived
         while True:
             arrived.clear()  # before the queue is read, so that later events wake this coroutine again
-            if text := reading.take(self._arrived()):
+            if text := reading.take(self._new_events()):
                 yield text
             if reading.end is not None:
                 break
             await arrived.wait()
         yield reading.completion()
 
-    def _arrived(self) -> Iterator[Event]:
+    def _new_events(self) -> Iterator[Event]:
         while True:
             try:
                 yield self._events.get_nowait()

@@ -72,7 +72,7 @@ class AesGcm:
     def seal(self, content: bytes, *place: str | int) -> bytes:
         """Return nonce and ciphertext."""
         nonce = os.urandom(NONCE_BYTES)
-        return nonce + self._aead.encrypt(nonce, content, _associated(place))
+        return nonce + self._aead.encrypt(nonce, content, _associated_data(place))
 
     def open(self, sealed: bytes, *place: str | int) -> bytes:
         """Return the content.
@@ -81,7 +81,7 @@ class AesGcm:
             StoreDamaged: the bytes are damaged, or belong to another place or another key.
         """
         try:
-            return self._aead.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _associated(place))
+            return self._aead.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _associated_data(place))
         except (InvalidTag, ValueError) as error:  # ValueError: too short for a nonce
             raise StoreDamaged(
                 "A row of the store cannot be decrypted.",
@@ -91,10 +91,10 @@ class AesGcm:
 
 
 def _checksum(content: bytes, place: tuple[str | int, ...]) -> bytes:
-    return hashlib.sha256(_associated(place) + content).digest()
+    return hashlib.sha256(_associated_data(place) + content).digest()
 
 
-def _associated(place: tuple[str | int, ...]) -> bytes:
+def _associated_data(place: tuple[str | int, ...]) -> bytes:
     return json.dumps(place).encode()
 
 

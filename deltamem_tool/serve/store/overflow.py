@@ -31,7 +31,7 @@ class OverflowPages:
     def wrap(self, content: bytes) -> bytes:
         """Return `content` padded with zeros on both sides."""
         blob = b"\0" * self._least + _LENGTH.pack(len(content)) + content
-        return blob + b"\0" * self._padding(len(blob))
+        return blob + b"\0" * self._padding_length(len(blob))
 
     def unwrap(self, blob: bytes) -> bytes:
         """Return the content of a blob from `wrap`.
@@ -47,7 +47,7 @@ class OverflowPages:
             )
         return blob[start : start + length]
 
-    def _padding(self, length: int) -> int:
+    def _padding_length(self, length: int) -> int:
         """How many bytes to append to a blob of `length` so that only the minimum stays in the leaf."""
         row = _row_bytes(length)
         local = row if row <= self._most else self._least + (row - self._least) % self._page

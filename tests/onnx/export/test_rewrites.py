@@ -69,7 +69,7 @@ class Memories(nn.Module):
         results = []
         for memory, given in zip(self.memories.values(), states, strict=True):
             readings, state, *_ = memory(hidden, given, torch.ones_like(writes), writes)
-            scaled = memory.scaled(readings)
+            scaled = memory.scale_readings(readings)
             results += [state, *(memory.correction(branch, scaled) for branch in memory.config.branches)]
         return results
 
