@@ -63,7 +63,7 @@ def command(
 
     plans = [read_ablation(file) for file in ablations]
     join_launched()
-    is_main = Processes.of(None).is_main
+    is_main = Processes.from_model(None).is_main
     with progress(hidden=not is_main) as bar:
         whole = bar.add_task("Runs", total=None, note="")
         part = bar.add_task("", total=None, note="", visible=False)  # hidden until there is a run to make

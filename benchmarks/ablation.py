@@ -171,7 +171,7 @@ def ablate(
         DeltaMemError: a recipe is invalid, `out` cannot be written, or a run failed.
     """
     check_writable(out / "table")
-    processes = Processes.of(None)
+    processes = Processes.from_model(None)
     jobs = plan_jobs(ablations, seeds, changes, questions, out)
     unique = {job.key: job for job in jobs.values()}
     runs = processes.from_main(read_runs(out) if processes.is_main else {})

@@ -57,7 +57,7 @@ class Prototypes:
             values = dialogues.KIND_OF[attribute].values
             facts = [dialogues.Fact(attribute, value) for value in values for _ in range(TELLINGS)]
             items = [_one_fact(rng, fact) for fact in facts]
-            subject = Subject.of(self._model, self._tokenizer)
+            subject = Subject.from_model(self._model, self._tokenizer)
             memory = subject.engine.start(memorise(subject, [item.history for item in items])).memory
             _, readings = read_before_value(self._model, self._tokenizer, items, memory)
             self._known[attribute] = joined(readings).view(len(values), TELLINGS, -1).mean(1)

@@ -54,7 +54,7 @@ class Base:
         checkpoint = BaseCheckpoint(name)
         self._model, self._tokenizer = checkpoint.load(dtype=torch.bfloat16), read_tokenizer(checkpoint.source)
         self._tokenizer.padding_side = "left"
-        self._template = ChatTemplate.of(self._tokenizer)
+        self._template = ChatTemplate.from_tokenizer(self._tokenizer)
         torch.manual_seed(seed)
 
     def prompt(self, talk: Sequence[Message]) -> str:

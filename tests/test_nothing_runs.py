@@ -95,7 +95,7 @@ def test_templates_cannot_leave_their_sandbox(template, canary):
     text = ChatText.from_tokenizer(tokenizer)
     with pytest.raises(ExportError, match="chat template refuses"):
         text.render(messages)
-    for seen in (text.template, ChatTemplate.of(tokenizer)):  # ours, and transformers' own
+    for seen in (text.template, ChatTemplate.from_tokenizer(tokenizer)):  # ours, and transformers' own
         with pytest.raises(DataError, match="refuses the conversation"):
             seen.render(messages)
     assert not file.exists() and len(messages) == 1

@@ -19,7 +19,7 @@ class Limits(NamedTuple):
     vocabulary: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> Limits:
+    def from_config(cls, config: Any) -> Limits:
         """Return the limits in a transformers config.
 
         Beyond the limit, learned positions raise an error and rotary ones give nonsense. If a config extends the

@@ -43,7 +43,7 @@ def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, De
     model = load(setting.adapter, base=setting.base, trust_remote_code=setting.trust_remote_code, **options)
     adapter = adapter_of(model)
     detach(model)
-    positions = Limits.of(model.config).positions
+    positions = Limits.from_config(model.config).positions
     setting.check_length(positions, f"The model has {positions} positions.")
     return model, adapter
 

@@ -233,7 +233,7 @@ class _Batch:
         self._state = rows, past, mask  # of the same call, whenever it is interrupted; mask int64 [B, P]
 
     @classmethod
-    def of(cls, engine: Engine, rows: Sequence[Row]) -> _Batch:
+    def from_rows(cls, engine: Engine, rows: Sequence[Row]) -> _Batch:
         mask = _pad_left([[1] * (len(row.context) + row.fed) for row in rows], np.int64)
         return cls(engine, rows, engine.join([row.past for row in rows]), mask)
 
@@ -259,7 +259,7 @@ class _Batch:
         room, width = self._engine.max_length, max(len(row.tokens) - row.fed for row in self.rows if row.is_generating)
         if room is not None and self._state[2].shape[1] + width > room:
             self.split()
-            self._state = _Batch.of(self._engine, [row for row in self.rows if row.is_generating])._state
+            self._state = _Batch.from_rows(self._engine, [row for row in self.rows if row.is_generating])._state
         rows, past, mask = self._state
         fresh = [row.tokens[row.fed :] if row.is_generating else [] for row in rows]
         logits, *fed = feed(self._engine, past, mask, fresh)
@@ -289,7 +289,7 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
     """
     width = max(len(row.tokens) for row in rows)
     together = all(len(row.tokens) == width or not row.context for row in rows)
-    batches = [_Batch.of(engine, rows)] if together else [_Batch.of(engine, [row]) for row in rows]
+    batches = [_Batch.from_rows(engine, rows)] if together else [_Batch.from_rows(engine, [row]) for row in rows]
     try:
         logits = np.concatenate([batch.feed() for batch in batches])
         batches = [_Batch.join(batches)]

@@ -180,7 +180,7 @@ def command(
     where = join_launched()
     if where is not None and device is None and runtime == PYTORCH:
         device = str(where)
-    processes = Processes.of(None)
+    processes = Processes.from_model(None)
     together = nullcontext() if where is None else report_lost_processes(members(), GO_ON)
     with progress(hidden=not processes.is_main) as bar, together:
         task_id = bar.add_task("Evaluation", total=None, note="")

@@ -103,5 +103,5 @@ class EpisodeCollator:
             encoded = cast(list[EncodedEpisode], episodes)
         batch = collate(encoded, self.encoder.pad, self.encoder.granularity != "token")
         if self.unrelated is not None:
-            batch |= collate_unrelated([self.unrelated.of(episode) for episode in encoded], self.encoder.pad)
+            batch |= collate_unrelated([self.unrelated.for_episode(episode) for episode in encoded], self.encoder.pad)
         return {**batch, "sources": [episode.where for episode in encoded]}

@@ -95,7 +95,7 @@ class Encoder:
         full_context: bool = False,
         limits: Limits = NO_LIMITS,
     ) -> None:
-        self._template = ChatTemplate.of(tokenizer)
+        self._template = ChatTemplate.from_tokenizer(tokenizer)
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer {self._template.name} does not give the positions of tokens in the text.",

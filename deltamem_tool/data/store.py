@@ -54,7 +54,7 @@ class TokenCounts:
     total: int
 
     @classmethod
-    def of(cls, lengths: pa.ChunkedArray) -> TokenCounts:
+    def from_lengths(cls, lengths: pa.ChunkedArray) -> TokenCounts:
         """Count the texts of these lengths; nulls are left out."""
         return cls(pc.mean(lengths).as_py(), pc.max(lengths).as_py(), pc.sum(lengths).as_py())
 
@@ -121,8 +121,8 @@ class EncodedEpisodes(Dataset[EncodedEpisode]):
         return EpisodeStatistics(
             episodes=len(self),
             exchanges=len(exchanges),
-            write_tokens=TokenCounts.of(pc.list_value_length(self.column("write_ids"))),
-            read_tokens=TokenCounts.of(pc.list_value_length(pc.struct_field(exchanges, "ids"))),
+            write_tokens=TokenCounts.from_lengths(pc.list_value_length(self.column("write_ids"))),
+            read_tokens=TokenCounts.from_lengths(pc.list_value_length(pc.struct_field(exchanges, "ids"))),
             scored_tokens=pc.sum(pc.not_equal(labels, IGNORED)).as_py(),
             cut=pc.sum(pc.greater(self.column("cut"), 0)).as_py(),
         )

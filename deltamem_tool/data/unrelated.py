@@ -22,6 +22,6 @@ class UnrelatedExchanges:
         """The exchange with the most tokens."""
         return max(self._exchanges, key=lambda exchange: len(exchange.ids))
 
-    def of(self, episode: EncodedEpisode) -> EncodedExchange:
+    def for_episode(self, episode: EncodedEpisode) -> EncodedExchange:
         """Draw the exchange for an episode."""
         return random.Random(f"{self._seed}/{episode.write_ids}").choice(self._exchanges)

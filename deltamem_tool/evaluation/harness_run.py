@@ -89,7 +89,7 @@ def evaluate_harness(
     run_settings |= {} if margin is None else {"margin": margin}
     run_settings |= {} if lora is None else {"lora": lora.fingerprint}
     run_settings |= {} if static is None else {"static": static.fingerprint}
-    processes = Processes.of(model)
+    processes = Processes.from_model(model)
     answered = Records(folder, run_settings, processes)
     items = [item for documents in harness_tasks.documents.values() for item in documents]
     count = sum((condition.name, item) not in answered for condition in conditions for item in items)

@@ -47,7 +47,7 @@ def scored_answers(
             views, or is not written by the template; the message names the item. Or the tokenizer is not a fast one.
     """
     tokenizer = subject.tokenizer
-    template = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.from_tokenizer(tokenizer)
     if not tokenizer.is_fast:
         raise DataError(
             f"The tokenizer {template.name} does not report where its tokens are in the text.",

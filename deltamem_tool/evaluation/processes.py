@@ -28,7 +28,7 @@ class Processes:
     share: bool = True
 
     @classmethod
-    def of(cls, model: PreTrainedModel | None) -> Processes:
+    def from_model(cls, model: PreTrainedModel | None) -> Processes:
         """Return the processes of the process group, if there is one, that evaluate `model`; None is an ONNX folder."""
         import torch
 

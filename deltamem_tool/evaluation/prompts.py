@@ -33,7 +33,7 @@ class Views:
         new_tokens: int,
         truncate: int | None = None,
     ) -> None:
-        self._template = ChatTemplate.of(subject.tokenizer)
+        self._template = ChatTemplate.from_tokenizer(subject.tokenizer)
         self._subject, self._protocol = subject, protocol
         self._positions, self._new_tokens = subject.positions, new_tokens
         self._within = {WINDOW: protocol.window, TRUNCATED: truncate or 0}

@@ -152,12 +152,12 @@ class Records:
 
         The order in which they were added depends on which process was faster, and on where a run stopped.
         """
-        records = self.of(conditions, items)
+        records = self.select(conditions, items)
         if self._kept is not None and self._processes.is_main:
             self._kept.sort(records)
         return records
 
-    def of(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
+    def select(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
         """Return these records in order; all of them exist."""
         return [self._records[condition, item] for condition in conditions for item in items]
 

@@ -112,7 +112,7 @@ def evaluate(
     """
     check_seed(seed)
     check_margin(margin)
-    subject = Subject.of(model, tokenizer, write)
+    subject = Subject.from_model(model, tokenizer, write)
     reference = reference_of(task)
     if reference is not None:
         check_pytorch(reference, subject.runtime)
@@ -140,7 +140,7 @@ def evaluate(
         "runtime": ONNX if subject.runtime == ONNX else None,
     }
     asked |= {name: value for name, value in options.items() if value is not None}
-    processes = Processes.of(subject.model)
+    processes = Processes.from_model(subject.model)
     records = Records(folder, asked, processes)
     before = sum((c.name, item.id) in records for c in conditions for item in items)
     tell = report or (lambda stage, done, of: None)
@@ -149,7 +149,7 @@ def evaluate(
     names = [item.id for item in items]
     if reference is not None:  # its records come first, and make its answers right
         run.ask([(c, item) for c in conditions for item in items if c.name == reference])
-        right = {record.item: record.answer for record in records.of([reference], names)}
+        right = {record.item: record.answer for record in records.select([reference], names)}
         items = [replace(item, answers=[right[item.id]]) for item in items]
     run.ask([(c, item) for c in conditions for item in items if c.name != reference])
     groups = list(dict.fromkeys(item.group for item in items))

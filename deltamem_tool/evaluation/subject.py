@@ -43,7 +43,7 @@ class Subject:
     write: bool = False
 
     @classmethod
-    def of(
+    def from_model(
         cls, model: PreTrainedModel | Engine, tokenizer: PreTrainedTokenizerBase | None, write: bool = False
     ) -> Subject:
         """Make a subject from a model with a memory and its tokenizer, or from an `OnnxModel`, which has its own.

@@ -45,7 +45,7 @@ def memorise(
         DataError: the chat template rejects a session, or a session has more tokens than the model has positions.
             Nothing has been written in that case.
     """
-    template = ChatTemplate.of(subject.tokenizer)
+    template = ChatTemplate.from_tokenizer(subject.tokenizer)
     places = places or [f"history {number}" for number in range(1, len(histories) + 1)]
     kwargs = template_kwargs or [{}] * len(histories)
     _check_lengths(subject, template, histories, places, kwargs)

@@ -57,7 +57,7 @@ class CallOptions:
         self.takes_positions = "position_ids" in parameters  # if not, the model itself counts, with or without padding
         self._starts_over = _starts_over(model)
         self._first_position = _first_position(model) if self.takes_positions else None
-        positions = Limits.of(model.config).positions
+        positions = Limits.from_config(model.config).positions
         self.positions = None if positions is None else positions - (self._first_position or 0)  # tokens of a context
 
     def logits(

@@ -92,7 +92,7 @@ class _Grid:
     scale: float  # inches of an entry
 
     @classmethod
-    def of(cls, states: States, blocks: int) -> _Grid:
+    def from_states(cls, states: States, blocks: int) -> _Grid:
         """Choose panels of a good size, in as many columns as make `blocks` side by side about `_ASPECT`."""
         heads, rank = (max(state.shape[axis] for state in states.values()) for axis in (0, 1))
         panels = len(states) * heads
@@ -126,7 +126,7 @@ class _Grid:
 
 def _figure(blocks: Sequence[_Block], title: str) -> Figure:
     """The blocks side by side under `title`."""
-    grid = _Grid.of(blocks[0].states, len(blocks))
+    grid = _Grid.from_states(blocks[0].states, len(blocks))
     bars = sum(block.bar for block in blocks)
     width = max(_LEAST_WIDTH, len(blocks) * (grid.width * grid.scale + 0.4) + bars * 0.8)
     figure = Figure(figsize=(width, grid.height * grid.scale + 1.2), dpi=_DPI)

@@ -77,7 +77,7 @@ def encode_chat(
         raise DataError("There is no conversation to encode.", "The list is empty.", "Give it at least one message.")
     single = isinstance(conversations[0], Mapping)
     batch = cast(Sequence[Sequence[Message]], [conversations] if single else conversations)
-    template = ChatTemplate.of(tokenizer).with_kwargs(template_kwargs or {})
+    template = ChatTemplate.from_tokenizer(tokenizer).with_kwargs(template_kwargs or {})
     rows = []
     for number, messages in enumerate(batch, start=1):
         try:
@@ -127,7 +127,9 @@ def tag_chat(
             the conversation, or does not show where a message ends; a message or a sentence has no token of its own; or
             `split` returns text that is not in the content.
     """
-    return tag_messages(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
+    return tag_messages(
+        tokenizer, ChatTemplate.from_tokenizer(tokenizer), messages, granularity, add_generation_prompt, split
+    )
 
 
 def tag_messages(

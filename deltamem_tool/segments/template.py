@@ -101,7 +101,7 @@ class ChatTemplate:
         return self._having[key]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         """Return the template of a transformers tokenizer.
 
         Raises:

@@ -45,7 +45,7 @@ class Addresses:
     key_places: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(
+    def from_batch(
         cls,
         write_ids: Tensor,
         write_mask: Tensor | None,

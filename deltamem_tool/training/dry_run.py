@@ -151,7 +151,7 @@ def dry_run(recipe: Recipe, report: Report | None = None, processes: int | None 
     if tokenizer is None:
         notes.append(f"No data: {recipe.base} has no tokenizer. Memory is that of the longest episodes allowed.")
     else:
-        data = run_data(recipe, tokenizer, granularity, processes, limits=Limits.of(checkpoint.config))
+        data = run_data(recipe, tokenizer, granularity, processes, limits=Limits.from_config(checkpoint.config))
         steps, skipped = data.steps, data.skipped_rows
         if data.collator.unrelated is not None:
             unrelated = len(data.collator.unrelated.longest.ids)

@@ -61,7 +61,7 @@ class EpisodeModel(nn.Module):
     """
 
     conditions = CONDITIONS
-    addresses = staticmethod(Addresses.of)
+    addresses = staticmethod(Addresses.from_batch)
     accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
 
     def __init__(

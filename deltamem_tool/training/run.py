@@ -127,7 +127,7 @@ def train(
     if share is not None and sharded is not None and state.is_main_process:
         sharded(share)
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
-    data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
+    data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.from_config(model.config))
     progress = Progress(report)
     advice = f"The complete checkpoints are in {run}. Pass --resume to continue from the last one."
     with remove_if_empty(run), report_lost_processes(members(), advice):  # the Trainer makes the folder

@@ -22,9 +22,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
     ],
 )
 def test_positions(config, positions):
-    assert Limits.of(config).positions == positions
+    assert Limits.from_config(config).positions == positions
 
 
 def test_the_language_model_of_a_multimodal_config():
     config = Gemma3Config(text_config={"max_position_embeddings": 96, "vocab_size": 300})
-    assert Limits.of(config) == (96, 300)
+    assert Limits.from_config(config) == (96, 300)

@@ -34,7 +34,7 @@ def test_what_is_recorded_is_what_was_written_and_read(tokenizer, options):
     items = [item for item in items if len(item.history) == 3][:3]  # a batch has one number of sessions
     assert len(items) == 3
     recorded = capacity_replay.record(model, tokenizer, items)
-    subject = Subject.of(model, tokenizer)
+    subject = Subject.from_model(model, tokenizer)
     memory = subject.engine.start(memorise(subject, [item.history for item in items])).memory
     queries, readings = capacity_replay.read_before_value(model, tokenizer, items, memory)
     for layer in adapter.layer_indices:

@@ -106,7 +106,7 @@ def test_what_needs_no_memory_is_read_beside_each_episode(tokenizer):
         assert exchange == alone
     unrelated = UnrelatedExchanges(exchanges, seed=0)
     encoded = encoder(EPISODES)
-    drawn = [unrelated.of(episode) for episode in encoded]
+    drawn = [unrelated.for_episode(episode) for episode in encoded]
     batch = EpisodeCollator(encoder, unrelated)(EPISODES)
     assert_rows([exchange.ids for exchange in drawn], batch["unrelated_ids"], tokenizer.pad_token_id)
     assert_rows([[1] * len(exchange.ids) for exchange in drawn], batch["unrelated_mask"], 0)
@@ -127,7 +127,9 @@ def test_what_is_drawn_depends_on_what_is_written_and_on_the_seed(tokenizer):
     episodes = encoder([DialogueEpisodes(40, 4, 0, 1, 4, 0.5)[n] for n in range(40)])
 
     def drawn(seed, order=1):
-        chosen = [exchanges.index(UnrelatedExchanges(exchanges, seed).of(episode)) for episode in episodes[::order]]
+        chosen = [
+            exchanges.index(UnrelatedExchanges(exchanges, seed).for_episode(episode)) for episode in episodes[::order]
+        ]
         return chosen[::order]
 
     assert drawn(0) == drawn(0, order=-1) != drawn(1)

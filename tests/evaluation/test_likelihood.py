@@ -96,7 +96,7 @@ def test_every_condition_is_the_plain_loop(model, tokenizer):
     task = Likely()
     found = evaluate(model, tokenizer, task, MEMORY, retrieved=True)
     base = tiny_model(vocab_size=len(tokenizer))
-    subject = Subject.of(model, tokenizer)
+    subject = Subject.from_model(model, tokenizer)
     views = Views(subject, MEMORY, 0)
     donors = {"history 0": "history 1", "history 1": "history 2", "history 2": "history 0"}
     memories = {each.history_id: in_torch(memorise(subject, [each.history])) for each in task.items()}

@@ -32,7 +32,7 @@ def answers(found, condition):
 
 def memories(model, tokenizer, task):
     """Of each item's history, and zeros."""
-    subject = Subject.of(model, tokenizer)
+    subject = Subject.from_model(model, tokenizer)
     own = [in_torch(memorise(subject, [each.history])) for each in task.items()]
     return {"state": own, "zero_state": [adapter_of(model).empty_memory(1)] * len(own)}
 
@@ -55,7 +55,7 @@ def test_answers_are_those_of_generate(model, tokenizer):
 def test_likelihoods_are_those_of_a_loop_that_writes(model, tokenizer):
     task = Likely()
     found = evaluate(model, tokenizer, task, MEMORY, write=True, only=("state", "zero_state", "no_adapter"))
-    views = Views(Subject.of(model, tokenizer), MEMORY, 0)
+    views = Views(Subject.from_model(model, tokenizer), MEMORY, 0)
     for condition, starts in memories(model, tokenizer, task).items():
         records = [record for record in found.records if record.condition == condition]
         for each, start, record in zip(task.items(), starts, records, strict=True):

@@ -51,7 +51,7 @@ def told(model, tokenizer, sessions):
 def test_memories_are_of_their_own_histories(model, tokenizer, batch_size, chunk, monkeypatch):
     monkeypatch.setattr(writing, "CHUNK", chunk)
     reports = []
-    memory = memorise(Subject.of(model, tokenizer), HISTORIES, batch_size, lambda *done: reports.append(done))
+    memory = memorise(Subject.from_model(model, tokenizer), HISTORIES, batch_size, lambda *done: reports.append(done))
     assert reports[-1] == (3, 3)
     for row, sessions in enumerate(HISTORIES):
         alone = told(model, tokenizer, sessions)
@@ -64,7 +64,7 @@ def test_memories_are_of_their_own_histories(model, tokenizer, batch_size, chunk
 def test_the_context_does_not_go_from_session_to_session(model, tokenizer):
     """In one session the second half sees the first, so it writes something else."""
     two = HISTORIES[2]
-    subject = Subject.of(model, tokenizer)
+    subject = Subject.from_model(model, tokenizer)
     apart = memorise(subject, [two])
     together = memorise(subject, [[[message for session in two for message in session]]])
     assert np.abs(apart.states[1] - together.states[1]).max() > 100 * STATE_TOLERANCE
@@ -85,7 +85,7 @@ def test_a_session_that_is_no_text_is_named(tokenizer):
 def test_the_tokenizers_padding_may_be_unknown_to_the_model(model, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
-    expected = memorise(Subject.of(model, tokenizer), HISTORIES)
-    found = memorise(Subject.of(model, other), HISTORIES)
+    expected = memorise(Subject.from_model(model, tokenizer), HISTORIES)
+    found = memorise(Subject.from_model(model, other), HISTORIES)
     for layer, state in expected.states.items():
         np.testing.assert_array_equal(found.states[layer], state)

@@ -96,7 +96,7 @@ def test_a_token_that_the_exchange_shows_is_not_looked_for():
     place = batch["scored"][0].item()
     batch["read_ids"].view(-1)[place - 1] = batch["targets"][0]
     names = ("write_ids", "write_mask", "read_ids", "scored", "targets", "rows")
-    addresses = Addresses.of(**{name: batch[name] for name in names})
+    addresses = Addresses.from_batch(**{name: batch[name] for name in names})
     assert place not in addresses.query_places.tolist()
     assert len(addresses.query_places) == len(naive_addresses(batch)) == 2
 

@@ -171,9 +171,11 @@ class MemoryAgentBench:
         from deltamem_tool.data.sources import read_rows
 
         rows = read_rows(self._data, "row", self._config, self._split, (None, SPLITS))
-        chosen = self._select_rows([_Row.of(row, where, number) for number, (where, row) in enumerate(rows, start=1)])
+        chosen = self._select_rows(
+            [_Row.parse(row, where, number) for number, (where, row) in enumerate(rows, start=1)]
+        )
         histories = _Histories(token_counter(self._tokenizer), self._chunk)
-        items = [item for row in chosen for item in row.items(*histories.of(row), self._label(row))]
+        items = [item for row in chosen for item in row.items(*histories.for_row(row), self._label(row))]
         self._movies = _read_movies(self._movies_file, items)
         return items
 
@@ -226,7 +228,7 @@ class _Row:
     number: int  # among all rows, which names its questions
 
     @classmethod
-    def of(cls, row: Any, where: str, number: int) -> _Row:
+    def parse(cls, row: Any, where: str, number: int) -> _Row:
         try:
             metadata = row.get("metadata") or {}
             source = str(metadata.get("source"))
@@ -281,7 +283,7 @@ class _Histories:
         self._count, self._chunk = count, chunk
         self._known: dict[tuple[str, Family], tuple[str, list[list[Message]]]] = {}
 
-    def of(self, row: _Row) -> tuple[str, list[list[Message]]]:
+    def for_row(self, row: _Row) -> tuple[str, list[list[Message]]]:
         """Its name and its sessions."""
         key = (row.context, row.family)
         if key not in self._known:

@@ -68,7 +68,9 @@ class FusedAttention:
         self._may_rest: set[int] = set()  # layers that may have no attention
 
     @contextmanager
-    def of(self, model: PreTrainedModel, cache: MemoryCache, past: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
+    def patch_model(
+        self, model: PreTrainedModel, cache: MemoryCache, past: Sequence[Mapping[str, Tensor]]
+    ) -> Iterator[None]:
         """Make calls of `model` with `cache` use the equation with the keys and values of `past`, inside the block."""
         global _current
         kinds: list[Any] = [*cache.layers, *[None] * (len(past) - len(cache.layers))]
@@ -138,7 +140,7 @@ def fusion_obstacle(model: PreTrainedModel, cache_layers: int) -> str | None:
         cache = MemoryCache(model)
         fused = FusedAttention(lengths)
         try:
-            with fused.of(model, cache, [{}] * cache_layers):
+            with fused.patch_model(model, cache, [{}] * cache_layers):
                 actual = model(input_ids=ids, cache=cache, position_ids=positions).logits.float()
         except _NotFusedError as error:
             return str(error)

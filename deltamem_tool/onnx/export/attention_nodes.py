@@ -54,7 +54,7 @@ def _place(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
     interleaved = 0
     width = node.attributes["width"].as_int()
     if len(turned) == 2 and width % _ROTARY_MULTIPLE == 0:
-        found = [tables.of(rotary) for rotary, _ in turned]
+        found = [tables.find(rotary) for rotary, _ in turned]
         if found[0] is not None and found[0] == found[1] and _width(found[0][0]) % _TABLE_MULTIPLE == 0:
             angles, interleaved = found[0], turned[0][0].attributes["interleaved"].as_int()
             query, key = (x for _, x in turned)
@@ -153,7 +153,7 @@ class _Tables:
         self._graph, self._interface = graph, interface
         self._known: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
 
-    def of(self, rotary: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    def find(self, rotary: ir.Node) -> tuple[ir.Value, ir.Value] | None:
         """Return the two tables that can replace the angles of a node for rotary embeddings, or None."""
         angles = (node_input(rotary, 1), node_input(rotary, 2))
         if angles not in self._known:

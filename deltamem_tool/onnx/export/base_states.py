@@ -53,7 +53,7 @@ class BaseStates:
         self._scanned = 0  # number of heads of that layer that were scanned
 
     @contextmanager
-    def of(
+    def patch_model(
         self, model: PreTrainedModel, cache: MemoryCache, layers: Sequence[Layer], past: Sequence[Mapping[str, Tensor]]
     ) -> Iterator[None]:
         """Make `model` use the functions below, and `cache` start with the states in `past`, inside the block."""

@@ -108,7 +108,7 @@ class Step(nn.Module):
             return nullcontext()
         valid = attention_mask[:, -input_ids.shape[1] :].bool()
         before = attention_mask.sum(-1) - valid.sum(-1)
-        return BaseStates(valid, self._interface.row_by_row, self._target, before).of(
+        return BaseStates(valid, self._interface.row_by_row, self._target, before).patch_model(
             self.model, cache, self._interface.layers, past
         )
 
@@ -147,8 +147,8 @@ class Step(nn.Module):
         attention = FusedAttention(Lengths(past, (past + tokens - 1).int(), total))
         states = BaseStates(packed_valid, True, self._target, past)
         with (
-            attention.of(self.model, cache, past_key_values),
-            states.of(self.model, cache, self._interface.layers, past_key_values),
+            attention.patch_model(self.model, cache, past_key_values),
+            states.patch_model(self.model, cache, self._interface.layers, past_key_values),
             self.layers.mark_originals(),
         ):
             logits = self._options.packed_logits(self.model, input_ids, positions, cache, kept)
