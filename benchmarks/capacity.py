@@ -128,20 +128,21 @@ def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
     lines = [
         f"# Capacity and interference, {max(point['date'] for point in points)}",
         "",
-        f"{some['episodes']} conversations a point, seed {some['seed']}, from the memory alone; {packages};",
+        f"{some['episodes']} conversations per point, seed {some['seed']}, from the memory alone; {packages};",
         f"{cpu_name()}.",
         "",
         f"`{command}`",
         "",
-        "What is predicted, and how: [docs/capacity.md](../../docs/capacity.md). Intervals at 95 %.",
+        "The predictions are explained in [docs/capacity.md](../../docs/capacity.md). Intervals are at 95 %.",
         "",
-        "* measured: exact matches of the answers; beside them the old value's, and those of another's and no state",
-        "* nearest value: to what the layers read, of all that they read where one fact alone has been told",
-        "* random keys: the same of a replay in which every other write has a key drawn at random",
-        "* rotated keys: of one in which all other keys of a state are turned together, so that repeated ones stay so",
-        "* unknown, told: answers that nothing was told, and with another value that was told",
-        "* left: the share of the fact's reading left; what random keys leave, Π (keep − erase / R), and rotated",
-        "* gate, overlap: mean erase gate β of what was written since, and mean (k · q)²; 1 / R for random keys",
+        "* measured: exact matches of the answers, then with the old value, with another's state and with no state",
+        "* nearest value: the value whose reading, after a single fact, is nearest to what the layers read",
+        "* random keys: the same for a replay in which every other write has a random key",
+        "* rotated keys: the same for a replay in which all other keys of a state are rotated together, so that",
+        "  repeated keys stay repeated",
+        "* unknown, told: answers that nothing was told, and answers with another value that was told",
+        "* left: share of the fact's reading that is left; with random keys, Π (keep − erase / R); with rotated keys",
+        "* gate, overlap: mean erase gate β of later writes, and mean (k · q)², which is 1 / R for random keys",
         "",
     ]
     for name in names:
@@ -151,7 +152,7 @@ def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
             f"## {name}",
             "",
             f"{config['state_heads']} state{'s' * (config['state_heads'] > 1)} of {config['rank']}×{config['rank']} a "
-            f"layer, a write a {config['granularity']}, rule `{config['update_rule']}`, branches "
+            f"layer, one write per {config['granularity']}, rule `{config['update_rule']}`, branches "
             f"{', '.join(config['heads'])}; 1 / R = {1 / config['rank']:.3f}.",
             "",
         ]

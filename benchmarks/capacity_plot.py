@@ -55,8 +55,8 @@ def draw_adapter(points: Sequence[Any], curves: Sequence[Any], path: Path) -> No
     handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     config = points[0]["config"]
-    size = f"{config['state_heads']} × {config['rank']}×{config['rank']} a layer, {config['update_rule']}"
-    figure.suptitle(f"{points[0]['name']}: {size}; {points[0]['episodes']} conversations a point", fontsize=12)
+    size = f"{config['state_heads']} × {config['rank']}×{config['rank']} per layer, {config['update_rule']}"
+    figure.suptitle(f"{points[0]['name']}: {size}; {points[0]['episodes']} conversations per point", fontsize=12)
     save(figure, path)
 
 
@@ -75,7 +75,7 @@ def draw_comparison(points: Sequence[Any], curves: Sequence[Any], path: Path) ->
         _finish(axes, curve, "exact match")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 8), fontsize=9)
-    figure.suptitle("Measured (solid), and predicted of the delta rule with random keys (dotted)", fontsize=12)
+    figure.suptitle("Measured (solid), and predicted by the delta rule with random keys (dotted)", fontsize=12)
     save(figure, path)
 
 

@@ -42,7 +42,7 @@ def attempt(model_type: str) -> dict:
         except Exception as error:
             return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
     if not found.plain <= TOLERANCE:
-        return {"error": f"differs from PyTorch in one call by {found.plain:.1g}"}
+        return {"error": f"differs from PyTorch by {found.plain:.1g} in one call"}
     layers, copied = copies[-1]
     attention = "fused" if found.packed else fusion_obstacle(model_type)
     return {
@@ -102,7 +102,7 @@ def in_a_process(model_type: str) -> dict:
     with os.fdopen(reader) as file:
         answer = file.read()
     _, _, used = os.wait4(child, 0)
-    result = json.loads(answer) if answer else {"error": f"gave no answer within {CPU_SECONDS} s"}
+    result = json.loads(answer) if answer else {"error": f"did not finish within {CPU_SECONDS} s"}
     return {"type": model_type, **result, "seconds": round(used.ru_utime + used.ru_stime, 1)}
 
 
@@ -119,15 +119,15 @@ def table(results: list[dict]) -> str:
     lines = [
         "# Export to ONNX, by model type",
         "",
-        f"{len(works)} of {len(results)} types that take a memory. {', '.join(installed)}.",
+        f"{len(works)} of {len(results)} types that support a memory. {', '.join(installed)}.",
         "",
-        "Tiny random models in float32, rank 4 on q and o. The largest difference of logits and states between three",
-        "calls of the graph in ONNX Runtime (5, 1 and 4 tokens) and one call of PyTorch; the second for a row that is",
-        "padded on the left in the batch and alone in PyTorch. Where that is large, the model itself counts padding.",
-        "Four layers, of the type's own pattern, of which those that are alike are traced once. Attention is one",
-        "operator where it computes what the model's does.",
+        "Tiny random models in float32, rank 4 on q and o. The first figure is the largest difference of logits and",
+        "states between three calls of the graph in ONNX Runtime (5, 1 and 4 tokens) and one call of PyTorch. The",
+        "second is for a row that is padded on the left in the batch and alone in PyTorch. If it is large, the model",
+        "itself counts padding. Models have four layers in the type's pattern; identical ones are traced once.",
+        "Attention is one operator if it computes the same as the model's.",
         "",
-        "| model type | difference | padded | layers traced | attention | or why not |",
+        "| model type | difference | padded | layers traced | attention | error |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for result in sorted(results, key=lambda result: result["type"]):

@@ -287,14 +287,14 @@ Largest differences of logits, states:
 | type | graph | from PyTorch here | from PyTorch in float32 on the CPU | allowed there | right |
 |---|---|---|---|---|---|"""
 OVERHEAD = f"""
-One token after so many, keys and values in buffers of a fixed length; the aim is {AIM} as a CUDA graph:
+One token after a past, keys and values in buffers of a fixed length; the target is {AIM} as a CUDA graph:
 
 | type | how | past | with a memory | without | ratio: median (quartiles; range) |
 |---|---|---|---|---|---|"""
 PROMPTS = """
-Prompts, with a memory (keys and values that grow; with room for the longest) and without (the builder's graph):
+Prompts, with a memory (keys and values that grow, or have room for the longest) and without (the builder's graph):
 
-| type | graph | prompt | prompt takes | then a token | memory of the GPU | attention |
+| type | graph | prompt | time | per token after it | GPU memory | attention |
 |---|---|---|---|---|---|---|"""
 
 
@@ -343,7 +343,7 @@ def main() -> None:
     args.past, args.prompts = ([int(n) for n in text.split(",")] for text in (args.past, args.prompts))
     args.dtypes = args.dtypes.split(",")
     if args.cuda and not torch.cuda.is_available():
-        sys.exit("PyTorch finds no GPU here. --device cpu tries this script.")
+        sys.exit("PyTorch finds no GPU here. To try this script without one, pass --device cpu.")
 
     right = True
     with tempfile.TemporaryDirectory() as folder:

@@ -89,7 +89,7 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
         "",
         "| step | seconds | resident, of the weights | own | mapped files |",
         "|---|---|---|---|---|",
-        row("export", exported, weights, f"{exported.seconds:.0f}, {exported.of_processor:.0f} of the processor"),
+        row("export", exported, weights, f"{exported.seconds:.0f}, {exported.of_processor:.0f} of CPU time"),
     ]
     for how in ("mapped", "packed") if args.quantize == "none" else ("packed",):
         loaded = watched("-c", LOAD, onnx, how)

@@ -271,18 +271,18 @@ def layer_rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 
 EXPORTS = """
-Exporting: the whole command, medians, and of the ratios in the same turn median and range; and what is on disk:
+Export: the whole command as medians, ratios in the same turn as median and range, and the size on disk:
 
-| precision | graph | processor | ratio to the builder | by the clock | peak memory | folder | of the builder's |
+| precision | graph | CPU time | ratio to the builder | wall-clock time | peak memory | folder | of the builder's |
 |---|---|---|---|---|---|---|---|"""
 SPEED = """
-Running, in turn: medians; of the ratios to the builder's graph median (quartiles; range). A decode begins after so many
-tokens and goes on:
+Running, in turn: medians, and ratios to the builder's graph as median (quartiles; range). Decoding starts after this
+number of tokens:
 
-| precision | memory | tokens | with | builder's, without | processor time | by the clock | more nodes |
+| precision | memory | tokens | with | builder's, without | CPU time | wall-clock time | more nodes |
 |---|---|---|---|---|---|---|---|"""
 LAYERS = """
-Exporting by the number of layers, float32, random weights, {title}, of the processor:
+Export by the number of layers, float32, random weights, {title}, CPU time:
 
 | layers | with a memory | builder's, without | ratio | peak memory |
 |---|---|---|---|---|"""

@@ -212,9 +212,7 @@ def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
         models[how] = models["float32"]
         folders[how] = quantized_copy(folders["float32"], how, models[how])
     graphs = {}
-    print(
-        f"\nQuickstart model, {args.episodes} conversations a number of facts; recall from the state alone, by facts\n"
-    )
+    print(f"\nQuickstart model, {args.episodes} conversations per number of facts; recall from the state, by facts\n")
     print("| | MB | largest difference | greedy tokens | " + " | ".join(map(str, FACTS)) + " |")
     print("|---|" + "---|" * (3 + len(FACTS)))
     for kind in KINDS:

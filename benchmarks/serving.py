@@ -88,27 +88,26 @@ def run(options: argparse.Namespace, folder: Path) -> str:
             f" medians. {cpu_name()}, {options.threads} thread(s), {os.cpu_count()} cores with a load of"
             f" {loads:.1f} to {os.getloadavg()[0]:.1f}; {versions(*PACKAGES)}.",
             "",
-            *table(("requests", "tokens a second", "first token, median", "first token, p95"), together),
+            *table(("requests", "tokens per second", "first token, median", "first token, p95"), together),
             "",
-            f"At once against one at a time: {spread(ratios[0])} by the clock, {spread(ratios[1])} of the processor's"
+            f"One at a time against all at once: {spread(ratios[0])} in wall-clock time, {spread(ratios[1])} in CPU"
             " time (median, quartiles, range).",
             "",
-            f"The model's own steps, {options.users} of one row against one of all: {spread(ceiling[0])} by the clock,"
-            f" {spread(ceiling[1])} of the processor's time. What is around the model can only spare"
-            " something beside these.",
+            f"The model's own steps, {options.users} with one row against one with all: {spread(ceiling[0])} in"
+            f" wall-clock time, {spread(ceiling[1])} in CPU time. Batching can only gain more outside of the model.",
             "",
-            *table(("a decode step", "by the clock"), beside),
+            *table(("decode step", "wall-clock time"), beside),
             "",
-            f"The scheduler's step against `engine.step`: {spread(overhead[0])} by the clock, {spread(overhead[1])} of"
-            " the processor's time, with what the readers of answers do meanwhile.",
+            f"The scheduler's step against `engine.step`: {spread(overhead[0])} in wall-clock time,"
+            f" {spread(overhead[1])} in CPU time, including the readers of the answers.",
             "",
-            *table(("rows in", "one leaves and one joins", "a decode step"), moves),
+            *table(("rows in", "one leaves and one joins", "decode step"), moves),
             "",
-            "These are of the processor's time.",
+            "These are CPU times.",
             "",
-            f"While a prompt of {options.long} tokens is read beside {options.users - 1} answers:",
+            f"While a prompt of {options.long} tokens is read during {options.users - 1} answers:",
             "",
-            *table(("pieces", "between two texts of another answer, median", "at most"), stalls),
+            *table(("pieces", "between two texts of another answer, median", "maximum"), stalls),
             "",
             "These too.",
         ]

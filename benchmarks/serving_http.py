@@ -44,8 +44,8 @@ from deltamem_tool.serve.server import bind, run
 from deltamem_tool.serve.store import MemoryStore
 
 STATE_BYTES = 4608  # approximate size of a memory file of the shipped model
-COSTS = "the processor's time of", "a decode step of all", "of it, the loop's", "a request, but for its steps"
-GAINS = "requests", "tokens a second", "the server's, a request", "the clients', a request", "of a core"
+COSTS = "CPU time of", "a decode step of all", "the event loop's part", "a request without its steps"
+GAINS = "requests", "tokens per second", "server, per request", "clients, per request", "clients, of a core"
 Clients = Callable[[str, int, int, int, bool], Coroutine[None, None, list[float]]]
 Times = dict[str, list[float]]
 Seconds = tuple[float, float]  # CPU time of a process, and of its first thread
@@ -148,12 +148,12 @@ def measure(options: argparse.Namespace, folder: Path, temporary: Path) -> str:
             "",
             *table(GAINS, gains),
             "",
-            f"All at once against one at a time, with plain clients: {spread(gain[0])} by the clock, {spread(gain[1])}"
-            " of the server's processor time.",
+            f"One at a time against all at once, with plain clients: {spread(gain[0])} in wall-clock time,"
+            f" {spread(gain[1])} in CPU time of the server.",
             "",
-            *table(("answers of", "requests a second", "first token, median", "p95"), waits),
+            *table(("answers of", "requests per second", "first token, median", "p95"), waits),
             "",
-            *table(("memories in the store", "the process's own memory"), memory),
+            *table(("memories in the store", "private memory of the process"), memory),
         ]
     )
 

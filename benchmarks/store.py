@@ -85,12 +85,12 @@ def run(folder: Path, number: int, size: int, calls: int) -> str:
         "",
         f"Memories of {size:,} bytes, {path.stat().st_size / 1e9:.1f} GB on disk"
         + (f", written in {filled:.0f} s" if filled else "")
-        + f"; {calls:,} calls of each kind, in turn (deletions: a tenth). Milliseconds by the clock, median and 95th"
-        f" percentile, and the processor's in brackets. {platform.machine()},"
+        + f"; {calls:,} calls of each kind, in turn (deletions: a tenth). Milliseconds of wall-clock time, median and"
+        f" 95th percentile, and of CPU time in brackets. {platform.machine()},"
         f" {os.cpu_count()} cores with a load of {load:.1f}; Python {platform.python_version()}, SQLite"
         f" {sqlite3.sqlite_version}. Peak memory of the process: {peak:.0f} MB.",
         "",
-        f"| commit | get | put | {AT_ONCE} puts at once, a put | delete | write and `fdatasync` alone |",
+        f"| commit | get | put | {AT_ONCE} puts at once, per put | delete | write and `fdatasync` alone |",
         "|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]

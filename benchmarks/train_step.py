@@ -167,7 +167,7 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
     check = args.device == "cpu" and CLEAR_REFS.exists()
     resident_of = {name: in_child(name, args) for name in (LORA, *names)} if check else {}
     sides = make_sides([LORA, *names], args)
-    yield "| preset | step | LoRA | time ratio (range) | of processor time | peak | LoRA | ratio | resident ratio |"
+    yield "| preset | step | LoRA | time ratio (range) | CPU time ratio | peak | LoRA | ratio | resident ratio |"
     yield "|---|---|---|---|---|---|---|---|---|"
     lora = sides[LORA]
     for name in names:

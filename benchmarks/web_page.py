@@ -119,7 +119,7 @@ def lines(folders: list[Path], node_modules: Path, prompt: int, decoded: int, re
     yield f"{cpu_name()}, ONNX Runtime {onnxruntime.__version__} and onnxruntime-web {web_version}, one thread each."
     yield ""
     calls = (
-        f"prompt of {prompt}, wasm / native | a token, wasm / native | the first {decoded} | tokens a second in wasm"
+        f"prompt of {prompt}, wasm / native | per token, wasm / native | first {decoded} | tokens per second in wasm"
     )
     yield f"| | model | page | first answer, cold | warm | {calls} | of native |"
     yield f"|{'---|' * 10}"

@@ -28,7 +28,7 @@ ROWS = (1, 64)
 WARM, REPEATS = 15, 9
 KINDS = {
     "float32: MatMul": None,
-    "8 bits a column, rows too: DynamicQuantizeMatMul": "columns",
+    "8 bits per column, rows too: DynamicQuantizeMatMul": "columns",
     "8 bits in groups of 32: MatMulNBits": 8,
     "4 bits in groups of 32: MatMulNBits": 4,
 }
@@ -91,7 +91,7 @@ def main() -> None:
         shutil.copy(Path(__file__).with_suffix(".mjs"), folder)
         (folder / "node_modules").symlink_to(args.node_modules.resolve())
         print(
-            f"| ONNX Runtime {onnxruntime.__version__} | a row, wasm / native | 64 rows, wasm / native |\n|---|---|---|"
+            f"| ONNX Runtime {onnxruntime.__version__} | 1 row, wasm / native | 64 rows, wasm / native |\n|---|---|---|"
         )
         for number, (name, kind) in enumerate(KINDS.items()):
             file = folder / f"{number}.onnx"
