@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 # Memories.
 OWN, ZERO, DONOR, MEAN, PERMUTED, SCALE_ZERO = "own", "zero", "donor", "mean", "permuted", "scale_zero"
-NEVER_WRITTEN = "never written"  # zeros, also where questions write
-MEAN_OF = 100  # histories whose memories are averaged, where there are so many others
+NEVER_WRITTEN = "never written"  # zeros, even if questions write
+MEAN_OF = 100  # maximum number of other histories whose memories are averaged
 # What is in view before the question.
 NOTHING, WINDOW, ALL, RETRIEVED, TRUNCATED = "nothing", "window", "all", "retrieved", "truncated"
 STATE = "state"  # the condition that all others are compared with
@@ -150,7 +150,7 @@ def select(conditions: Sequence[Condition], only: Collection[str] | None, runtim
 
     Raises:
         ConfigError: there is no such condition, or it needs PyTorch, or a memory of several layers; or a baseline
-            that was asked for is not among the names.
+            that was requested is not among the names.
     """
     known = {condition.name for condition in conditions}
     names = set(only or known)

@@ -21,9 +21,9 @@ class Evaluation:
     groups: list[str]
     records: list[Record]
     seed: int
-    asked: int = 0  # of the records, how many are of this run; the others were there
+    asked: int = 0  # number of records from this run; the others are from an earlier one
     runtime: str = PYTORCH
-    margin: float | None = None  # stated before, that a difference has to exceed to matter
+    margin: float | None = None  # size that a difference has to exceed to matter, chosen in advance
 
     def scores(self, metric: str, condition: str, group: str | None = None) -> tuple[list[float], list[str]]:
         """Return the score and the history of each question, of one group or of all, in the order of the items."""
@@ -41,13 +41,13 @@ class Evaluation:
         return estimate(*self.scores(metric, condition, group), self.seed, scale_of(metric), weights)
 
     def difference(self, metric: str, other: str, group: str | None = None) -> Difference:
-        """Of the state's scores to another condition's, question by question."""
+        """Return the difference between the scores of the state and of another condition, paired by question."""
         ours, histories = self.scores(metric, STATE, group)
         theirs, weights = self.scores(metric, other, group)[0], self.weights(metric, STATE, group)
         return difference(ours, theirs, histories, self.seed, scale_of(metric), weights)
 
     def verdict(self) -> list[str]:
-        """In words: what the state adds to each of the others."""
+        """Return the gain of the state over each other condition as sentences."""
         metric = self.metrics[0]
         unit = scale_of(metric).unit
         return [
@@ -57,6 +57,6 @@ class Evaluation:
 
     @property
     def other_conditions(self) -> list[str]:
-        """The conditions beside the state, which they are compared with; none without it."""
+        """The other conditions, with which the state is compared; none if the state was left out."""
         names = [condition.name for condition in self.conditions]
         return [name for name in names if name != STATE] if STATE in names else []

@@ -43,7 +43,7 @@ from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.messages import text_of
 
-Report = Callable[[str, int, int], None]  # what is done, done, of
+Report = Callable[[str, int, int], None]  # current stage, amount done, total
 
 
 def evaluate(
@@ -147,7 +147,7 @@ def evaluate(
     views = Views(subject, protocol, _new_tokens(task), truncate)
     run = _Run(subject, task, views, everyone, others, seed, batch_size, tell, records, processes)
     names = [item.id for item in items]
-    if reference is not None:  # its records come first, and make its answers right
+    if reference is not None:  # its records come first, because its answers count as correct
         run.ask([(c, item) for c in conditions for item in items if c.name == reference])
         right = {record.item: record.answer for record in records.select([reference], names)}
         items = [replace(item, answers=[right[item.id]]) for item in items]
@@ -176,7 +176,7 @@ class _Run:
     task: Task | LikelihoodTask
     views: Views
     everyone: Sequence[Item]
-    others: Mapping[str, Sequence[str]]  # histories, by the one that they stand in for
+    others: Mapping[str, Sequence[str]]  # the histories that replace a history, by its name
     seed: int
     batch_size: int
     tell: Report
@@ -184,15 +184,15 @@ class _Run:
     processes: Processes
 
     def ask(self, pairs: Sequence[tuple[Condition, Item]]) -> None:
-        """Ask what has no record yet, a batch at a time; each process a share of the batches.
+        """Ask all questions without a record, in batches; each process asks a share of the batches.
 
-        The digits of an answer's score depend on what else was in its batch. So batches are made of all `pairs`,
-        whatever is there already, and their histories are written in batches of all that they read.
+        The last digits of a score depend on the other rows of its batch. So batches are formed from all `pairs`, even
+        if some have records already, and their histories are written in batches of all histories that they read.
         """
         lacking = [pair for pair in pairs if self._lacks(*pair)]
         if not lacking:
             return
-        # Once for all conditions with this view; what is too long is named now.
+        # Once for all conditions with this view; questions that are too long raise an error now.
         shown = {(condition.view, item.id): item for condition, item in pairs}
         prompts = {(view, name): self.views.prompt(item, view) for (view, name), item in shown.items()}
         to_score = scored_answers(self.subject, shown, prompts) if is_by_likelihood(self.task) else {}
@@ -220,7 +220,7 @@ class _Run:
         histories: Mapping[str, int],
         memories: StoredMemory | None,
     ) -> list[Record]:
-        """The records of one batch."""
+        """Return the records of one batch."""
         texts = [prompts[condition.view, item.id] for item in items]
         rows = [[histories[name] for name in self._read(condition, item)] for item in items]
         memory = self._memory(condition, memories, rows)
@@ -229,7 +229,7 @@ class _Run:
             answers = [""] * len(items)
             scores = [mean_log_prob(row) for row in log_probs(self.subject, scored, memory, condition)]
         else:
-            limit = items[0].new_tokens or _new_tokens(self.task)  # of a batch, they are the same
+            limit = items[0].new_tokens or _new_tokens(self.task)  # the same for all rows of a batch
             answers = self.subject.ask(texts, memory, condition, limit)
             task = cast(Task, self.task)
             scores = [dict(task.score(item, answer)) for item, answer in zip(items, answers, strict=True)]
@@ -250,7 +250,7 @@ class _Run:
         ]
 
     def _read(self, condition: Condition, item: Item) -> Sequence[str]:
-        """The histories whose memories an item is asked with: several where it is their mean, or none."""
+        """Return the histories whose memories an item is asked with: one, several for their mean, or none."""
         if condition.memory in (None, ZERO, NEVER_WRITTEN):
             return ()
         others = {DONOR: self.others[item.history_id][:1], MEAN: self.others[item.history_id]}
@@ -259,7 +259,7 @@ class _Run:
     def _memory(
         self, condition: Condition, memories: StoredMemory | None, rows: Sequence[Sequence[int]]
     ) -> StoredMemory | None:
-        """A row for each question, of those `rows` of `memories` that it is asked with; None for zeros."""
+        """Return a memory with one row per question, from its `rows` of `memories`; None for zeros."""
         if memories is None or not rows[0]:
             return None
         memory = mean_rows(memories, rows)
@@ -268,9 +268,9 @@ class _Run:
     def _memories(
         self, pairs: Sequence[tuple[Condition, Item]], asked: Sequence[tuple[Condition, Item]]
     ) -> tuple[dict[str, int], StoredMemory | None]:
-        """Write the histories that are `asked` about: the row of each, and their memories.
+        """Write the histories of `asked`, and return the row of each and their memories.
 
-        They are in batches of all that `pairs` read, of which each process writes some.
+        The batches consist of all histories that `pairs` read. Each process writes some of them.
         """
         read, needed = ({name for pair in some for name in self._read(*pair)} for some in (pairs, asked))
         first = {item.history_id: item for item in reversed(self.everyone) if item.history_id in read}
@@ -296,9 +296,9 @@ class _Run:
     def _batches(
         self, pairs: Sequence[tuple[Condition, Item]], prompts: Mapping[tuple[str, str], str]
     ) -> Iterator[tuple[Condition, list[Item]]]:
-        """Condition by condition, answers of one limit and prompts of like length together.
+        """Return batches by condition and by limit of the answer, with prompts of similar length together.
 
-        The longest come first: what does not fit fails at once.
+        The longest come first, so that a batch that does not fit fails at once.
         """
         for condition in dict.fromkeys(condition for condition, _ in pairs):
             items = [item for one, item in pairs if one == condition]

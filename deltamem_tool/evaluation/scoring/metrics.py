@@ -22,24 +22,24 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra space: SQuAD v1.1's and HotpotQA's `normalize_answer`."""
+    """Lower text, and remove punctuation, articles and extra space, like `normalize_answer` of SQuAD and HotpotQA."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact(answer: str, right: str) -> float:
-    """Whether the texts are the same, character by character."""
+    """Return whether the texts are identical."""
     return float(answer == right)
 
 
 def exact_match(answer: str, right: str) -> float:
-    """Whether they are the same once normalised."""
+    """Return whether the texts are identical after normalisation."""
     return float(normalise(answer) == normalise(right))
 
 
 def token_f1(answer: str, right: str) -> float:
-    """Harmonic mean of precision and recall of normalised words, as HotpotQA's `f1_score`.
+    """Return the harmonic mean of precision and recall of normalised words, like HotpotQA's `f1_score`.
 
-    An answer of yes, no or noanswer is right as a whole or not at all.
+    For the answers yes, no and noanswer, it is 1 for an exact match and 0 otherwise.
     """
     words, wanted = normalise(answer), normalise(right)
     if words != wanted and {words, wanted} & {"yes", "no", "noanswer"}:
@@ -60,15 +60,15 @@ class Rouge:
 
 
 def rouge(answer: str, right: str, kind: str = "rougeL") -> Rouge:
-    """ROUGE of Porter's stems, by `rouge-score`.
+    """Return ROUGE over Porter stems, computed by `rouge-score`.
 
     Args:
-        answer: of the model.
-        right: what is right.
-        kind: what it calls it: "rouge1", "rouge2", "rougeL" or "rougeLsum".
+        answer: answer of the model.
+        right: correct answer.
+        kind: "rouge1", "rouge2", "rougeL" or "rougeLsum".
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: `rouge-score` is not installed.
     """
     score = _rouge_scorer(kind).score(target=right, prediction=answer)[kind]
     return Rouge(score.recall, score.fmeasure)
@@ -86,28 +86,28 @@ def _rouge_scorer(kind: str) -> Any:
 
 
 def contains(answer: str, right: str) -> float:
-    """Whether what is right occurs in the answer, once both are normalised.
+    """Return whether the correct answer occurs in the answer after normalisation.
 
-    MemoryAgentBench's `substring_exact_match_score`.
+    This is MemoryAgentBench's `substring_exact_match_score`.
     """
     return float(normalise(right) in normalise(answer))
 
 
 def mentions(answer: str, value: str) -> bool:
-    """Whether a value occurs in the answer as whole words, once both are normalised."""
+    """Return whether a value occurs in the answer as whole words, after normalisation."""
     return f" {normalise(value)} " in f" {normalise(answer)} "
 
 
 def mentions_only(answer: str, value: str, others: Sequence[str]) -> float:
-    """Whether a value occurs in the answer, and none of the others."""
+    """Return whether a value occurs in the answer and none of the others does."""
     return float(mentions(answer, value) and not any(mentions(answer, other) for other in others))
 
 
 def declines(answer: str) -> bool:
-    """Whether the answer says that something is not known, or was not told."""
+    """Return whether the answer says that something is unknown or was not told."""
     return _DECLINES.search(answer.lower().replace("\u2019", "'")) is not None
 
 
 def best_score(metric: Callable[[str, str], float], answer: str, answers: Sequence[str]) -> float:
-    """The score against the answer that fits best."""
+    """Return the highest score over several correct answers."""
     return max(metric(answer, right) for right in answers)

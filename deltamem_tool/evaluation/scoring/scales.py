@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass, replace
 
 LOG_PROB = "log_prob"  # mean log-probability of a token of the answer, in nats
-TOKENS = "tokens"  # of the answer: what a log_prob is the mean of, beside it in the scores
+TOKENS = "tokens"  # number of tokens of the answer, over which log_prob is the mean
 PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From `low` to `high`; higher is better.
+    """A scale from `low` to `high`; higher is better.
 
     Args:
-        unit: of a difference, with a space before it.
-        weight: the name of the score that says how much an item counts; empty where all count the same.
+        unit: unit of a difference, with a leading space.
+        weight: name of the score with the weight of an item; empty if all items have the same weight.
     """
 
     low: float = 0.0
@@ -26,29 +26,29 @@ class Scale:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether it has two ends."""
+        """Whether both ends are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
     def span(self) -> float:
-        """The largest difference."""
+        """The largest possible difference."""
         return self.high - self.low
 
     @property
     def of_differences(self) -> Scale:
-        """Of differences on this scale."""
+        """The scale of differences on this scale."""
         return replace(self, low=-self.span, high=self.span)
 
 
-SHARE = Scale()  # of every metric that is not in SCALES
+SHARE = Scale()  # the scale of every metric that is not in SCALES
 SCALES = {LOG_PROB: Scale(-math.inf, 0.0, " nats per token", TOKENS)}
 
 
 def scale_of(metric: str) -> Scale:
-    """The scale of a metric."""
+    """Return the scale of a metric."""
     return SCALES.get(metric, SHARE)
 
 
 def perplexity(log_prob: float) -> float:
-    """Exp of the mean negative log-probability of a token."""
+    """Return the exponential of the mean negative log-probability per token."""
     return math.exp(-log_prob)

@@ -19,12 +19,12 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.scoring.digits import plus_minus
 from deltamem_tool.evaluation.scoring.scales import SHARE, Scale
 
-RESAMPLES = 2_000  # of the bootstrap
-FLIPS = 5_000  # sign patterns of the paired test
+RESAMPLES = 2_000  # number of bootstrap samples
+FLIPS = 5_000  # number of sign patterns in the paired test
 LEVEL = 0.95
-FEWEST = 6  # histories: the signs of five, all the same, are chance in 1 of 16
-ALPHA = 0.05  # above it, a difference is called not distinguishable from 0
-SMALLEST_P = 0.001  # that is shown as a number
+FEWEST = 6  # minimum number of histories for a test: with five, all signs agree by chance in 1 of 16 cases
+ALPHA = 0.05  # above this p-value, a difference is called not distinguishable from 0
+SMALLEST_P = 0.001  # smallest p-value that is shown as a number
 BEYOND, WITHIN, UNDECIDED = "beyond", "within", "undecided"  # where the interval of a difference is beside a margin
 
 Interval = Sequence[float]  # mean, low, high
@@ -41,7 +41,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of paired means: its interval, how often chance alone would do as much, and of how many histories."""
+    """A difference of paired means, with its interval, p-value and number of histories."""
 
     mean: float
     low: float
@@ -51,12 +51,12 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is told from 0."""
+        """Whether the difference is distinguishable from 0."""
         return is_clear(self.low, self.high, self.p_value, self.histories)
 
 
 def is_clear(low: float, high: float, p_value: float | None, histories: int | None) -> bool:
-    """Whether a difference is told from 0: the test decides; without one (None), whether 0 is outside the interval."""
+    """Return whether a difference is distinguishable from 0, by the test or else (if None) by its interval."""
     if p_value is None or histories is None:
         return low > 0 or high < 0
     return histories >= FEWEST and p_value < ALPHA
@@ -69,17 +69,17 @@ def estimate(
     scale: Scale = SHARE,
     weights: Sequence[float] | None = None,
 ) -> Estimate:
-    """The mean, with the percentile bootstrap's interval.
+    """Return the mean with the interval of the percentile bootstrap.
 
-    Where all histories score the same, which resampling takes for certainty, it is the rule of three's, 3 / n, if the
-    scale has two ends.
+    If all histories have the same score, resampling would give an interval of width 0. On a bounded scale, the width is
+    then that of the rule of three, 3 / n.
 
     Args:
-        scores: one a question.
-        clusters: the history of each.
-        seed: of the resampling.
-        scale: what the scores can be.
-        weights: how much each counts; all the same by default.
+        scores: one score per question.
+        clusters: history of each question.
+        seed: random seed for resampling.
+        scale: scale of the scores.
+        weights: weight of each score; equal by default.
     """
     sums, counts = _by_cluster(np.asarray(scores, float), clusters, weights)
     mean, low, high = _interval(sums, counts, seed, scale)
@@ -94,7 +94,7 @@ def difference(
     scale: Scale = SHARE,
     weights: Sequence[float] | None = None,
 ) -> Difference:
-    """`ours - theirs`, question by question, with the interval of `estimate` and a two-sided sign-flip test."""
+    """Return `ours - theirs`, paired by question, with the interval of `estimate` and a two-sided sign-flip test."""
     sums, counts = _by_cluster(np.asarray(ours, float) - np.asarray(theirs, float), clusters, weights)
     mean, low, high = _interval(sums, counts, seed, scale)
     low, high = max(low, -scale.span), min(high, scale.span)
@@ -102,9 +102,9 @@ def difference(
 
 
 def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
-    """`ours - theirs` of two independent samples of which only means and intervals are known.
+    """Return `ours - theirs` for two independent samples of which only means and intervals are known.
 
-    The distances of the ends from their means, squared and added (MOVER; Zou and Donner, 2008, doi 10.1002/sim.3095).
+    The distances between ends and means are squared and added (MOVER; Zou and Donner, 2008, doi 10.1002/sim.3095).
     """
     (mean, low, high), (other, other_low, other_high) = ours, theirs
     shift = mean - other
@@ -114,28 +114,28 @@ def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
 
 
 def check_margin(margin: float | None) -> None:
-    """Check that a margin, if there is one, is a size.
+    """Check that a margin, if there is one, is a positive number.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the margin is not valid.
     """
     if margin is not None and not 0 < margin < math.inf:
         raise ConfigError(
             f"Invalid margin: {margin}.",
-            "It is the size with which a difference is compared.",
+            "Differences are compared with it by size.",
             "Choose a number above 0.",
         )
 
 
 def position_to_margin(low: float, high: float, margin: float) -> str:
-    """Where the whole interval of a difference is: BEYOND the margin on either side, WITHIN it, or UNDECIDED."""
+    """Return where the interval of a difference lies: BEYOND the margin on one side, WITHIN it, or UNDECIDED."""
     if low > margin or high < -margin:
         return BEYOND
     return WITHIN if -margin <= low and high <= margin else UNDECIDED
 
 
 def margin_text(low: float, high: float, margin: float | None, unit: str = "") -> str:
-    """The same as the end of a sentence about the difference; empty without a margin."""
+    """Return the same as the end of a sentence about the difference; empty without a margin."""
     if margin is None:
         return ""
     size = f"the margin of {margin:g}{unit}"
@@ -148,13 +148,13 @@ def margin_text(low: float, high: float, margin: float | None, unit: str = "") -
 
 
 def verdict(against: str, difference: Difference, unit: str = "", margin: float | None = None) -> str:
-    """The difference in words.
+    """Return the difference as a sentence.
 
     Args:
-        against: what it is to.
-        difference: of the state's scores.
-        unit: what it is counted in, with a space before it.
-        margin: what was stated before that it has to exceed to matter.
+        against: name of the other condition.
+        difference: difference of the state's scores.
+        unit: unit of the difference, with a leading space.
+        margin: size that a difference has to exceed to matter, chosen in advance.
     """
     if difference.histories < FEWEST:
         return f"over {against}, {difference.histories} histories are too few for a test ({difference.mean:+.2f}{unit})"
@@ -167,14 +167,14 @@ def verdict(against: str, difference: Difference, unit: str = "", margin: float 
 
 
 def p_value_text(value: float | None, histories: int | None) -> str:
-    """Of a difference; where too few histories were tested, or none were paired, a dash."""
+    """Format the p-value of a difference; a dash if there are too few histories or the comparison is not paired."""
     if value is None or histories is None or histories < FEWEST:
         return "–"
     return f"< {SMALLEST_P}" if value < SMALLEST_P else f"{value:.3f}"
 
 
 def _interval(sums: NDArray[Any], counts: NDArray[Any], seed: int, scale: Scale) -> tuple[float, float, float]:
-    """Mean, and the ends of its interval."""
+    """Return the mean and the ends of its interval."""
     mean, of_clusters = float(sums.sum() / counts.sum()), sums / counts
     if np.ptp(of_clusters) == 0:
         margin = 3 / len(sums) if scale.is_bounded else 0.0
@@ -186,7 +186,7 @@ def _interval(sums: NDArray[Any], counts: NDArray[Any], seed: int, scale: Scale)
 def _by_cluster(
     scores: NDArray[Any], clusters: Sequence[str], weights: Sequence[float] | None
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Of each cluster, the sum of its scores, and how many they are; both weighted."""
+    """Return the weighted sum of scores and the total weight of each cluster."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     if weights is None:
         return np.bincount(index, scores), np.bincount(index)
@@ -195,26 +195,26 @@ def _by_cluster(
 
 
 def _resample(sums: NDArray[Any], counts: NDArray[Any], seed: int) -> NDArray[Any]:
-    """Means `[RESAMPLES]` over clusters drawn with replacement: a mean of questions, so a ratio of sums."""
+    """Return means `[RESAMPLES]` over clusters drawn with replacement, each over questions: a ratio of sums."""
     draws = _draws(len(sums), seed)
     means: NDArray[Any] = (draws @ sums) / (draws @ counts)
     return means
 
 
-@lru_cache(maxsize=4)  # the same for every condition, which makes their intervals comparable too
+@lru_cache(maxsize=4)  # the same draws for every condition make their intervals comparable
 def _draws(clusters: int, seed: int) -> NDArray[Any]:
-    """How often each cluster is drawn, `[RESAMPLES, clusters]`."""
+    """Return how often each cluster is drawn, `[RESAMPLES, clusters]`."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES).astype(np.float32)
 
 
 def _sign_flip(sums: NDArray[Any], seed: int) -> float:
-    """The share of sign patterns whose sum is at least as far from 0; the pattern that was found is one of them."""
+    """Return the share of sign patterns, including the observed one, whose sum is at least as far from 0."""
     as_far = np.abs(_signs(len(sums), seed) @ sums) >= abs(sums.sum()) - 1e-9
     return float((as_far.sum() + 1) / (FLIPS + 1))
 
 
 @lru_cache(maxsize=4)
 def _signs(clusters: int, seed: int) -> NDArray[Any]:
-    """-1 and 1, `[FLIPS, clusters]`."""
+    """Return random signs -1 and 1, `[FLIPS, clusters]`."""
     return (np.random.default_rng(seed).integers(0, 2, (FLIPS, clusters)) * 2 - 1).astype(np.float32)

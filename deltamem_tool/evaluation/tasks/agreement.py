@@ -15,18 +15,18 @@ SAME, SAME_START = "same", "same_start"  # metrics
 
 
 class Agreement:
-    """Questions that no memory is needed for. Right is what the base model answers, greedily.
+    """Questions that need no memory. The correct answer is the base model's greedy answer.
 
-    Scored is whether the whole answer is the same, and as `same_start` whether its first words are.
+    The scores are whether the whole answer is the same, and as `same_start` whether its first words are.
 
     Args:
-        data: a text file with a question a line; by default 200 questions of this package.
-        history: conversations, as `deltamem train` reads them, whose histories the memories are written from; by
-            default they are generated, one for each question.
-        facts: that each generated one tells; with 0 the memory is empty.
-        start: how many words are the first.
-        new_tokens: the longest answer.
-        seed: of the generated conversations.
+        data: text file with one question per line; by default 200 questions of this package.
+        history: conversations in a format of `deltamem train`, from which the memories are written; by default they are
+            generated, one per question.
+        facts: number of facts in each generated conversation; with 0 the memory is empty.
+        start: number of words that `same_start` compares.
+        new_tokens: maximum length of an answer, in tokens.
+        seed: random seed for the generated conversations.
 
     Raises:
         ConfigError: an option is out of range.
@@ -53,7 +53,7 @@ class Agreement:
         self._start, self.max_new_tokens = start, new_tokens
 
     def items(self) -> list[Item]:
-        """A question each."""
+        """Return one item per question."""
         lines = [(number, line.strip()) for number, line in enumerate(read_text(self._data).splitlines(), start=1)]
         asked = [(number, line) for number, line in lines if line]
         talks = unrelated_conversations(len(asked), self._facts, self._seed, self._history)
@@ -71,7 +71,7 @@ class Agreement:
         ]
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """`same` and `same_start`; the base model's own answers have nothing to be compared with, and are right."""
+        """Return `same` and `same_start`. The base model's own answers count as correct."""
         if not item.answers:
             return dict.fromkeys(self.metrics, 1.0)
         (right,) = item.answers

@@ -14,16 +14,16 @@ from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.segments.messages import Message
 
 _ASK = "{question}\nAnswer with the name, the few words, or yes or no alone."
-_SEEN = "Read."  # templates want roles to take turns
+_SEEN = "Read."  # templates require alternating roles
 
 
 class HotpotQA:
-    """One item a question; its history is one session, a message a paragraph.
+    """One item per question. Its history is one session, with one message per paragraph.
 
     Args:
-        data: `hotpot_dev_distractor_v1.json`, or the same rows as JSON lines or parquet, or `hotpotqa/hotpot_qa`; both
-            forms of `context` are read, the authors' pairs and the Hub's two lists.
-        config, split: of a dataset; by default "distractor" and "validation".
+        data: `hotpot_dev_distractor_v1.json`, or the same rows as JSON lines or parquet, or `hotpotqa/hotpot_qa`. Both
+            forms of `context` are supported, the authors' pairs and the Hub's two lists.
+        config, split: configuration and split of a dataset; by default "distractor" and "validation".
     """
 
     name = "hotpotqa"
@@ -35,14 +35,14 @@ class HotpotQA:
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:
-        """A question each."""
+        """Return one item per question."""
         from deltamem_tool.data.sources import read_rows
 
         rows = read_rows(self._data, "question", self._config, self._split, ("distractor", ("validation",)))
         return [_item(row, where) for where, row in rows]
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """F1 and exact match."""
+        """Return F1 and exact match."""
         return {"f1": token_f1(answer, item.answers[0]), "em": exact_match(answer, item.answers[0])}
 
 

@@ -18,7 +18,7 @@ from deltamem_tool.evaluation.task import Item, require_data
 from deltamem_tool.segments.messages import Message
 
 GROUPS = {1: "multi-hop", 2: "temporal", 3: "open domain", 4: "single-hop", 5: "adversarial"}
-UNSAID = "not mentioned"  # what an adversarial question is to be answered with
+UNSAID = "not mentioned"  # the expected answer to an adversarial question
 _TURNED_DOWN = ("no information available", UNSAID)
 _ASK = (
     "{question}\nAnswer in a few words, with those of the conversation where you can. "
@@ -30,13 +30,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class LoCoMo:
-    """One item a question; all questions about one pair of people share a history, a session a talk.
+    """One item per question. All questions about one pair of people share a history, with one session per talk.
 
-    The first person is the user, the second the assistant, and both are named in what they say.
+    The first person is the user, the second one the assistant, and both are named in their messages.
 
     Args:
-        data: `locomo10.json`, or a file or a dataset of its form.
-        config, split: of a dataset; by default "train".
+        data: `locomo10.json`, or a file or a dataset in its format.
+        config, split: configuration and split of a dataset; by default "train".
     """
 
     name = "locomo"
@@ -48,7 +48,7 @@ class LoCoMo:
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:
-        """A question each."""
+        """Return one item per question."""
         from deltamem_tool.data.sources import read_rows
 
         talks = read_rows(self._data, "conversation", self._config, self._split)
@@ -70,11 +70,11 @@ class LoCoMo:
             yield _item(asked, f"{where} question {place}", f"{name}/{place}", name, history)
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """The benchmark's score of the question's category."""
+        """Return the benchmark's score for the question's category."""
         if item.group == GROUPS[5]:
             return {"f1": float(any(words in answer.lower() for words in _TURNED_DOWN))}
         right = item.answers[0]
-        if item.group == GROUPS[1]:  # several answers, of which each is looked for among those given
+        if item.group == GROUPS[1]:  # several answers, each of which is compared with those given
             named = [part.strip() for part in answer.split(",")]
             wanted = [part.strip() for part in right.split(",")]
             return {"f1": sum(max(stemmed_f1(one, part) for one in named) for part in wanted) / len(wanted)}
@@ -82,7 +82,7 @@ class LoCoMo:
 
 
 def stemmed_f1(answer: str, right: str) -> float:
-    """Harmonic mean of precision and recall of Porter's stems, without case, punctuation and articles."""
+    """Return the harmonic mean of precision and recall of Porter stems, without case, punctuation and articles."""
     words, wanted = _stems(answer), _stems(right)
     common = sum((Counter(words) & Counter(wanted)).values())
     if common == 0:
@@ -104,26 +104,26 @@ def _stems(text: str) -> list[str]:
 
 
 def _sessions(conversation: Mapping[str, Any]) -> list[list[Message]]:
-    """Every session with a text in it, in order. Each message begins with the date: it may be all that is in view."""
+    """Return all sessions that have text. Each message starts with the date, because it may be the only one in view."""
     first = conversation["speaker_a"]
     numbers = sorted(int(match[1]) for key in conversation if (match := re.fullmatch(r"session_(\d+)", key)))
     sessions = []
     for number in numbers:
         turns = conversation[f"session_{number}"]
-        if not turns:  # in a table every conversation has the sessions of all
+        if not turns:  # in a table, every conversation has columns for the sessions of all
             continue
         date = conversation[f"session_{number}_date_time"]
         messages: list[Message] = []
         for turn in turns:
             role = "user" if turn["speaker"] == first else "assistant"
-            if not messages and role == "assistant":  # templates want a user first
+            if not messages and role == "assistant":  # templates require that the user begins
                 messages.append({"role": "user", "content": f"({date})"})
             if not isinstance(turn["text"], str):
                 raise TypeError(f"A turn of session {number} has no text")
             line = f"{turn['speaker']}: {turn['text']}"
             if turn.get("blip_caption"):
                 line += f" (shows a picture: {turn['blip_caption']})"
-            if messages and messages[-1]["role"] == role:  # they want roles to take turns, too
+            if messages and messages[-1]["role"] == role:  # they also require alternating roles
                 messages[-1] = {"role": role, "content": f"{messages[-1]['content']}\n{line}"}
             else:
                 messages.append({"role": role, "content": f"({date}) {line}"})
@@ -143,7 +143,7 @@ def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[M
     group = GROUPS[category]
     answer = UNSAID if group == GROUPS[5] else str(answer) if type(answer) in (str, int, float) else ""
     if group == GROUPS[3]:
-        answer = answer.split(";")[0].strip()  # the rest explains
+        answer = answer.split(";")[0].strip()  # the rest is an explanation
     if not answer.strip():
         raise _format_error(where, "It has no answer.")
     content = _ASK.format(question=question) + (_DATED if group == GROUPS[2] else "")

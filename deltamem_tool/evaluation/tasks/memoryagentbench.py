@@ -19,7 +19,7 @@ from deltamem_tool.io.names import expand_user
 from deltamem_tool.segments.messages import Message
 
 SCORE = "score"  # the source's own metric
-WITHOUT_JUDGE = "rougeL_f1"  # of sources that the benchmark has judged, where no judge is wanted
+WITHOUT_JUDGE = "rougeL_f1"  # replaces the judge of the benchmark with the option `without_judge`
 RETRIEVAL, LEARNING, UNDERSTANDING, CONFLICT = (
     "accurate retrieval",
     "test-time learning",
@@ -27,15 +27,15 @@ RETRIEVAL, LEARNING, UNDERSTANDING, CONFLICT = (
     "conflict resolution",
 )
 SPLITS = ("Accurate_Retrieval", "Test_Time_Learning", "Long_Range_Understanding", "Conflict_Resolution")
-_SHORT, _LONG = 512, 4096  # tokens of a chunk: of texts put together from short ones, and of the others (section 4.1)
+_SHORT, _LONG = 512, 4096  # tokens per chunk: for texts composed of short ones, and for the others (section 4.1)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Sources that are cut, asked and scored alike.
+    """Sources that are split, asked and scored in the same way.
 
-    `metric` is a name of `answer_scores` or of `Movies.recalls`; None where GPT-4o judges. `contents` is what a chunk
-    holds, in words.
+    `metric` is a name of `answer_scores` or of `Movies.recalls`; None if GPT-4o judges. `contents` describes the
+    content of a chunk.
     """
 
     competence: str
@@ -46,7 +46,7 @@ class Family:
     ask: str
 
 
-FAMILIES = {  # by what the source's name begins with
+FAMILIES = {  # by the beginning of the source's name
     "ruler_qa": Family(
         RETRIEVAL,
         "substring_exact_match",
@@ -119,20 +119,21 @@ _TOLD = "I have read them and will remember them."
 
 
 class MemoryAgentBench:
-    """One item a question. Questions about the same text share its history, whatever row they are in.
+    """One item per question. Questions about the same text share its history, even from different rows.
 
-    A session is a chunk: the benchmark hands its chunks over one by one, each in a dialogue of its own, and a whole
-    text (up to 1.4 million tokens) is within few models' positions.
+    A session is a chunk, because the benchmark passes chunks one by one, each in a separate dialogue. A whole text (up
+    to 1.4 million tokens) fits into the positions of few models.
 
     Args:
         data: `ai-hyz/MemoryAgentBench`, or rows of it in a file.
-        config, split: of a dataset; by default all four splits.
-        sources: only sources whose names begin so.
-        chunk: tokens of a chunk, if not the source's.
-        tokenizer: folder or Hub id whose tokens are counted; by default gpt-4o-mini's, as in the benchmark.
-        movies: its `entity2id.json`, for `recsys_redial`.
-        without_judge: score sources that the benchmark has judged by GPT-4o (`longmemeval`, `infbench_sum`) with
-            ROUGE-L's F1, which its script computes of them too; otherwise they are refused.
+        config, split: configuration and split of a dataset; by default all four splits.
+        sources: use only sources whose names start with one of these.
+        chunk: tokens per chunk; by default that of the source.
+        tokenizer: folder or Hub id of the tokenizer that counts tokens; by default that of gpt-4o-mini, as in the
+            benchmark.
+        movies: the benchmark's `entity2id.json`, for `recsys_redial`.
+        without_judge: score sources for which the benchmark uses GPT-4o as judge (`longmemeval`, `infbench_sum`) with
+            the F1 of ROUGE-L, which its script also computes; otherwise they are rejected.
     """
 
     name = "memoryagentbench"
@@ -167,7 +168,7 @@ class MemoryAgentBench:
         self._movies: Movies | None = None
 
     def items(self) -> list[Item]:
-        """A question each."""
+        """Return one item per question."""
         from deltamem_tool.data.sources import read_rows
 
         rows = read_rows(self._data, "row", self._config, self._split, (None, SPLITS))
@@ -180,7 +181,7 @@ class MemoryAgentBench:
         return items
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """The source's own metric as `score`, and all that the benchmark's script gives beside it."""
+        """Return the source's own metric as `score`, and all other scores of the benchmark's script."""
         source = item.id.partition("/")[0]
         metric = _family(source, item.where).metric or WITHOUT_JUDGE
         if source.startswith("recsys"):
@@ -216,16 +217,16 @@ class MemoryAgentBench:
 
 @dataclass(frozen=True)
 class _Row:
-    """A text and what is asked about it."""
+    """A text and the questions about it."""
 
     source: str
     family: Family
     context: str
     questions: list[str]
     answers: list[list[str]]
-    dates: list[str]  # of the questions, where the source has them
+    dates: list[str]  # of the questions, if the source has them
     where: str
-    number: int  # among all rows, which names its questions
+    number: int  # among all rows, for the names of its questions
 
     @classmethod
     def parse(cls, row: Any, where: str, number: int) -> _Row:
@@ -242,7 +243,7 @@ class _Row:
             raise _row_error(where, "Its questions and answers are not lists.")
         family = _family(source, where)
         if len(questions) == 1:
-            answers = [_flat(answers)]  # as the benchmark's `_create_query_answer_pairs` has it
+            answers = [_flat(answers)]  # as in the benchmark's `_create_query_answer_pairs`
         if len(answers) != len(questions):
             raise _row_error(where, f"It has {len(questions)} questions and {len(answers)} answers.")
         answers = [[one] if isinstance(one, str) else one for one in answers]
@@ -257,7 +258,7 @@ class _Row:
     def items(self, history_id: str, history: list[list[Message]], group: str) -> Iterator[Item]:
         for number, (question, right) in enumerate(zip(self.questions, self.answers, strict=True), start=1):
             today = f" Today is {self.dates[number - 1]}." if number <= len(self.dates) else ""
-            # Not `format`: a question may have braces.
+            # Without `format`, because a question may contain braces.
             asked = self.family.ask.replace("{today}", today).replace("{question}", question)
             yield Item(
                 f"{self.source}/{self.number}/{number}",
@@ -273,10 +274,10 @@ class _Row:
 
 
 class _Histories:
-    """The chunks of each text, once.
+    """The chunks of each text, stored once.
 
-    Single-hop and multi-hop questions are about the same texts: as two histories, the one's memory would be the
-    donor's of the other, and no control.
+    Single-hop and multi-hop questions are about the same texts. As two histories, each would be the donor of the other,
+    and the donor would not be a control.
     """
 
     def __init__(self, count: Count, chunk: int | None) -> None:
@@ -284,7 +285,7 @@ class _Histories:
         self._known: dict[tuple[str, Family], tuple[str, list[list[Message]]]] = {}
 
     def for_row(self, row: _Row) -> tuple[str, list[list[Message]]]:
-        """Its name and its sessions."""
+        """Return the name and the sessions of a row's history."""
         key = (row.context, row.family)
         if key not in self._known:
             chunks = sentence_chunks(row.context, self._chunk or row.family.chunk, self._count)

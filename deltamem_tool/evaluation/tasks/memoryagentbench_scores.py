@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.scoring.metrics import best_score, contains, exact_match, rouge, token_f1
 
-CUTOFFS = (1, 5, 10)  # of the recall of recommendations
+CUTOFFS = (1, 5, 10)  # numbers of recommendations for which recall is computed
 _ANSWER = "Answer:"
 _PARENTHESES = re.compile(r"\([^()]*\)")
 _NUMBERING = re.compile(r"^(?:\d+[\.\)、]?\s*[\-\—\–]?\s*)?")
 
 
 def first_answer(text: str) -> str:
-    """What stands behind "Answer:" in its line, or else the first line: the script's `parse_output`."""
+    """Return the text after "Answer:" in its line, or else the first line, like the script's `parse_output`."""
     match = re.search(f"{_ANSWER}(.*)", text, re.IGNORECASE) or re.match("(.*)", text)
     assert match is not None  # the second pattern fits any text
     line = match[1].strip()
@@ -27,7 +27,7 @@ def first_answer(text: str) -> str:
 
 
 def text_scores(answer: str, right: Sequence[str]) -> dict[str, float]:
-    """The best over the right answers, by metric: the script's `calculate_metrics`."""
+    """Return the best score over the correct answers, by metric, like the script's `calculate_metrics`."""
     scores = {
         "exact_match": best_score(exact_match, answer, right),
         "f1": best_score(token_f1, answer, right),
@@ -41,9 +41,10 @@ def text_scores(answer: str, right: Sequence[str]) -> dict[str, float]:
 
 
 def answer_scores(source: str, answer: str, right: Sequence[str]) -> dict[str, float]:
-    """What the script gives for an answer in words, by the source of its question.
+    """Return the script's scores for a text answer, which depend on the source of its question.
 
-    Of labels (icl) and events (eventqa) the parsed answer counts; elsewhere that or the whole, whichever is better.
+    For labels (icl) and events (eventqa), only the parsed answer counts. For other sources, it is the better of the
+    parsed and the whole answer.
     """
     parsed = text_scores(first_answer(answer), right)
     if "icl" in source:
@@ -55,13 +56,13 @@ def answer_scores(source: str, answer: str, right: Sequence[str]) -> dict[str, f
 
 
 class Movies:
-    """The titles of `entity2id.json`, which recommendations are matched to: the script's `_process_recsys_dataset`.
+    """The titles of `entity2id.json`, with which recommendations are matched, like `_process_recsys_dataset` does.
 
-    The script breaks ties between titles that are equally near by the order of a Python set, another in every run; here
-    the first of the file wins.
+    The script breaks ties between equally similar titles by the order of a Python set, which differs in every run.
+    Here, the first title in the file wins.
 
     Args:
-        numbers: by entity.
+        numbers: number of each entity.
 
     Raises:
         ConfigError: rapidfuzz is not installed.
@@ -84,11 +85,11 @@ class Movies:
         return number.strip().isdigit() and int(number) in self._titles
 
     def recalls(self, answer: str, right: Sequence[str]) -> dict[str, float]:
-        """The share of the right titles among the first 1, 5 and 10 that are recommended.
+        """Return the share of correct titles among the first 1, 5 and 10 recommendations.
 
         Args:
             answer: the list of recommendations.
-            right: their numbers.
+            right: numbers of the correct titles.
         """
         titles = [self._nearest_title(line) for line in _recommendations(answer)[: max(CUTOFFS)]]
         wanted = [self._titles[int(number)] for number in right]
@@ -103,13 +104,13 @@ class Movies:
 
 
 def _title(entity: str) -> str:
-    """Of a name like `<http://dbpedia.org/resource/Heat_(1995_film)>`."""
+    """Return the title in a name like `<http://dbpedia.org/resource/Heat_(1995_film)>`."""
     name = re.sub("[_>-]", " ", entity.split("/")[-1])
     return " ".join(_PARENTHESES.sub("", name).split())
 
 
 def _recommendations(answer: str) -> list[str]:
-    """The lines of a numbered list, or what stands between commas: `extract_recommendation_list`."""
+    """Return the lines of a numbered list or the parts between commas, like `extract_recommendation_list`."""
     before, numbered, listed = answer.partition("1.")
     lines = (listed if numbered else before.replace(",", "\n")).split("\n")
     return [" ".join(_NUMBERING.sub("", _PARENTHESES.sub("", line.strip())).split()) for line in lines]

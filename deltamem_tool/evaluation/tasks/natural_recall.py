@@ -28,14 +28,14 @@ from deltamem_tool.evaluation.tasks.recall import (
 CONTAINS = "contains"  # the metric that decides
 HELD_OUT = ("attributes", "values", "phrasings")
 DIALOGUES, NATURAL = "dialogues", "natural"  # words
-_OTHERS = 30  # facts between what was told and the question, before one of these changes
+_OTHERS = 30  # number of facts between the fact and the question before one of them changes
 
 
 def recall(words: str = DIALOGUES, seed: int = 0, **options: Any) -> Recall:
-    """Make the recall task of one kind of words: the shipped backbone's `dialogues`, or `natural` facts.
+    """Create the recall task for one kind of words: the shipped backbone's `dialogues`, or `natural` facts.
 
     Raises:
-        ConfigError: there are no such words, or the task does not take the options.
+        ConfigError: `words` is unknown, or the task does not have the options.
     """
     kind = {DIALOGUES: Recall, NATURAL: NaturalRecall}[one_of("words", words, (DIALOGUES, NATURAL))]
     task: Recall = create_task(kind, f"recall of {words}", {"seed": seed, **options}, None)
@@ -45,29 +45,28 @@ def recall(words: str = DIALOGUES, seed: int = 0, **options: Any) -> Recall:
 class NaturalRecall(Recall):
     """`episodes` conversations for each number of `facts` and each `delay`, of natural facts.
 
-    Scored, as `contains`, is whether the answer has the value in it, and the value of no other fact that the
-    conversation tells; of what was told twice, as `old`, the same of the first value. Of a question that is
-    unanswerable, `contains` is whether the answer says that it does not know, in whatever words. `false_answer`
-    is every answer that is neither right nor says that it does not know.
+    `contains` is whether the answer has the value, and the value of no other fact in the conversation. For facts that
+    were told twice, `old` is the same for the first value. For an unanswerable question, `contains` is whether the
+    answer says in any words that it does not know. `false_answer` is 1 for every answer that is neither correct nor
+    says that it does not know.
 
     Args:
-        facts: how many are told, one of which is asked for.
-        episodes: conversations of each.
-        seed: of all that is drawn.
+        facts: number of facts that are told, one of which is asked for.
+        episodes: number of conversations for each number of facts and each delay.
+        seed: random seed.
         kind: as in `Recall`.
         delay: as in `Recall`.
         between: as in `Recall`.
         distractors: as in `Recall`.
         session: as in `Recall`.
         unanswerable: as in `Recall`.
-        held_out: of `attributes`, `values` and `phrasings`, those that are drawn from what no training sees; the
-            others are drawn from what training sees.
-        form: `chat`, or `plain`: the facts in one message.
+        held_out: those of `attributes`, `values` and `phrasings` that are drawn from the sets never used in training;
+            the others are drawn from the training sets.
+        form: `chat`, or `plain` for all facts in one message.
         talk: mean number of turns of small talk before each statement of a chat.
-        third_person: the share of facts that are somebody else's than the user's.
-        bare: the share of values that are any word, whatever they are about.
-        system: the system prompt of every conversation; false for none. By default half of the chats have one of
-            several.
+        third_person: share of facts about other people than the user.
+        bare: share of values that are arbitrary words, regardless of the attribute.
+        system: system prompt of every conversation; false for none. By default, half of the chats have one of several.
 
     Raises:
         ConfigError: an option is out of range, options do not go together, or there are not so many facts.
@@ -75,7 +74,7 @@ class NaturalRecall(Recall):
 
     max_new_tokens = 48
     _metric = CONTAINS
-    _most = 64  # half of the attributes that are held out: values can still be told apart
+    _most = 64  # half of the held-out attributes, so that values can still be distinguished
 
     def __init__(
         self,
@@ -114,11 +113,11 @@ class NaturalRecall(Recall):
         self._systems, self._system = ((), None) if system is False else (SYSTEMS, system)
 
     def variant(self, delay: int) -> list[str]:
-        """What sets its conversations apart from the other ones of the same seed."""
+        """Return the options that distinguish its conversations from others with the same seed."""
         return [NATURAL, *super().variant(delay)]
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """`contains`, and those of the other metrics that are asked for."""
+        """Return `contains` and the other requested metrics."""
         assert isinstance(item, AskedFact)
         value, others, knows = item.answers[0], item.others, not declines(answer)
         right = (

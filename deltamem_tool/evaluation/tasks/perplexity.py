@@ -15,7 +15,7 @@ from deltamem_tool.segments.messages import Message
 
 
 class _Talk(NamedTuple):
-    """A conversation: sessions, of which the last one's end is asked about."""
+    """A conversation in sessions, of which the end of the last one is scored."""
 
     name: str
     sessions: Sequence[Sequence[Message]]
@@ -24,21 +24,21 @@ class _Talk(NamedTuple):
 
 
 class Perplexity:
-    """The last answers of each conversation, an item each.
+    """The last answers of each conversation, one item per answer.
 
-    The history ends where the last `turns` begin, so that all items of a conversation share one memory, and another
-    conversation's is their donor. They are the session that goes on from it: each answer has the turns between the
-    history and itself in view, under every condition.
+    The history ends where the last `turns` begin. So all items of a conversation share one memory, and the memory of
+    another conversation is their donor. The items form the session that follows: under every condition, each answer has
+    the turns between the history and itself in view.
 
     Args:
-        data: conversations as `deltamem train` reads them (a .jsonl or .parquet file, or a dataset of the Hub), or a
-            .json file of LoCoMo's form, whose sessions are kept.
-        turns: how many answers.
-        split, revision: of a dataset of the Hub.
-        facts: the memories are written from conversations about something else instead, generated ones that tell so
-            many facts, as in the task `text`; with 0 they are empty.
-        history: likewise, from the conversations of this file.
-        seed: of the generated conversations.
+        data: conversations in a format of `deltamem train` (a .jsonl or .parquet file, or a dataset of the Hub), or a
+            .json file in LoCoMo's format, whose sessions are kept.
+        turns: number of answers per conversation.
+        split, revision: split and revision of a dataset of the Hub.
+        facts: write the memories from generated conversations with this many facts instead, as in the task `text`; with
+            0 they are empty.
+        history: write the memories from the conversations of this file instead.
+        seed: random seed for the generated conversations.
 
     Raises:
         ConfigError: there is no data, or no turn to score.
@@ -65,7 +65,7 @@ class Perplexity:
         self._facts, self._history, self._seed = facts, history, seed
 
     def items(self) -> list[Item]:
-        """An answer each."""
+        """Return one item per answer."""
         talks = list(self._talks())
         if self._facts is None and self._history is None:
             return [item for talk in talks for item in self._question_items(talk)]
@@ -117,9 +117,9 @@ class Perplexity:
 
 
 def _answer_places(messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """Where each user's turn that has an answer begins, and where the answer is.
+    """Return the start of each user turn that has an answer, and the position of the answer.
 
-    That is the assistant's last message of it.
+    The answer is the last message of the assistant in that turn.
     """
     starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
     turns = []
@@ -134,7 +134,7 @@ def _conversations(data: str, split: str, revision: str | None) -> Iterator[_Tal
     from deltamem_tool.data.sources import read_episodes
 
     for number, episode in enumerate(read_episodes(data, split, revision).episodes, start=1):
-        (exchange,) = episode.exchanges  # the last turn, after the system prompt where the history has one
+        (exchange,) = episode.exchanges  # the last turn, after the system prompt if the history has one
         turn = exchange[1:] if exchange[0]["role"] == "system" else exchange
         yield _Talk(str(number), [[*episode.history, *turn]], episode.where, episode.template_kwargs)
 

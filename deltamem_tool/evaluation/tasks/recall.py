@@ -30,8 +30,8 @@ class AskedFact(Item):
     """A question about a fact.
 
     Args:
-        stale: of what was told twice, the answer that was right at first.
-        others: the values of the other facts that the conversation tells.
+        stale: for a fact that was told twice, the answer with the first value.
+        others: values of the other facts in the conversation.
         is_told: whether the fact was told at all.
     """
 
@@ -43,25 +43,26 @@ class AskedFact(Item):
 class Recall:
     """`episodes` conversations for each number of `facts` and each `delay`.
 
-    Scored is whether the whole answer is the expected one; of what was told twice also, as `old`, whether it is the
-    one with the first value; and where some questions are `unanswerable` also, as `false_answer`, whether it names a
-    value that is not right.
+    The score is whether the whole answer is the expected one. For facts that were told twice, `old` is whether the
+    answer is the one with the first value. If some questions are `unanswerable`, `false_answer` is whether the answer
+    names a wrong value.
 
     Args:
-        facts: how many are told, one of which is asked for.
-        episodes: conversations of each.
-        kind: what is asked for was `stated`; `changed`: told with another value before, and corrected ("Actually, my
-            dog is Rex."); `contradicted`: the same, but the second time it is stated like the first, without a word of
-            correction. What was said last is right.
-        delay: turns between what was told and the question.
-        between: what these are: `small_talk`, or `facts` about other attributes, each stated once and then changed.
-        distractors: more facts that are told among the others and never asked for, of the asked one's kind as long as
-            there are any (a cat's, a horse's and a parrot's name where the dog's is asked for), then of the others'.
-        session: a history is cut into sessions of so many turns, each of which is written in a context of its own; by
-            default it is one.
-        unanswerable: in this share of the conversations, groups of their own, the question is about something that was
-            never told, half of the time of the kind of something that was. Right is the sentence that says so.
-        seed: of all that is drawn.
+        facts: number of facts that are told, one of which is asked for.
+        episodes: number of conversations for each number of facts and each delay.
+        kind: how the fact was told. `stated`: once. `changed`: first with another value, then corrected ("Actually, my
+            dog is Rex."). `contradicted`: the same, but the second statement does not mark a correction. The last
+            statement is the correct one.
+        delay: number of turns between the fact and the question.
+        between: content of these turns: `small_talk`, or `facts` about other attributes, each stated once and then
+            changed.
+        distractors: number of further facts that are never asked for. They are of the same kind as the requested fact
+            as long as there are any (the names of a cat, a horse and a parrot for that of a dog), then of other kinds.
+        session: number of turns per session. Each session of a history is written in a separate context; by default,
+            there is only one.
+        unanswerable: share of conversations whose question is about something that was never told, in half of them of
+            the same kind as a fact that was told. They form separate groups. The correct answer says so.
+        seed: random seed.
 
     Raises:
         ConfigError: an option is out of range, or there are not so many facts.
@@ -106,7 +107,7 @@ class Recall:
             )
 
     def items(self) -> list[Item]:
-        """A conversation each."""
+        """Return one item per conversation."""
         return [item for count in self._facts for delay in self._delays for item in self._conversations(count, delay)]
 
     def _conversations(self, facts: int, delay: int) -> list[Item]:
@@ -121,7 +122,7 @@ class Recall:
         ]
 
     def variant(self, delay: int) -> list[str]:
-        """What sets it apart from the task without options, whose conversations stay as they are."""
+        """Return the options that change the conversations; without options, they are always the same."""
         parts = [] if self._kind == STATED else [self._kind]
         parts += [f"{delay} {self._between}"] if delay else []
         return parts + ([f"{self._distractors} distractors"] if self._distractors else [])
@@ -161,7 +162,7 @@ class Recall:
         )
 
     def _messages(self, rng: random.Random, facts: Sequence[Any], asked: Any) -> tuple[list[Message], Any]:
-        """The conversation that tells `facts`; and what was said of the one that is `asked` before it was told anew."""
+        """Return a conversation that tells `facts`, and the former value of the fact `asked` if it was told twice."""
         if self._kind == STATED:
             return self._fact_history(rng, facts), None
         stale = self._other_value(rng, asked, facts)
@@ -169,7 +170,7 @@ class Recall:
         return self._fact_history(rng, first, asked, is_change=self._kind == CHANGED), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """The metric that decides, and those of the others that are asked for."""
+        """Return the deciding metric and the other requested ones."""
         scores = {EXACT: exact(answer, item.answers[0])}
         if OLD in self.metrics:
             scores[OLD] = exact(answer, item.stale) if isinstance(item, AskedFact) and item.stale else 0.0
@@ -177,7 +178,7 @@ class Recall:
             scores[FALSE_ANSWER] = float(bool(_values_in(answer) - _values_in(item.answers[0])))
         return scores
 
-    # What the conversations are made of; `facts` are of whatever kind `_sample` draws, and have a `value`.
+    # Parts of the conversations. `facts` have the type that `_sample` draws, with a `value`.
 
     def _sample(self, rng: random.Random, count: int) -> list[Any]:
         return dialogues.sample_facts(rng, count, held_out=True)
@@ -194,7 +195,7 @@ class Recall:
     def _fact_history(
         self, rng: random.Random, facts: Sequence[Any], anew: Any = None, is_change: bool = False
     ) -> list[Message]:
-        """A conversation that tells `facts`, and at its end, if there is one, the fact `anew`."""
+        """Return a conversation that tells `facts` and ends with the fact `anew`, if there is one."""
         if anew is None:
             return dialogues.fact_history(rng, facts, held_out=True)
         sentence = anew.change(rng) if is_change else anew.statement(rng)
@@ -205,7 +206,7 @@ class Recall:
         return dialogues.small_talk(rng, turns)
 
     def _other_facts(self, rng: random.Random, facts: Sequence[Any], turns: int) -> tuple[list[Message], list[str]]:
-        """Turns that tell other facts, and their values where these are scored."""
+        """Return turns that tell other facts, and the values of these if they are scored."""
         return dialogues.other_facts(rng, facts, turns, held_out=True), []
 
     def _question(self, rng: random.Random, fact: Any) -> str:
@@ -222,12 +223,12 @@ class Recall:
 
 
 def _values_in(answer: str) -> set[str]:
-    """The values of all kinds that occur in an answer, as words."""
+    """Return all values of any kind that occur in an answer as words."""
     return {word for word in normalise(answer).split() if word in _VALUES}
 
 
 def _sessions(messages: Sequence[Message], turns: int | None) -> tuple[list[Message], list[list[Message]]]:
-    """The system prompt, if there is one, and the sessions, each of which begins with it."""
+    """Return the system prompt, if there is one, and the sessions, each of which starts with it."""
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     turned = messages[len(system) :]
     size = len(turned) if turns is None else 2 * turns
@@ -235,7 +236,7 @@ def _sessions(messages: Sequence[Message], turns: int | None) -> tuple[list[Mess
 
 
 def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None = None) -> list[int]:
-    """One whole number or several, as a list."""
+    """Return one integer or several as a list."""
     numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not numbers or not all(type(n) is int and least <= n and (most is None or n <= most) for n in numbers):
         bounds = f"from {least} to {most}" if most is not None else f"{least} or more"
@@ -249,7 +250,7 @@ def share(name: str, value: float) -> float:
     """Check an option that is a share.
 
     Raises:
-        ConfigError: it is not a number from 0 to 1.
+        ConfigError: the option is not a number from 0 to 1.
     """
     if type(value) not in (int, float) or not 0 <= value <= 1:
         raise ConfigError(
@@ -259,7 +260,7 @@ def share(name: str, value: float) -> float:
 
 
 def _questions(name: str, value: float, of: int) -> int:
-    """A share as a number of questions, at least one if it is above 0."""
+    """Convert a share to a number of questions, at least one if it is above 0."""
     count = round(share(name, value) * of)
     if value > 0 and count == 0:
         raise ConfigError(
@@ -274,7 +275,7 @@ def one_of(name: str, value: str, known: Sequence[str]) -> str:
     """Check an option that is one of a few words.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: the option is none of them.
     """
     if value not in known:
         raise ConfigError(f"The recall task has no {name} {value!r}.", "", f"Choose from {', '.join(known)}.")

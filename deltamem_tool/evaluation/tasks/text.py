@@ -12,15 +12,15 @@ _ASK = "Go on with this text:\n\n"
 
 
 class Text:
-    """A text file in passages: the first half of each is in view, the second is the answer whose likelihood is taken.
+    """A text file in passages. The first half of each is in the context, and the second half is scored as the answer.
 
     Args:
         data: the file.
-        words: of a passage; what is left at the end and is shorter is left out.
-        history: conversations, as `deltamem train` reads them, whose histories the memories are written from; by
-            default they are generated, one for each passage.
-        facts: that each generated one tells; with 0 the memory is empty.
-        seed: of the generated conversations.
+        words: number of words per passage; a shorter rest at the end is left out.
+        history: conversations in a format of `deltamem train`, from which the memories are written; by default they are
+            generated, one per passage.
+        facts: number of facts in each generated conversation; with 0 the memory is empty.
+        seed: random seed for the generated conversations.
 
     Raises:
         ConfigError: there is no data, or an option is out of range.
@@ -38,7 +38,7 @@ class Text:
         self._history, self._facts, self._seed = history, facts, seed
 
     def items(self) -> list[Item]:
-        """A passage each.
+        """Return one item per passage.
 
         Raises:
             DataError: the text is shorter than one passage.

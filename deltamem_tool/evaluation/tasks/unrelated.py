@@ -9,22 +9,22 @@ from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.segments.messages import Message
 
-FACTS = 6  # that a generated conversation tells
+FACTS = 6  # number of facts in a generated conversation
 
-Talk = tuple[str, Sequence[Sequence[Message]]]  # its name, and its sessions: one, or none
+Talk = tuple[str, Sequence[Sequence[Message]]]  # name and sessions (one or none)
 
 
 def unrelated_conversations(count: int, facts: int, seed: int, data: str | None = None) -> list[Talk]:
-    """Conversations for so many questions: generated ones, or those of a file in turn.
+    """Return one conversation per question: generated ones, or those of a file in turn.
 
     Args:
-        count: how many.
-        facts: that each generated one tells, as a chat; with 0 nothing was said, and the memory is empty.
-        seed: of what is generated.
-        data: conversations as `deltamem train` reads them.
+        count: number of questions.
+        facts: number of facts in each generated chat; with 0 there is no history, and the memory is empty.
+        seed: random seed for the generated conversations.
+        data: conversations in a format of `deltamem train`.
 
     Raises:
-        ConfigError: the number of facts is not one.
+        ConfigError: the number of facts is not valid.
         DataError: `data` cannot be read.
     """
     if type(facts) is not int or facts < 0:
@@ -43,17 +43,17 @@ def unrelated_conversations(count: int, facts: int, seed: int, data: str | None 
     from deltamem_tool.data.fact_episodes import FactEpisodes, FactOptions, Growth
     from deltamem_tool.data.fact_words import EVERYTHING
 
-    # Not every chat template takes a system prompt.
+    # Not every chat template supports a system prompt.
     options = FactOptions(Growth(facts, facts), fewest=1.0, systems=())
     generated = FactEpisodes(count, 1, seed, options, EVERYTHING)
     return [(name, [generated[number].history]) for number, name in enumerate(names)]
 
 
 def read_text(file: str | Path) -> str:
-    """The text of a file in UTF-8.
+    """Read a UTF-8 text file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return expand_user(file).read_text(encoding="utf-8-sig")
