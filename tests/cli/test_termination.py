@@ -13,11 +13,11 @@ from helpers.tiny import listing
 WRITING = """
 import os, signal, time, click
 from deltamem_tool.cli import main
-from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.io.atomic import atomic_folder
 
 @click.command()
 def command():
-    with folder_whole("folder") as staged:
+    with atomic_folder("folder") as staged:
         (staged / "half").write_text("written")
         print("writing", signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, flush=True)
         time.sleep(60)

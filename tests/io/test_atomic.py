@@ -21,9 +21,9 @@ from deltamem_tool.io.atomic import atomic_folder, check_overwrite, check_writab
 # A program that writes half of the folder that it is told.
 WRITING = """
 import sys, time
-from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.io.atomic import atomic_folder
 
-with folder_whole(sys.argv[1]) as staged:
+with atomic_folder(sys.argv[1]) as staged:
     (staged / "half").write_text("written")
     print("writing", flush=True)
     time.sleep(60)
@@ -154,7 +154,7 @@ def test_a_mount_point_is_written(tmp_path):
         pytest.skip(why)
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "mounted").write_bytes(b"")
-    program = "from deltamem_tool.io.atomic import write_whole; write_whole('mounted', b'new')"
+    program = "from deltamem_tool.io.atomic import write_atomically; write_atomically('mounted', b'new')"
     script = f'mount --bind real mounted && "$0" -c "{program}"'
     subprocess.run(["unshare", "--mount", "sh", "-c", script, sys.executable], cwd=tmp_path, check=True)
     assert (tmp_path / "real").read_bytes() == b"new" and (tmp_path / "mounted").read_bytes() == b""
@@ -189,7 +189,9 @@ def test_a_pipe_is_written_into(tmp_path):
     with pytest.raises(OSError, match="pipe") as nobody_reads:
         write_atomically(tmp_path / "pipe", b"new")
     assert "cannot be read or written" in str(domain_error(nobody_reads.value))
-    program = "from deltamem_tool.io.atomic import *; check_writable('/dev/stdout'); write_whole('/dev/stdout', b'new')"
+    program = (
+        "from deltamem_tool.io.atomic import *; check_writable('/dev/stdout'); write_atomically('/dev/stdout', b'new')"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"new"
 
 
