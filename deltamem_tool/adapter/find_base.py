@@ -93,9 +93,9 @@ def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
 
 def base_of_model(model: PreTrainedModel) -> BaseModel:
     """Return the base of a loaded model: as recorded, else from the checkpoint it names, else from its weights."""
-    known = adapter_of(model).made_for
-    if isinstance(known, BaseModel):
-        return known
+    recorded = adapter_of(model).made_for
+    if isinstance(recorded, BaseModel):
+        return recorded
     name = source_of(model)
     if name:
         try:

@@ -123,8 +123,8 @@ class BaseCheckpoint:
     def _kind(self) -> Any:
         """The model class: the text decoder alone if transformers has one, else the model with its vision towers."""
         causal = self.config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        known = self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        return AutoModelForCausalLM if causal or known else AutoModelForImageTextToText
+        is_causal_lm = self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return AutoModelForCausalLM if causal or is_causal_lm else AutoModelForImageTextToText
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights (on torch's meta device): its module tree and shapes."""

@@ -90,23 +90,23 @@ def make_room(
     if len(place.tokens) + len(place.pending) + new + room <= window:
         return place
     for count in reversed(range(len(place.transcript.turns))):
-        kept = place.transcript.keep(text, count)
-        tokens = kept.tokens(text)
-        new = len(kept.begin(text, content)[1])
+        transcript = place.transcript.keep(text, count)
+        tokens = transcript.tokens(text)
+        new = len(transcript.begin(text, content)[1])
         if len(tokens) <= window * KEPT_AFTER_EVICTION and len(tokens) + new + room <= window:
-            return _evict(engine, place, write, kept, tokens)
-    kept = place.transcript.keep(text, 0)
-    tokens, new = kept.tokens(text), len(kept.begin(text, content)[1])
+            return _evict(engine, place, write, transcript, tokens)
+    transcript = place.transcript.keep(text, 0)
+    tokens, new = transcript.tokens(text), len(transcript.begin(text, content)[1])
     if len(tokens) + new >= window:
         raise ConfigError(
             f"The prompt is longer than the window of {window} tokens.",
             f"With the system message it has {len(tokens) + new}, and the answer needs at least one.",
             "Shorten it, or use a larger window.",
         )
-    return _evict(engine, place, write, kept, tokens) if place.tokens or place.pending else place
+    return _evict(engine, place, write, transcript, tokens) if place.tokens or place.pending else place
 
 
-def _evict(engine: Engine, place: Place, write: bool, kept: Transcript, tokens: list[int]) -> Place:
+def _evict(engine: Engine, place: Place, write: bool, transcript: Transcript, tokens: list[int]) -> Place:
     """An empty context that has read `tokens`, and not written them, from the memory after all that was said."""
     past = place.past
     if place.foreign and write and engine.memory_shape.segment_width:
@@ -117,7 +117,7 @@ def _evict(engine: Engine, place: Place, write: bool, kept: Transcript, tokens: 
     if tokens:
         past = _feed(engine, past, 0, [Token(token, writes=False) for token in tokens])
     # Where no turn stays, nothing that is fed can end the last one's segment.
-    return Place(past, None, kept, tuple(tokens), (), foreign=not kept.turns)
+    return Place(past, None, transcript, tuple(tokens), (), foreign=not transcript.turns)
 
 
 def close_segment(engine: Engine, past: Past) -> Past:

@@ -77,10 +77,10 @@ class Chat:
             elif text:
                 self._turn(text[1:] if text.startswith("//") else text)
         except Exception as error:
-            known = domain_error(error)
-            if known is None:
+            user_error = domain_error(error)
+            if user_error is None:
                 raise
-            self._fail(known)
+            self._fail(user_error)
 
     def notice(self, text: str) -> None:
         """Print a line that is not part of the conversation."""
@@ -104,12 +104,12 @@ class Chat:
             self._memory_file = conflict.beside
             raise
         except Exception as error:
-            known = domain_error(error)
-            if known is None:
+            user_error = domain_error(error)
+            if user_error is None:
                 raise
             raise MemoryStateError(
                 f"{self._memory_file.path} could not be written and is unchanged.",
-                f"{known.what} {known.why}".strip(),
+                f"{user_error.what} {user_error.why}".strip(),
                 "The next turn tries again. /save FILE writes to another file.",
             ) from error
 

@@ -179,11 +179,14 @@ class TorchModel:
     def take(self, past: TorchPast, row: int, columns: NDArray[Any]) -> TorchPast:
         """See `Engine.take`."""
         _check_separable(past)
-        kept = torch.from_numpy(columns)
+        index_tensor = torch.from_numpy(columns)
         layers = {}
         for index, (keys, values) in past.layers.items():
-            kept = kept.to(keys.device)  # one copy for all layers that are there
-            layers[index] = (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
+            index_tensor = index_tensor.to(keys.device)  # one copy for all layers that are there
+            layers[index] = (
+                keys[row : row + 1].index_select(2, index_tensor),
+                values[row : row + 1].index_select(2, index_tensor),
+            )
         states = select_states(past.states, [row])
         return TorchPast(layers if len(columns) else {}, past.memory.select([row]), states if len(columns) else {})
 
@@ -191,10 +194,13 @@ class TorchModel:
         """See `Engine.keep`. One copy a layer: with one a row, a large batch would wait for thousands of small ones."""
         _check_separable(past)
         rows, first = [*columns], int(min(of_row[0] for of_row in columns.values()))
-        kept, layers = torch.tensor(rows), {}
+        index_tensor, layers = torch.tensor(rows), {}
         for index, (keys, values) in past.layers.items():
-            kept = kept.to(keys.device)
-            layers[index] = (keys[:, :, first:].index_select(0, kept), values[:, :, first:].index_select(0, kept))
+            index_tensor = index_tensor.to(keys.device)
+            layers[index] = (
+                keys[:, :, first:].index_select(0, index_tensor),
+                values[:, :, first:].index_select(0, index_tensor),
+            )
         return TorchPast(layers, past.memory.select(rows), select_states(past.states, rows))
 
     def join(self, pasts: Sequence[TorchPast]) -> TorchPast:

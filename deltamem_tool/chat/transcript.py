@@ -176,11 +176,11 @@ class Transcript:
 
     def keep(self, text: ChatText, count: int) -> Transcript:
         """Keep only the last `count` turns of the context, rendered as if the conversation began with them."""
-        gone, kept = self.turns[: len(self.turns) - count], self.turns[len(self.turns) - count :]
-        shorter = replace(self, turns=(), dropped=(*self.dropped, *gone), rendered="")
-        if not kept:
+        dropped_turns, kept_turns = self.turns[: len(self.turns) - count], self.turns[len(self.turns) - count :]
+        shorter = replace(self, turns=(), dropped=(*self.dropped, *dropped_turns), rendered="")
+        if not kept_turns:
             return replace(shorter, rendered=_render_system(text, self.system))
-        for turn in kept:
+        for turn in kept_turns:
             plain = turn.messages[0]["content"] if not text.has_template else turn.messages
             shorter = shorter.begin(text, plain)[0].with_answer(turn.answer, turn.tokens)
         return shorter

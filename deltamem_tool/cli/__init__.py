@@ -124,10 +124,10 @@ def main(command: click.Command = cli) -> None:
         with interrupt_on_signals():
             command(prog_name="deltamem" if command is cli else None)
     except Exception as error:
-        known = domain_error(error)
-        if known is None:
+        user_error = domain_error(error)
+        if user_error is None:
             raise
-        _fail(known)
+        _fail(user_error)
 
 
 def _format_warning(

@@ -53,9 +53,9 @@ def command(
     from deltamem_tool.cli.console import STDERR, progress
     from deltamem_tool.io.atomic import check_overwrite
 
-    taken = choose_adapter(base, adapter, fast, steps)
+    adapter_name = choose_adapter(base, adapter, fast, steps)
     check_overwrite(out, overwrite or resume)
-    for note in _notes(base, taken, steps):
+    for note in _notes(base, adapter_name, steps):
         STDERR.print(note, highlight=False)
     with progress() as bar:
         tasks: dict[str, TaskID] = {}
@@ -85,11 +85,11 @@ def command(
         _show(result)
 
 
-def _notes(base: str, taken: str | None, steps: int | None) -> Iterator[str]:
+def _notes(base: str, adapter_name: str | None, steps: int | None) -> Iterator[str]:
     """Yield what the user is to expect: how long it takes, and how much is fetched."""
     kind = BASES[base]
     if steps is None:
-        yield f"On 2 CPU cores this takes {kind.time if taken is None else kind.fast_time}."
+        yield f"On 2 CPU cores this takes {kind.time if adapter_name is None else kind.fast_time}."
     size = kind.size_to_fetch()
     if size is not None:
         yield f"{kind.name} is fetched once: {size}."

@@ -156,10 +156,10 @@ class Encoder:
         encoded = []
         for where, messages in conversations:
             try:
-                asked = _render_exchange(self._template, messages)
-                (encoding,) = self._tokenise([asked.text])
-                exchange = _label(asked, encoding)
-                self._check_length(exchange, asked.text)
+                rendered = _render_exchange(self._template, messages)
+                (encoding,) = self._tokenise([rendered.text])
+                exchange = _label(rendered, encoding)
+                self._check_length(exchange, rendered.text)
                 self._check_ids(exchange.ids)
             except DataError as error:
                 raise DataError(f"{where}: {error.what}", error.why, error.next) from error
@@ -171,18 +171,18 @@ class Encoder:
         done: dict[int, EncodedEpisode | DataError] = {}
         tokenised: dict[int, Any] = dict.fromkeys(range(len(episodes)))
         while tokenised:
-            asked: dict[int, list[str]] = {}
+            rendered: dict[int, list[str]] = {}
             for n, tokens in tokenised.items():
                 try:
-                    asked[n] = steps[n].send(tokens)
+                    rendered[n] = steps[n].send(tokens)
                 except StopIteration as end:
                     done[n] = end.value
                 except DataError as error:
                     at = f"{episodes[n].where}: " if episodes[n].where else ""
                     done[n] = refusal = DataError(f"{at}{error.what}", error.why, error.next)
                     refusal.__cause__ = error
-            encodings = iter(self._tokenise([text for texts in asked.values() for text in texts]))
-            tokenised = {n: [next(encodings) for _ in texts] for n, texts in asked.items()}
+            encodings = iter(self._tokenise([text for texts in rendered.values() for text in texts]))
+            tokenised = {n: [next(encodings) for _ in texts] for n, texts in rendered.items()}
         return [done[n] for n in range(len(episodes))]
 
     def _tokenise(self, texts: list[str]) -> list[Any]:
@@ -203,9 +203,9 @@ class Encoder:
         else:
             _, ids, tags = tag_messages(self.tokenizer, template, episode.history, self.granularity)
         kept = slice(max(0, len(ids) - self.max_write_tokens), None)
-        asked = [_render_exchange(template, exchange) for exchange in episode.exchanges]
-        exchanges = yield from self._encode_exchanges(asked)
-        for exchange, (_, text) in zip(exchanges, asked, strict=True):
+        rendered = [_render_exchange(template, exchange) for exchange in episode.exchanges]
+        exchanges = yield from self._encode_exchanges(rendered)
+        for exchange, (_, text) in zip(exchanges, rendered, strict=True):
             self._check_length(exchange, text)
         recent = (yield from self._recent(episode, exchanges)) if self.recent_turns else []
         full = (yield from self._full(episode)) if self.full_context else []
@@ -217,10 +217,10 @@ class Encoder:
         return EncodedEpisode(ids[kept], tags[kept], exchanges, recent, full, episode.where, kept.start)
 
     def _encode_exchanges(
-        self, asked: list[_RenderedExchange]
+        self, rendered: list[_RenderedExchange]
     ) -> Generator[list[str], list[Any], list[EncodedExchange]]:
-        encodings = yield [text for _, text in asked]
-        return list(map(_label, asked, encodings))
+        encodings = yield [text for _, text in rendered]
+        return list(map(_label, rendered, encodings))
 
     def _recent(
         self, episode: Episode, alone: list[EncodedExchange]
@@ -283,9 +283,9 @@ def _render_exchange(template: ChatTemplate, exchange: list[Message]) -> _Render
     return _RenderedExchange(prompt, prompt + answer)
 
 
-def _label(asked: _RenderedExchange, encoding: Any) -> EncodedExchange:
+def _label(rendered: _RenderedExchange, encoding: Any) -> EncodedExchange:
     labels = [
-        token if start >= len(asked.prompt) else IGNORED
+        token if start >= len(rendered.prompt) else IGNORED
         for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
     ]
     return EncodedExchange(encoding.ids, labels)

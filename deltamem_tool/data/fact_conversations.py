@@ -17,11 +17,11 @@ _TOGETHER = 0.15  # that a message states the next fact too,
 _ASKED = 0.15  # and that a statement is followed by a question about what was told so far
 
 
-def system_prompt(rng: random.Random, form: str, systems: Sequence[str], given: str | None = None) -> list[Message]:
-    """Draw the system prompt of a conversation: the `given` one, or in a chat none or one of `systems`."""
-    if given is None and systems and form == "chat" and rng.random() < _SYSTEM:
-        given = rng.choice(systems)
-    return [] if given is None else [{"role": "system", "content": given}]
+def system_prompt(rng: random.Random, form: str, systems: Sequence[str], system: str | None = None) -> list[Message]:
+    """Draw the system prompt of a conversation: `system`, or in a chat none or one of `systems`."""
+    if system is None and systems and form == "chat" and rng.random() < _SYSTEM:
+        system = rng.choice(systems)
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def fact_history(
@@ -45,29 +45,29 @@ def fact_history(
         changed: see `form`.
         unanswerable: the share of the questions in a chat that are about something which has not been told.
     """
-    told = [
+    statements = [
         (fact, fact.statement(rng, phrasing))
         for fact, phrasing in zip(facts, phrasings(rng, form, held_out), strict=False)
     ]
     if form == "plain":
-        return [user(" ".join(sentence for _, sentence in told))]
+        return [user(" ".join(sentence for _, sentence in statements))]
     if facts and rng.random() < changed:
         index = rng.randrange(len(facts))
         fact = facts[index]
         stale = other_value(rng, fact, facts, held_out)
-        told[index] = (stale, statement_sentence(rng, stale, form, held_out))
-        told.insert(rng.randint(index + 1, len(told)), (fact, fact.change(rng, held_out)))
+        statements[index] = (stale, statement_sentence(rng, stale, form, held_out))
+        statements.insert(rng.randint(index + 1, len(statements)), (fact, fact.change(rng, held_out)))
     remarks = _remarks(rng)
     messages: list[Message] = []
-    known: dict[object, Fact] = {}
-    while told:
-        together = told[: 1 + (rng.random() < _TOGETHER)]
-        del told[: len(together)]
+    known_facts: dict[object, Fact] = {}
+    while statements:
+        together = statements[: 1 + (rng.random() < _TOGETHER)]
+        del statements[: len(together)]
         messages += _turns(rng, talk, remarks)
         messages += statement_exchange(rng, " ".join(sentence for _, sentence in together))
-        known |= {fact.key: fact for fact, _ in together}
+        known_facts |= {fact.key: fact for fact, _ in together}
         if rng.random() < _ASKED:
-            so_far = list(known.values())
+            so_far = list(known_facts.values())
             if unanswerable and rng.random() < unanswerable:
                 messages += unanswerable_exchange(rng, untold_fact(rng, [*so_far, *facts], held_out), form, held_out)
             else:
@@ -77,8 +77,8 @@ def fact_history(
 
 def phrasings(rng: random.Random, form: str, held_out: HeldOut) -> Iterator[str]:
     """Draw phrasings of statements: none comes again before all have come."""
-    known = FORMS[form].statements[held_out.phrasings]
-    return itertools.cycle(rng.sample(known, len(known)))
+    templates = FORMS[form].statements[held_out.phrasings]
+    return itertools.cycle(rng.sample(templates, len(templates)))
 
 
 def statement_sentence(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> str:

@@ -106,8 +106,10 @@ class FactEpisodes(Dataset[Episode]):
         count, form, replies = self._of_batch(index // self.batch_size, share)
         facts = sample_facts(rng, count, held_out, options.third_person, options.bare.at(share))
         system = system_prompt(rng, form, options.systems, options.system)
-        told = fact_history(rng, facts, form, held_out, options.talk.at(share), unanswerable=options.unanswerable)
-        history = [*system, *told]
+        conversation = fact_history(
+            rng, facts, form, held_out, options.talk.at(share), unanswerable=options.unanswerable
+        )
+        history = [*system, *conversation]
         exchanges = [question_exchange(rng, fact, form, held_out) for fact in facts]
         for _ in facts:
             while options.unanswerable and rng.random() < options.unanswerable:  # so that it is the share of all

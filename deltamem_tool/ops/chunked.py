@@ -61,7 +61,7 @@ def _scan(
     decay = _pairwise_decay(before, total, log_keep.dtype)  # [N, B, H, R, C, C]
     from_start = _exp(before, log_keep.dtype)  # G_{t-1}, [N, B, H, R, C]
     to_end = _exp(total[..., -1:] - total, log_keep.dtype)  # G_C / G_s, [N, B, H, R, C]
-    whole = _exp(total[..., -1], log_keep.dtype)  # G_C, [N, B, H, R]
+    chunk_decay = _exp(total[..., -1], log_keep.dtype)  # G_C, [N, B, H, R]
 
     # (I + A) d = write v - erase G_{t-1} K S0^T for every S0 at once: the solution is [u | W], d = u - W S0^T.
     # It is kept transposed, [1 + R, C]: that is the solver's own memory layout.
@@ -75,7 +75,7 @@ def _scan(
     written = (solved * to_end.unsqueeze(-2)).flatten(3, 4) @ k
     written = written.unflatten(3, (rank, 1 + rank))  # [N, B, H, R, 1 + R, R]
     added = written[..., :1, :]
-    transfer = torch.diag_embed(whole.unsqueeze(-1).expand(written[..., 0, :].shape)) - written[..., 1:, :]
+    transfer = torch.diag_embed(chunk_decay.unsqueeze(-1).expand(written[..., 0, :].shape)) - written[..., 1:, :]
     # One after the other costs least on a CPU; a GPU would wait for N launches, and a symbolic N cannot be unrolled.
     run = _states_in_parallel if symbolic or q.device.type != "cpu" else _states_in_turn
     starts, state = run(transfer, added, state)  # [N, B, H, R, R]

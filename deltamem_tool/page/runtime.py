@@ -159,14 +159,14 @@ def runtime_contents(
     contents: dict[str, bytes] = {}
     fetched: dict[Package, bytes] = {}
     for file in files:
-        kept = platformdirs.user_cache_path("deltamem", appauthor=False) / "npm" / file.sha256
-        content = kept.read_bytes() if kept.is_file() else None
+        cache_file = platformdirs.user_cache_path("deltamem", appauthor=False) / "npm" / file.sha256
+        content = cache_file.read_bytes() if cache_file.is_file() else None
         if content is None or not _is_tested(file, content):
             if file.package not in fetched:
                 progress(f"Fetching {file.package.name} {file.package.version} from npm")
                 fetched[file.package] = _tarball(file.package)
             content = _in_tarball(file, fetched[file.package])
-            write_atomically(kept, content)
+            write_atomically(cache_file, content)
         contents[file.name] = content
     return contents
 

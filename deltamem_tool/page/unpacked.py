@@ -47,9 +47,9 @@ def write_unpacked(source: Path, out: Path) -> bool:
     if not 0 < unpacked <= MAX_UNPACKED_BYTES:
         return False
     used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
-    model.graph.initializer.extend([*kept, *added])
+    model.graph.initializer.extend([*initializers, *added])
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for opset in model.opset_import:

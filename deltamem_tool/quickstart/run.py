@@ -95,18 +95,18 @@ def quickstart(
         HubError: the base or the adapter cannot be fetched.
     """
     out, kind = expand_user(out), BASES[base]
-    taken = choose_adapter(base, adapter, fast, steps)
+    adapter_name = choose_adapter(base, adapter, fast, steps)
     if resume:
-        _check_resume(out, taken)
+        _check_resume(out, adapter_name)
     else:
         check_overwrite(out, overwrite)
-        _check_contents(out, taken)
+        _check_contents(out, adapter_name)
     tell = report or (lambda stage, done, of, note: None)
     seconds: dict[str, float] = {}
 
     with _time_stage("patch", seconds):
         tell("patch", 0, 1, kind.name)
-        trained = None if taken is None else read_adapter(taken)
+        trained = None if adapter_name is None else read_adapter(adapter_name)
         checkpoint = kind.fetch()
         if not resume:
             _clear(out)
@@ -131,7 +131,7 @@ def quickstart(
             report=lambda what, done, of: tell("evaluate", done, of, what),
         )
         plot_scores(recalled, out / RECALL_PLOT)
-        if taken is None:
+        if adapter_name is None:
             content = evaluation_json(recalled, trained.fingerprint, _arguments(kind))
             write_evaluation(trained.path / EVALUATION_FILE, content)
     with _time_stage("export", seconds):
@@ -151,7 +151,7 @@ def quickstart(
         onnx_dir=out / ONNX,
         memory_file=memory_file,
         recall_plot=out / RECALL_PLOT,
-        loss_plot=out / LOSS_PLOT if taken is None else None,
+        loss_plot=out / LOSS_PLOT if adapter_name is None else None,
         report=out / REPORT,
         parameters=parameters,
         memory_bytes=sum(array.nbytes for array in read_memory(memory_file).tensors().values()),
@@ -177,23 +177,25 @@ def _arguments(kind: QuickstartBase) -> tuple[str, ...]:
     return tuple(word for option in options for word in ("--set", option))
 
 
-def _check_resume(out: Path, taken: str | None) -> None:
+def _check_resume(out: Path, adapter_name: str | None) -> None:
     """Check that the training of an earlier run can be resumed."""
     from deltamem_tool.training.run_folder import checkpoints, run_folder
 
-    if taken is not None or not checkpoints(run_folder(out / ADAPTER)):
+    if adapter_name is not None or not checkpoints(run_folder(out / ADAPTER)):
         raise DeltaMemError(
             f"There is nothing to resume in {out}.",
-            "It has no training checkpoint." if taken is None else f"The adapter {taken} is already trained.",
+            "It has no training checkpoint."
+            if adapter_name is None
+            else f"The adapter {adapter_name} is already trained.",
             "Run the quickstart without --resume.",
         )
 
 
-def _check_contents(out: Path, taken: str | None) -> None:
+def _check_contents(out: Path, adapter_name: str | None) -> None:
     """Check that the folder contains only files of a quickstart, and not the adapter that will be used."""
-    if taken is not None and expand_user(taken).resolve().is_relative_to(out.resolve()):
+    if adapter_name is not None and expand_user(adapter_name).resolve().is_relative_to(out.resolve()):
         raise DeltaMemError(
-            f"The adapter {taken} is in {out}.",
+            f"The adapter {adapter_name} is in {out}.",
             "It would be removed together with the files of an earlier run.",
             "Choose another folder.",
         )

@@ -106,10 +106,10 @@ _NOWHERE = _Place(math.inf, "")
 
 def _place(keys: Sequence[Key], places: Mapping[Key, _Place]) -> _Place:
     """Return the place of the first of `keys` that is given, or else of the section that contains it."""
-    given = [key for key in keys if key in places]
-    if not given:
-        given = [key[:depth] for key in keys for depth in range(len(key), 0, -1) if key[:depth] in places]
-    return places[given[0]] if given else _NOWHERE
+    present = [key for key in keys if key in places]
+    if not present:
+        present = [key[:depth] for key in keys for depth in range(len(key), 0, -1) if key[:depth] in places]
+    return places[present[0]] if present else _NOWHERE
 
 
 def _twice(document: Document) -> list[tuple[Key, str]]:

@@ -104,14 +104,14 @@ class MessageHistory:
             length = max(_common_length(digests, talk.digests[start:]) for start in range(len(talk.digests)))
             if length >= max(best, 1):  # the newest of the longest
                 best, number = length, index
-        fed = () if number is None else self.talks[number].digests
+        talk_digests = () if number is None else self.talks[number].digests
         last = number is not None and number == len(self.talks) - 1
-        repeats = last and best == len(digests) and digests == fed[:-1][-best:]
+        is_retry = last and best == len(digests) and digests == talk_digests[:-1][-best:]
         if key is not None:
-            repeats = self._digest_of(key) in self.keys
-        if best and best == len(digests) and not repeats:
+            is_retry = self._digest_of(key) in self.keys
+        if best and best == len(digests) and not is_retry:
             best -= 1
-        whole = best > 0 and digests[:best] == fed[-best:]
+        is_complete = best > 0 and digests[:best] == talk_digests[-best:]
         flags, place = [], 0
         for message in messages:
             if message["role"] in SYSTEM_ROLES:
@@ -119,9 +119,9 @@ class MessageHistory:
             else:
                 flags.append(place < best)
                 place += 1
-        if repeats:
+        if is_retry:
             flags = [True] * len(flags)
-        return KnownMessages(tuple(flags), number if best > 0 else None, whole, whole and last)
+        return KnownMessages(tuple(flags), number if best > 0 else None, is_complete, is_complete and last)
 
     def with_turn(
         self, known: KnownMessages, messages: Sequence[Message], answer: str, pending: int, key: str | None = None

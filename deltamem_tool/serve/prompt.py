@@ -142,16 +142,16 @@ def _build(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
     text, script, context = engine.text, Transcript(), list[Token]()
     if cut.read:
         *earlier, answer = cut.read
-        script, fed = script.begin(text, earlier)
+        script, token_ids = script.begin(text, earlier)
         answer_ids = text.encode(text_of(answer))
         script = script.with_answer(text_of(answer), answer_ids)
-        context = [Token(token, writes=False) for token in (*fed, *answer_ids)]
+        context = [Token(token, writes=False) for token in (*token_ids, *answer_ids)]
     begin = len(script.head)
-    script, fed = script.begin(text, cut.new)
+    script, token_ids = script.begin(text, cut.new)
     if not writes:
-        new = [Token(token, writes=False) for token in fed]
+        new = [Token(token, writes=False) for token in token_ids]
         return Prompt(memory, (*context, *new), answer_writes=False, room=None, written=0, dropped=cut.dropped)
-    flags = _write_flags(text, script, begin, fed, cut)
+    flags = _write_flags(text, script, begin, token_ids, cut)
     goes_on = bool(cut.read) and request.known.is_complete
     pending = request.pending if goes_on else 0
     if pending:
@@ -165,25 +165,25 @@ def _build(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
             context[-1] = context[-1]._replace(ends=True)
         new = [
             Token(token, flag and tag != SegmentTag.OUTSIDE, flag and tag == SegmentTag.LAST)
-            for token, flag, tag in zip(fed, flags, tags, strict=True)
+            for token, flag, tag in zip(token_ids, flags, tags, strict=True)
         ]
     else:
-        new = [Token(token, flag) for token, flag in zip(fed, flags, strict=True)]
+        new = [Token(token, flag) for token, flag in zip(token_ids, flags, strict=True)]
     written = sum(not known for known in cut.known)
     return Prompt(memory, (*context, *new), answer_writes=True, room=None, written=written, dropped=cut.dropped)
 
 
-def _write_flags(text: ChatText, script: Transcript, begin: int, fed: Sequence[int], cut: _Cut) -> list[bool]:
+def _write_flags(text: ChatText, script: Transcript, begin: int, token_ids: Sequence[int], cut: _Cut) -> list[bool]:
     """For each new token, whether it writes: those of unknown messages do, and the header of the answer.
 
     The first tokens complete the message of the last answer, and write if the first new message does. If the chat
     template does not show where messages begin, all tokens write.
     """
     if not any(cut.known):
-        return [True] * len(fed)
+        return [True] * len(token_ids)
     try:
         owners = script.owners(text, begin)
     except DataError:
-        return [True] * len(fed)
+        return [True] * len(token_ids)
     known = [*cut.known, False]
     return [not known[max(0, owner - len(cut.read))] for owner in owners]

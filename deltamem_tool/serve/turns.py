@@ -119,14 +119,14 @@ class _Start:
 
     Args:
         memory: memory to start from.
-        fed: history of the messages that it was fed.
+        history: history of the messages that it was fed.
         version: version of the stored memory; None if there is none.
         expires_at: expiry of the stored memory.
         earlier: messages before those of the request.
     """
 
     memory: StoredMemory
-    fed: MessageHistory
+    history: MessageHistory
     version: int | None = None
     expires_at: float | None = None
     earlier: tuple[Message, ...] = ()
@@ -204,11 +204,11 @@ class Turns:
         snapshot = None if request.previous is None else self._response(request_memory.tenant, request.previous)
         earlier = () if snapshot is None else tuple(snapshot.transcript["messages"])
         if stored is not None:
-            memory, fed = self._read(stored.data, request_memory.id), MessageHistory.from_json(stored.turn)
-            return _Start(memory, fed, stored.version, stored.expires_at, earlier)
+            memory, history = self._read(stored.data, request_memory.id), MessageHistory.from_json(stored.turn)
+            return _Start(memory, history, stored.version, stored.expires_at, earlier)
         if snapshot is not None:
-            fed = MessageHistory.from_json(snapshot.transcript["fed"])
-            return _Start(self._read(snapshot.data, request.previous), fed, earlier=earlier)
+            history = MessageHistory.from_json(snapshot.transcript["fed"])
+            return _Start(self._read(snapshot.data, request.previous), history, earlier=earlier)
         if request_memory.source is not None:
             return self._seed(request_memory.tenant, request_memory.source)
         return _Start(empty_memory(self.engine), MessageHistory.empty())
@@ -248,8 +248,8 @@ class Turns:
         messages = [*start.earlier, *request.messages]
         if request.instructions is not None:
             messages = [{"role": "system", "content": request.instructions}, *messages]
-        known = start.fed.match(messages, request.key)
-        pending = 0 if known.talk is None else start.fed.talks[known.talk].pending
+        known = start.history.match(messages, request.key)
+        pending = 0 if known.talk is None else start.history.talks[known.talk].pending
         prompt_request = PromptRequest(messages, known, pending, request.memory.write, request.sampling.max_new_tokens)
         return start, prompt_request, build_prompt(self.engine, start.memory, prompt_request, self.window)
 
@@ -261,10 +261,10 @@ class Turns:
         prompt: Prompt,
         completion: Completion,
     ) -> Outcome:
-        request_memory, fed, version = request.memory, start.fed, start.version
+        request_memory, history, version = request.memory, start.history, start.version
         if prompt.answer_writes:
             pending = len(completion.pending)
-            fed = fed.with_turn(
+            history = history.with_turn(
                 prompt_request.known, prompt_request.messages, completion.answer.text, pending, request.key
             )
         data = memory_bytes(completion.memory)
@@ -274,7 +274,7 @@ class Turns:
             )
             with self._metrics.store("put"):
                 put = self._store.put(
-                    request_memory.tenant, request_memory.id, data, start.version, fed.as_json(), expires_at
+                    request_memory.tenant, request_memory.id, data, start.version, history.as_json(), expires_at
                 )
             version = put.version
         outcome = Outcome(completion, version, prompt, request_memory)
@@ -282,7 +282,7 @@ class Turns:
             response = request.keep.response(outcome)
             answer = {"role": "assistant", "content": completion.answer.text}
             messages = [*start.earlier, *request.messages, answer]
-            transcript = {"messages": messages, "fed": fed.as_json(), "response": response}
+            transcript = {"messages": messages, "fed": history.as_json(), "response": response}
             origin = None if request_memory.id is None or version is None else (request_memory.id, version)
             expires_at = time.time() + RESPONSE_SECONDS
             self._store.put_response(request_memory.tenant, request.keep.id, data, transcript, origin, expires_at)

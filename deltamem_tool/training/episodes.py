@@ -67,11 +67,11 @@ def run_data(
     if data.unrelated is not None:
         unrelated = UnrelatedExchanges(encoder.exchanges(read_exchanges(data.unrelated)), training.seed)
     collator = EpisodeCollator(encoder, unrelated)
-    together = training.batch_size * processes
-    batch = together * training.gradient_accumulation
+    episodes_per_step = training.batch_size * processes
+    batch = episodes_per_step * training.gradient_accumulation
     if data.path is None:
         assert training.steps is not None  # a recipe without a path has them
-        generated = generated_episodes(recipe, training.steps * batch, together, encoder)
+        generated = generated_episodes(recipe, training.steps * batch, episodes_per_step, encoder)
         count = training.eval_episodes if training.eval_every is not None else 0
         held_out = held_out_episodes(recipe, count, encoder)
         return RunData(generated, held_out, collator, "as they come", batch, training.steps)
@@ -91,7 +91,7 @@ def run_data(
         skipped += more
     steps = training.steps or steps_of(training.epochs or 1.0, math.ceil(len(episodes) / (1 - data.mix)), batch)
     if data.mix:
-        generated = generated_episodes(recipe, steps * batch, together, encoder)
+        generated = generated_episodes(recipe, steps * batch, episodes_per_step, encoder)
         mixed = MixedEpisodes(episodes, generated, encoder, data.mix, training.seed)
         return RunData(mixed, validation, collator, "as they come", batch, steps, skipped)
     order = "by length" if data.group_by_length else "shuffled"

@@ -54,11 +54,11 @@ def open_run_folder(run: Path, start: Mapping[str, object], resume: bool) -> Ite
             write_atomically(run / RECIPE_FILE, json.dumps(start).encode())
             yield
         finally:
-            whole = checkpoints(run)
+            complete = checkpoints(run)
             for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                if folder not in whole:
+                if folder not in complete:
                     shutil.rmtree(folder, ignore_errors=True)
-            if not whole:
+            if not complete:
                 shutil.rmtree(run, ignore_errors=True)
 
 
@@ -69,13 +69,13 @@ def _empty(folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first. The Trainer writes the state of a checkpoint last."""
-    whole = []
+    complete = []
     for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
-            whole.append((step_of(folder), folder))
+            complete.append((step_of(folder), folder))
         except (OSError, ValueError, KeyError):
             continue
-    return [folder for _, folder in sorted(whole)]
+    return [folder for _, folder in sorted(complete)]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -90,8 +90,8 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
         DeltaMemError: there is no complete checkpoint; or the recipe, the data or the number of episodes per step has
             changed.
     """
-    whole = checkpoints(run)
-    if not whole or not (run / RECIPE_FILE).is_file():
+    complete = checkpoints(run)
+    if not complete or not (run / RECIPE_FILE).is_file():
         raise DeltaMemError(f"There is nothing to resume in {run}.", "It has no checkpoint.", "Start without --resume.")
     # An option that is newer than the run had its default in it.
     before = flat_options(_DEFAULTS) | json.loads((run / RECIPE_FILE).read_text())
@@ -108,13 +108,13 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
             "Resume with the same recipe, --set and data, and with processes, training.batch_size and "
             f"training.gradient_accumulation that make {_batches(before)}; or start again with another --out.",
         )
-    if not (whole[-1] / SAFE_WEIGHTS_NAME).is_file():
+    if not (complete[-1] / SAFE_WEIGHTS_NAME).is_file():
         raise DeltaMemError(
-            f"{whole[-1]} is not a checkpoint of this command.",
+            f"{complete[-1]} is not a checkpoint of this command.",
             f"It has no {SAFE_WEIGHTS_NAME}; another program may have written its weights in parts.",
             "Start again with another --out.",
         )
-    return whole[-1]
+    return complete[-1]
 
 
 # What may change if a step has the same episodes.
@@ -123,10 +123,10 @@ _BATCH = {"processes", "training.batch_size", "training.gradient_accumulation"}
 
 def _batches(start: Mapping[str, Any]) -> str:
     """What a step learns from; generated episodes are alike within what all processes take at once."""
-    together = start["processes"] * start["training.batch_size"]
-    episodes = together * start["training.gradient_accumulation"]
+    episodes_per_step = start["processes"] * start["training.batch_size"]
+    episodes = episodes_per_step * start["training.gradient_accumulation"]
     is_generated = start["data.path"] is None or start["data.mix"] > 0
-    return f"{episodes} episodes per step" + (f", {together} at once" if is_generated else "")
+    return f"{episodes} episodes per step" + (f", {episodes_per_step} at once" if is_generated else "")
 
 
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:

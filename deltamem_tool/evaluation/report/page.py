@@ -53,10 +53,10 @@ def write_report(folder: Path, result: Mapping[str, Any], records: Sequence[Reco
         result: the result of `evaluation_json`.
         records: the records in the folder.
     """
-    known = _template_values(result, records)
+    values = _template_values(result, records)
     write_evaluation(folder / EVALUATION_FILE, result)
-    write_atomically(folder / MARKDOWN_FILE, render_template("report.md.jinja", **known))
-    write_atomically(folder / PAGE_FILE, render_template("report.html.jinja", **known))
+    write_atomically(folder / MARKDOWN_FILE, render_template("report.md.jinja", **values))
+    write_atomically(folder / PAGE_FILE, render_template("report.html.jinja", **values))
 
 
 def _template_values(result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:

@@ -17,12 +17,12 @@ MAX_SHOWN = 700  # characters of a question or an answer on a page
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|&])")
 
 
-def render_template(template: str, **known: Any) -> bytes:
+def render_template(template: str, **values: Any) -> bytes:
     """Render a template of this package as UTF-8.
 
     Text that cannot be encoded, such as half of a surrogate pair, becomes a question mark.
     """
-    return _environment().get_template(template).render(version=__version__, **known).encode(errors="replace")
+    return _environment().get_template(template).render(version=__version__, **values).encode(errors="replace")
 
 
 @cache

@@ -55,8 +55,8 @@ class Agreement:
     def items(self) -> list[Item]:
         """Return one item per question."""
         lines = [(number, line.strip()) for number, line in enumerate(read_text(self._data).splitlines(), start=1)]
-        asked = [(number, line) for number, line in lines if line]
-        talks = unrelated_conversations(len(asked), self._facts, self._seed, self._history)
+        questions = [(number, line) for number, line in lines if line]
+        talks = unrelated_conversations(len(questions), self._facts, self._seed, self._history)
         return [
             Item(
                 f"question {number}",
@@ -67,7 +67,7 @@ class Agreement:
                 "questions",
                 f"{self._data} line {number}",
             )
-            for (number, line), (name, history) in zip(asked, talks, strict=True)
+            for (number, line), (name, history) in zip(questions, talks, strict=True)
         ]
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:

@@ -66,8 +66,8 @@ class LoCoMo:
             raise _format_error(where, f"{error}.") from error
         if not history or not isinstance(questions, list) or not questions:
             raise _format_error(where, "It has no session, or no question.")
-        for place, asked in enumerate(questions, start=1):
-            yield _item(asked, f"{where} question {place}", f"{name}/{place}", name, history)
+        for place, row in enumerate(questions, start=1):
+            yield _item(row, f"{where} question {place}", f"{name}/{place}", name, history)
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
         """Return the benchmark's score for the question's category."""
@@ -131,9 +131,9 @@ def _sessions(conversation: Mapping[str, Any]) -> list[list[Message]]:
     return sessions
 
 
-def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[Message]]) -> Item:
+def _item(row: Any, where: str, id: str, history_id: str, history: list[list[Message]]) -> Item:
     try:
-        category, question, answer = asked["category"], asked["question"], asked.get("answer")
+        category, question, answer = row["category"], row["question"], row.get("answer")
     except (KeyError, TypeError) as error:
         raise _format_error(where, f"It lacks {error}.") from error
     if type(category) is not int or category not in GROUPS:

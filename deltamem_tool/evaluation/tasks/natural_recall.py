@@ -133,32 +133,36 @@ class NaturalRecall(Recall):
     def _sample(self, rng: random.Random, count: int) -> list[Any]:
         return facts.sample_facts(rng, count, self._held_out, self._third_person, self._bare)
 
-    def _similar_facts(self, rng: random.Random, told: Sequence[Any], count: int) -> list[Any]:
-        return facts.similar_facts(rng, told, count, self._held_out)
+    def _similar_facts(self, rng: random.Random, told_facts: Sequence[Any], count: int) -> list[Any]:
+        return facts.similar_facts(rng, told_facts, count, self._held_out)
 
-    def _other_value(self, rng: random.Random, fact: Any, told: Sequence[Any]) -> Any:
-        return facts.other_value(rng, fact, told, self._held_out)
+    def _other_value(self, rng: random.Random, fact: Any, told_facts: Sequence[Any]) -> Any:
+        return facts.other_value(rng, fact, told_facts, self._held_out)
 
-    def _untold_fact(self, rng: random.Random, told: Sequence[Any]) -> Any:
-        return facts.untold_fact(rng, told, self._held_out, self._third_person)
+    def _untold_fact(self, rng: random.Random, told_facts: Sequence[Any]) -> Any:
+        return facts.untold_fact(rng, told_facts, self._held_out, self._third_person)
 
     def _fact_history(
-        self, rng: random.Random, told: Sequence[Any], anew: Any = None, is_change: bool = False
+        self, rng: random.Random, told_facts: Sequence[Any], repeated_fact: Any = None, is_change: bool = False
     ) -> list[Message]:
         messages = fact_conversations.system_prompt(rng, self._form, self._systems, self._system)
-        if anew is None:
-            return messages + fact_conversations.fact_history(rng, told, self._form, self._held_out, self._talk)
-        messages += fact_conversations.fact_history(rng, told, self._form, self._held_out, self._talk, changed=0.0)
+        if repeated_fact is None:
+            return messages + fact_conversations.fact_history(rng, told_facts, self._form, self._held_out, self._talk)
+        messages += fact_conversations.fact_history(
+            rng, told_facts, self._form, self._held_out, self._talk, changed=0.0
+        )
         if is_change:
-            return messages + fact_conversations.statement_exchange(rng, anew.change(rng, self._held_out))
-        sentence = fact_conversations.statement_sentence(rng, anew, self._form, self._held_out)
+            return messages + fact_conversations.statement_exchange(rng, repeated_fact.change(rng, self._held_out))
+        sentence = fact_conversations.statement_sentence(rng, repeated_fact, self._form, self._held_out)
         return messages + fact_conversations.statement_exchange(rng, sentence)
 
     def _small_talk(self, rng: random.Random, turns: int) -> list[Message]:
         return fact_conversations.small_talk(rng, turns)
 
-    def _other_facts(self, rng: random.Random, told: Sequence[Any], turns: int) -> tuple[list[Message], list[str]]:
-        others = facts.similar_facts(rng, told, min(turns, _OTHERS), self._held_out)
+    def _other_facts(
+        self, rng: random.Random, told_facts: Sequence[Any], turns: int
+    ) -> tuple[list[Message], list[str]]:
+        others = facts.similar_facts(rng, told_facts, min(turns, _OTHERS), self._held_out)
         messages: list[Message] = []
         values: list[str] = []
         for turn in range(turns):
@@ -166,7 +170,7 @@ class NaturalRecall(Recall):
             if turn < len(others):
                 sentence = fact_conversations.statement_sentence(rng, fact, self._form, self._held_out)
             else:
-                fact = others[turn % len(others)] = facts.other_value(rng, fact, [*told, *others], self._held_out)
+                fact = others[turn % len(others)] = facts.other_value(rng, fact, [*told_facts, *others], self._held_out)
                 sentence = fact.change(rng, self._held_out)
             messages += fact_conversations.statement_exchange(rng, sentence)
             values.append(fact.value)

@@ -129,12 +129,12 @@ class Recall:
 
     def _item(self, rng: random.Random, group: str, name: str, facts: int, delay: int, never_told: bool) -> Item:
         chosen = self._sample(rng, facts)
-        asked = rng.choice(chosen)
+        asked_fact = rng.choice(chosen)
         if self._distractors:
-            others = [fact for fact in chosen if fact != asked]
-            chosen += self._similar_facts(rng, [asked, *others], self._distractors)
+            others = [fact for fact in chosen if fact != asked_fact]
+            chosen += self._similar_facts(rng, [asked_fact, *others], self._distractors)
             rng.shuffle(chosen)
-        messages, stale = self._messages(rng, chosen, asked)
+        messages, stale = self._messages(rng, chosen, asked_fact)
         other_rng = random.Random(f"{name}/{self._seed}")  # so that all other conversations stay as they are
         unsaid = self._untold_fact(other_rng, chosen) if never_told else None
         said_later: list[str] = []
@@ -144,7 +144,7 @@ class Recall:
             messages += turns
         else:
             messages += self._small_talk(rng, delay)
-        question = self._question(rng, asked)
+        question = self._question(rng, asked_fact)
         if unsaid is not None:
             question = self._question(other_rng, unsaid)
         system, history = _sessions(messages, self._session)
@@ -153,21 +153,21 @@ class Recall:
             history_id=name,
             history=history,
             question=[*system, dialogues.user(question)],
-            answers=[self._answer(asked) if unsaid is None else self._unknown_answer(unsaid)],
+            answers=[self._answer(asked_fact) if unsaid is None else self._unknown_answer(unsaid)],
             group=group if unsaid is None else f"{group}, {NEVER_TOLD}",
             where=name,
             stale="" if stale is None or unsaid is not None else self._answer(stale),
-            others=(*(fact.value for fact in chosen if fact != asked), *said_later),
+            others=(*(fact.value for fact in chosen if fact != asked_fact), *said_later),
             is_told=unsaid is None,
         )
 
-    def _messages(self, rng: random.Random, facts: Sequence[Any], asked: Any) -> tuple[list[Message], Any]:
-        """Return a conversation that tells `facts`, and the former value of the fact `asked` if it was told twice."""
+    def _messages(self, rng: random.Random, facts: Sequence[Any], asked_fact: Any) -> tuple[list[Message], Any]:
+        """Return a conversation that tells `facts`, and the former value of `asked_fact` if it was told twice."""
         if self._kind == STATED:
             return self._fact_history(rng, facts), None
-        stale = self._other_value(rng, asked, facts)
-        first = [stale if fact == asked else fact for fact in facts]
-        return self._fact_history(rng, first, asked, is_change=self._kind == CHANGED), stale
+        stale = self._other_value(rng, asked_fact, facts)
+        first = [stale if fact == asked_fact else fact for fact in facts]
+        return self._fact_history(rng, first, asked_fact, is_change=self._kind == CHANGED), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
         """Return the deciding metric and the other requested ones."""
@@ -193,12 +193,12 @@ class Recall:
         return dialogues.untold_fact(rng, facts, held_out=True)
 
     def _fact_history(
-        self, rng: random.Random, facts: Sequence[Any], anew: Any = None, is_change: bool = False
+        self, rng: random.Random, facts: Sequence[Any], repeated_fact: Any = None, is_change: bool = False
     ) -> list[Message]:
-        """Return a conversation that tells `facts` and ends with the fact `anew`, if there is one."""
-        if anew is None:
+        """Return a conversation that tells `facts` and ends with `repeated_fact`, if there is one."""
+        if repeated_fact is None:
             return dialogues.fact_history(rng, facts, held_out=True)
-        sentence = anew.change(rng) if is_change else anew.statement(rng)
+        sentence = repeated_fact.change(rng) if is_change else repeated_fact.statement(rng)
         messages = dialogues.fact_history(rng, facts, held_out=True, changed=0.0)
         return messages + dialogues.statement_exchange(rng, sentence)
 

@@ -48,7 +48,7 @@ class BaseStates:
         self._order = None if in_front else packed_order(valid)
         self._attend = portable_linear_attention if target.is_standard else linear_attention
         # From the last call of `_append`: its layer, its result, and the two parts of the result.
-        self._held: LinearAttentionLayer = None
+        self._cache_layer: LinearAttentionLayer = None
         self._joined: tuple[Tensor, Tensor, Tensor] | None = None
         self._scanned = 0  # number of heads of that layer that were scanned
 
@@ -58,9 +58,9 @@ class BaseStates:
     ) -> Iterator[None]:
         """Make `model` use the functions below, and `cache` start with the states in `past`, inside the block."""
         end = end_of_text(model)
-        for held, layer, states in zip(cache.layers, layers, past, strict=False):
+        for cache_layer, layer, states in zip(cache.layers, layers, past, strict=False):
             if layer.base_states and states:  # copies of other layers get no states
-                self._fill(held, layer, states, end)
+                self._fill(cache_layer, layer, states, end)
         functions: dict[str, Callable[..., Any]] = {
             "causal_conv1d_fn": self._convolve,
             "torch_chunk_gated_delta_rule": self._delta_rule,
@@ -81,25 +81,25 @@ class BaseStates:
             for module, name, original in originals:
                 setattr(module, name, original)
 
-    def _fill(self, held: LinearAttentionLayer, layer: Layer, states: Mapping[str, Tensor], end: int) -> None:
-        """Start `held` with `states`. If a text has fewer tokens than are kept, it is preceded by the token `end`."""
+    def _fill(self, cache_layer: LinearAttentionLayer, layer: Layer, states: Mapping[str, Tensor], end: int) -> None:
+        """Start `cache_layer` with `states`. A text with fewer tokens than are kept is preceded by the token `end`."""
         parts = [states[part] for part in layer.base_states]
         recurrent = None if layer.recurrent is None else parts.pop()
         if layer.ngrams is not None:
             tokens = parts[-1]
             is_token = torch.arange(tokens.shape[1]) >= tokens.shape[1] - self._past[:, None]
             parts[-1] = torch.where(is_token, tokens.long(), end)
-        held.conv_states, held.recurrent_states = dict(enumerate(parts)), {0: recurrent}
-        held.has_previous_state = dict.fromkeys(held.has_previous_state, True)
-        held.update_conv_state = partial(self._append, held)
-        held.update_recurrent_state = partial(_replace, held)
+        cache_layer.conv_states, cache_layer.recurrent_states = dict(enumerate(parts)), {0: recurrent}
+        cache_layer.has_previous_state = dict.fromkeys(cache_layer.has_previous_state, True)
+        cache_layer.update_conv_state = partial(self._append, cache_layer)
+        cache_layer.update_recurrent_state = partial(_replace, cache_layer)
 
-    def _append(self, held: LinearAttentionLayer, x: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    def _append(self, cache_layer: LinearAttentionLayer, x: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Replace `LinearAttentionLayer.update_conv_state`: append inputs `[B, C, T]` to the kept ones, packed."""
-        past = held.conv_states[state_idx]
+        past = cache_layer.conv_states[state_idx]
         if x.ndim == 2:  # tokens
             joined = torch.cat([past, x], dim=-1)
-            held.conv_states[state_idx] = joined[:, -past.shape[1] :]
+            cache_layer.conv_states[state_idx] = joined[:, -past.shape[1] :]
             return joined
         new = x.float()
         if self._order is not None:
@@ -107,8 +107,8 @@ class BaseStates:
         joined = torch.cat([past, new], dim=-1)
         # The last valid columns; the first column of a row's new tokens is the length of `past`.
         last = self._valid.sum(-1, keepdim=True) + torch.arange(past.shape[-1])
-        held.conv_states[state_idx] = _columns(joined, last)
-        self._held, self._joined, self._scanned = held, (joined, past, new), 0
+        cache_layer.conv_states[state_idx] = _columns(joined, last)
+        self._cache_layer, self._joined, self._scanned = cache_layer, (joined, past, new), 0
         return joined
 
     def _convolve(
@@ -225,7 +225,7 @@ class BaseStates:
         It has no argument for the state, which starts from zeros in transformers. Here it starts from the layer's state
         `[B, I, N]`, or `[B, heads, I, N]` if it is called for each head separately.
         """
-        state = self._held.recurrent_states[0]
+        state = self._cache_layer.recurrent_states[0]
         state = state if state.ndim == A.ndim + 1 else state[:, self._scanned]
         self._scanned += 1
         bias = None if delta_bias is None else delta_bias[:, None]
@@ -265,9 +265,9 @@ def _windows(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
     return torch.stack([x[(*index, slice(first, first + last, step))] for first in range(size)], dim=-1)
 
 
-def states_of(held: LinearAttentionLayer, layer: Layer) -> dict[str, Tensor]:
+def states_of(cache_layer: LinearAttentionLayer, layer: Layer) -> dict[str, Tensor]:
     """Return the states that a cache layer keeps after a call, by part."""
-    states = [*held.conv_states.values(), held.recurrent_states[0]]
+    states = [*cache_layer.conv_states.values(), cache_layer.recurrent_states[0]]
     return {part: state.float() for part, state in zip(layer.base_states, states, strict=False)}
 
 
@@ -283,9 +283,9 @@ def _columns(x: Tensor, columns: Tensor) -> Tensor:
     return x.gather(2, columns.unsqueeze(1).expand(-1, x.shape[1], -1))
 
 
-def _replace(held: LinearAttentionLayer, state: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+def _replace(cache_layer: LinearAttentionLayer, state: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
     """Replace `LinearAttentionLayer.update_recurrent_state`."""
-    held.recurrent_states[state_idx] = state
+    cache_layer.recurrent_states[state_idx] = state
     return state
 
 

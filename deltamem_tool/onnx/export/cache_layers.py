@@ -29,21 +29,21 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
         compress_rate: number of tokens in a window.
 
     Attributes:
-        given: input of the compressors for each token, `[B, 1, P, width]` by part.
+        inputs: input of the compressors for each token, `[B, 1, P, width]` by part.
     """
 
     def __init__(self, compress_rate: int) -> None:
         super().__init__()
         self.compress_rate = compress_rate
-        self.given: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
 
     def store_compression_weights(self, name: str, kv: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return all windows `[B, W * rate, width]`, plus two after the last whole one that no token sees yet."""
         windows = []
         for kind, new in (("kv", kv), ("gate", gate)):
             part = f"{name}_{kind}"
-            every = torch.cat([self.given[part].squeeze(1), new], dim=1) if part in self.given else new
-            self.given[part] = every.unsqueeze(1)
+            every = torch.cat([self.inputs[part].squeeze(1), new], dim=1) if part in self.inputs else new
+            self.inputs[part] = every.unsqueeze(1)
             tokens = every.shape[1]
             # Use more than one window: what is traced for several windows is also valid for one.
             windows.append(F.pad(every, (0, 0, 0, (tokens // self.compress_rate + 2) * self.compress_rate - tokens)))
@@ -58,42 +58,48 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
         return None, None
 
 
-def can_carry(held: Any) -> bool:
+def can_carry(cache_layer: Any) -> bool:
     """Return whether the further values of a cache layer, besides keys and values, can be carried as columns."""
-    return isinstance(held, DynamicIndexedLayer) or hasattr(held, _KEYS) or hasattr(held, _COMPRESS)
+    return (
+        isinstance(cache_layer, DynamicIndexedLayer) or hasattr(cache_layer, _KEYS) or hasattr(cache_layer, _COMPRESS)
+    )
 
 
-def counts_columns(held: Any) -> bool:
+def counts_columns(cache_layer: Any) -> bool:
     """Return whether the base uses a layer's columns as positions, so that padding would count."""
-    return hasattr(held, _KEYS) or hasattr(held, _COMPRESS) or getattr(held, "is_sliding", False)
+    return hasattr(cache_layer, _KEYS) or hasattr(cache_layer, _COMPRESS) or getattr(cache_layer, "is_sliding", False)
 
 
-def traced_layer(held: Any) -> Any:
+def traced_layer(cache_layer: Any) -> Any:
     """Return the replacement for a new cache layer, which keeps every column."""
-    return CompressedLayer(held.compress_rate) if hasattr(held, _COMPRESS) else without_window(held)
+    return (
+        CompressedLayer(cache_layer.compress_rate) if hasattr(cache_layer, _COMPRESS) else without_window(cache_layer)
+    )
 
 
-def columns_of(held: Any) -> Mapping[str, Tensor]:
+def columns_of(cache_layer: Any) -> Mapping[str, Tensor]:
     """Return the further values that a cache layer keeps for each token, `[B, 1, P, width]` by part."""
-    if isinstance(held, CompressedLayer):
-        return held.given
-    if hasattr(held, _COMPRESS):
-        kinds = {"kv": held.buffer_kv, "gate": held.buffer_gate}
-        return {f"{name}_{kind}": kinds[kind][name].unsqueeze(1) for name in held.buffer_kv for kind in kinds}
-    keys = getattr(held, _KEYS, None)
-    if isinstance(held, DynamicIndexedLayer) and held.indexer_keys is not None:
-        keys = held.indexer_keys.unsqueeze(1)
+    if isinstance(cache_layer, CompressedLayer):
+        return cache_layer.inputs
+    if hasattr(cache_layer, _COMPRESS):
+        kinds = {"kv": cache_layer.buffer_kv, "gate": cache_layer.buffer_gate}
+        return {f"{name}_{kind}": kinds[kind][name].unsqueeze(1) for name in cache_layer.buffer_kv for kind in kinds}
+    keys = getattr(cache_layer, _KEYS, None)
+    if isinstance(cache_layer, DynamicIndexedLayer) and cache_layer.indexer_keys is not None:
+        keys = cache_layer.indexer_keys.unsqueeze(1)
     return {} if keys is None else {contract.INDEXER_KEY: keys}
 
 
-def fill_columns(held: Any, past: Mapping[str, Tensor]) -> None:
+def fill_columns(cache_layer: Any, past: Mapping[str, Tensor]) -> None:
     """Start a cache layer with values from `columns_of`."""
-    if isinstance(held, CompressedLayer):
-        held.given = {part: past[part] for part in contract.COLUMNS if part in past}
-    elif contract.INDEXER_KEY in past and isinstance(held, DynamicIndexedLayer):
-        held.indexer_keys, held.is_indexer_initialized = past[contract.INDEXER_KEY].squeeze(1), True
+    if isinstance(cache_layer, CompressedLayer):
+        cache_layer.inputs = {part: past[part] for part in contract.COLUMNS if part in past}
+    elif contract.INDEXER_KEY in past and isinstance(cache_layer, DynamicIndexedLayer):
+        cache_layer.indexer_keys, cache_layer.is_indexer_initialized = past[contract.INDEXER_KEY].squeeze(1), True
         # Qwen4 rotates the keys by these positions, which are the columns of rows without padding, for time, height and
         # width alike.
-        held.indexer_position_ids = torch.arange(held.indexer_keys.shape[1]).expand(3, held.indexer_keys.shape[0], -1)
+        cache_layer.indexer_position_ids = torch.arange(cache_layer.indexer_keys.shape[1]).expand(
+            3, cache_layer.indexer_keys.shape[0], -1
+        )
     elif contract.INDEXER_KEY in past:
-        setattr(held, _KEYS, past[contract.INDEXER_KEY])
+        setattr(cache_layer, _KEYS, past[contract.INDEXER_KEY])

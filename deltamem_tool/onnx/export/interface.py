@@ -68,10 +68,12 @@ def interface_of(
     layers = []
     for i in range(max(len(cache.layers), *(index + 1 for index in states))):
         # A layer that reads the keys of another layer keeps none itself, and the cache may have no entry for it.
-        held = cache.layers[i] if i < len(cache.layers) else None
-        key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
-        columns = tuple((part, x.shape[-1]) for part, x in columns_of(held).items())
-        layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held), columns, _ngrams(held)))
+        cache_layer = cache.layers[i] if i < len(cache.layers) else None
+        key, value = (_heads_and_width(getattr(cache_layer, name, None)) for name in ("keys", "values"))
+        columns = tuple((part, x.shape[-1]) for part, x in columns_of(cache_layer).items())
+        layers.append(
+            Layer(key, value, cast(Any, states.get(i)), *_base_states(cache_layer), columns, _ngrams(cache_layer))
+        )
     own_states = any(layer.base_states for layer in layers)  # padding changes them in PyTorch, but not in the graph
     loses_padding = not (packed or own_states or max_length or target.genai) and options.loses_padding(model)
     return Interface(
@@ -97,20 +99,20 @@ def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
     return None if cached is None else (cached.shape[1], cached.shape[3])
 
 
-def _base_states(held: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
+def _base_states(cache_layer: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
     """Return the sizes of a cache layer's states of convolutions and of a recurrence; see `Layer`."""
-    if not isinstance(held, LinearAttentionCacheLayerMixin):
+    if not isinstance(cache_layer, LinearAttentionCacheLayerMixin):
         return (), None
     # transformers keeps one more column than later outputs depend on.
-    states = {0: held.conv_states[0]} if _ngrams(held) else held.conv_states
+    states = {0: cache_layer.conv_states[0]} if _ngrams(cache_layer) else cache_layer.conv_states
     convolutions = tuple((x.shape[1], x.shape[2] - 1) for x in states.values() if x is not None)
-    recurrent = held.recurrent_states[0]
+    recurrent = cache_layer.recurrent_states[0]
     return convolutions, None if recurrent is None else tuple(recurrent.shape[1:])
 
 
-def _ngrams(held: Any) -> tuple[int, int, int] | None:
+def _ngrams(cache_layer: Any) -> tuple[int, int, int] | None:
     """Return the sizes of a cache layer's states of n-gram embeddings; see `Layer`."""
-    states = list(held.conv_states.values()) if isinstance(held, LinearAttentionCacheLayerMixin) else []
+    states = list(cache_layer.conv_states.values()) if isinstance(cache_layer, LinearAttentionCacheLayerMixin) else []
     if not states or states[-1] is None or states[-1].ndim != 2:
         return None
     *_, convolution, tokens = states

@@ -253,8 +253,8 @@ class BufferedGraph(LoadedGraph):
         """
         lease = past.lease
         with lease.buffers.lock:
-            if lease.taken == past.length and past.length + tokens <= lease.buffers.room:
-                lease.taken += tokens
+            if lease.columns_used == past.length and past.length + tokens <= lease.buffers.room:
+                lease.columns_used += tokens
                 return past
             other = self._lease(lease.buffers.batch, past.length + tokens)
             for name, value in lease.buffers.cache.items():
@@ -264,7 +264,7 @@ class BufferedGraph(LoadedGraph):
                     other.buffers.cache[name].update_inplace(
                         self._pad_columns(to_numpy(value)[:, :, : past.length], other)
                     )
-            other.taken = past.length + tokens
+            other.columns_used = past.length + tokens
             return BufferedPast(other, past.mask, {name: copy_tensor(value) for name, value in past.memory.items()})
 
     def _prefill(self, arrays: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
@@ -304,7 +304,7 @@ class BufferedGraph(LoadedGraph):
     def _place(self, arrays: Mapping[str, NDArray[Any]], mask: NDArray[Any]) -> BufferedPast:
         """Return a past in its own buffers, from carried tensors whose keys and values have at most as many columns."""
         lease = self._lease(*mask.shape)
-        lease.taken = mask.shape[1]
+        lease.columns_used = mask.shape[1]
         for name, buffer in lease.buffers.cache.items():
             buffer.update_inplace(self._pad_columns(arrays[name], lease))
         return BufferedPast(lease, mask, self._on_device({name: arrays[name] for name in self.memory_names}))
@@ -320,9 +320,9 @@ class BufferedGraph(LoadedGraph):
         Raises:
             ExportError: the call comes from another thread.
         """
-        here = threading.get_ident()
-        self._thread = self._thread or here
-        if self._cuda_graph and self._thread != here:
+        thread = threading.get_ident()
+        self._thread = self._thread or thread
+        if self._cuda_graph and self._thread != thread:
             raise _cuda_graph_error("ONNX Runtime keeps them for one thread.", "Make all calls from the same one.")
 
 

@@ -104,7 +104,7 @@ class BufferLease:
 
     def __init__(self, buffers: Buffers, idle: list[Buffers] | None) -> None:
         self.buffers = buffers
-        self.taken = 0  # number of columns that calls have written or are writing
+        self.columns_used = 0  # number of columns that calls have written or are writing
         self.keep = None if idle is None else weakref.finalize(self, idle.append, buffers)  # for the next conversations
         if self.keep is not None:
             self.keep.atexit = False

@@ -104,12 +104,12 @@ class RunningJob:
         return logits
 
     @staticmethod
-    def feed_short(engine: Engine, together: Sequence[RunningJob]) -> NDArray[Any]:
+    def feed_short(engine: Engine, jobs: Sequence[RunningJob]) -> NDArray[Any]:
         """Feed short prompts in one call, and return their logits `[B, V]`."""
-        rows = [running.row for running in together]
-        past = engine.start(StoredMemory.stack([running.ticket.job.memory for running in together]))
+        rows = [running.row for running in jobs]
+        past = engine.start(StoredMemory.stack([running.ticket.job.memory for running in jobs]))
         logits, past, mask = feed(engine, past, np.zeros((len(rows), 0), np.int64), [row.tokens for row in rows])
-        for number, running in enumerate(together):
+        for number, running in enumerate(jobs):
             running.row.fed = running.row.prompt
             running.past_row = PastRow(past, len(rows), mask.shape[1], number, running.row.prompt)
         return logits

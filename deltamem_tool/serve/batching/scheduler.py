@@ -173,17 +173,17 @@ class Scheduler:
         """Feed about `piece` tokens of prompts, in order of arrival. Return the rows that start to answer."""
         fed, joining = 0, list[RunningJob]()
         while self._prompts and fed < self._piece:
-            together = self._next_prompts()
-            if not together[0].is_short and together[0].row.past is None:
-                together[0].begin(self.engine, self._cache)
-                self.counters.cached_tokens += together[0].cached
-            before = sum(running.row.fed for running in together)
-            if together[0].is_short:
-                logits = RunningJob.feed_short(self.engine, together)
+            prompts = self._next_prompts()
+            if not prompts[0].is_short and prompts[0].row.past is None:
+                prompts[0].begin(self.engine, self._cache)
+                self.counters.cached_tokens += prompts[0].cached
+            before = sum(running.row.fed for running in prompts)
+            if prompts[0].is_short:
+                logits = RunningJob.feed_short(self.engine, prompts)
             else:
-                logits = self._feed_piece(together[0])
-            fed += sum(running.row.fed for running in together) - before
-            for running, of_row in zip(together, logits, strict=True):
+                logits = self._feed_piece(prompts[0])
+            fed += sum(running.row.fed for running in prompts) - before
+            for running, of_row in zip(prompts, logits, strict=True):
                 if running.row.fed == running.row.prompt:
                     self._prompts.remove(running)
                     if self._choose(running, of_row, None, partial(running.past_row.memory, self.engine)):
@@ -193,15 +193,15 @@ class Scheduler:
 
     def _next_prompts(self) -> Sequence[RunningJob]:
         """The first prompt and, if it is short, the short prompts after it that fit into one piece."""
-        together, longest = list[RunningJob](), 0
+        prompts, longest = list[RunningJob](), 0
         for running in self._prompts:
             longest = max(longest, running.row.prompt)
-            if together and not (running.is_short and longest * (len(together) + 1) <= self._piece):
+            if prompts and not (running.is_short and longest * (len(prompts) + 1) <= self._piece):
                 break
-            together.append(running)
+            prompts.append(running)
             if not running.is_short:
                 break
-        return together
+        return prompts
 
     def _feed_piece(self, running: RunningJob) -> NDArray[Any]:
         """Feed a piece of a long prompt, and return the logits `[1, V]` after it."""

@@ -105,10 +105,10 @@ class SamplingOptions(Body):
     def sampling(self, max_new_tokens: int | None, stop: str | list[str] | None = None) -> Sampling:
         """Return these options together with the end of the answer."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
         seed = None if self.seed is None else self.seed % 2**64
-        return Sampling(max_new_tokens or MAX_NEW_TOKENS, seed=seed, stop=stops, **given)
+        return Sampling(max_new_tokens or MAX_NEW_TOKENS, seed=seed, stop=stops, **options)
 
 
 class AnswerRequest(SamplingOptions):

@@ -96,8 +96,8 @@ async def retrieve(http: HttpRequest) -> Response:
     """`GET /v1/responses/{id}`: a stored response, as it was sent."""
     service = service_of(http)
     tenant, id = service.tenant_of(http), _id(http)
-    given = [name.removesuffix("[]") for name, value in http.query_params.items() if value != "false"]
-    unsupported = next((name for name in given if name in ("include", "starting_after", "stream")), None)
+    parameters = [name.removesuffix("[]") for name, value in http.query_params.items() if value != "false"]
+    unsupported = next((name for name in parameters if name in ("include", "starting_after", "stream")), None)
     if unsupported is not None:
         raise RequestError(
             f"{unsupported} is not supported.",

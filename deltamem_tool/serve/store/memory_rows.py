@@ -169,7 +169,7 @@ def write_version(
 
 def remove_memory(connection: Connection, row: Row[Any], now: float) -> Receipt:
     """Delete the memory of `row` (see `lock_memory`), and the responses that were made with it."""
-    gone = connection.execute(
+    deleted_rows = connection.execute(
         delete(versions)
         .where(versions.c.tenant == row.tenant, versions.c.id == row.id)
         .returning(*_VERSION, versions.c.content)
@@ -179,10 +179,12 @@ def remove_memory(connection: Connection, row: Row[Any], now: float) -> Receipt:
         .where(responses.c.tenant == row.tenant, responses.c.memory == row.id)
         .returning(responses.c.id, responses.c.size, responses.c.content)
     ).all()
-    remove_contents(connection, [each.content for each in (*gone, *made_with)])
+    remove_contents(connection, [each.content for each in (*deleted_rows, *made_with)])
     connection.execute(delete(memories).where(memories.c.tenant == row.tenant, memories.c.id == row.id))
-    size = sum(each.size for each in (*gone, *made_with))
+    size = sum(each.size for each in (*deleted_rows, *made_with))
     count(connection, row.tenant, memories=-1, size=-size, deleted_version=row.version)
-    newest_first = sorted((VersionInfo(*each[: len(_VERSION)]) for each in gone), key=lambda info: -info.version)
+    newest_first = sorted(
+        (VersionInfo(*each[: len(_VERSION)]) for each in deleted_rows), key=lambda info: -info.version
+    )
     made = tuple(sorted(response.id for response in made_with))
     return Receipt(row.tenant, row.id, tuple(newest_first), made, now, erased=False)

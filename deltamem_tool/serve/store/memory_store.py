@@ -352,10 +352,10 @@ class MemoryStore:
                 self._changed = True
                 return result
             except IntegrityError as error:
-                taken = error
+                conflict = error
         raise Conflict(
             "A memory or response with this name already exists.", "Another request created it.", "Use another name."
-        ) from taken
+        ) from conflict
 
     def _with_erasure(self, receipt: Receipt) -> Receipt:
         return replace(receipt, erased=self._erase() is True)

@@ -50,7 +50,7 @@ def test_windows_are_those_of_every_token():
         )
         assert first == 0 and windows.shape == gates.shape == (1, (stop // 4 + 2) * 4, 2)
         assert torch.equal(windows[:, :stop], every[:, :stop]) and not windows[:, stop:].any()
-    assert torch.equal(layer.given["compressor_gate"], -every[:, None])
+    assert torch.equal(layer.inputs["compressor_gate"], -every[:, None])
 
 
 @pytest.mark.parametrize(
