@@ -248,7 +248,7 @@ class BaseCheckpoint:
         return torch.tensor([list(digest.digest())])
 
     def _is_plain(self, projection: Projection) -> bool:
-        """Whether its weight is stored as the numbers that it stands for."""
+        """Return whether the weight of a module is stored without quantisation."""
         if not getattr(self.config, "quantization_config", None):
             return True
         stored = self._stored_as.get(projection.weight_name)

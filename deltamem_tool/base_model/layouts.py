@@ -187,7 +187,7 @@ def _query_and_output(q: str, o: str, note: str, entry: str = "", **options: Any
 def _fused(
     linear: str, o: str, spans: Callable[[str, PretrainedConfig], Spans], types: str, entry: str = "", note: str = ""
 ) -> Layout:
-    """One linear layer for several branches."""
+    """Return the layout of one linear layer for several branches."""
     return Layout(
         lambda config: {**spans(linear, config), "o": Span(o)},
         (linear, o, entry or linear),
@@ -247,7 +247,7 @@ def _bigcode(linear: str, config: PretrainedConfig) -> Spans:
 
 
 def _codegen(linear: str, config: PretrainedConfig) -> Spans:
-    """In four groups of heads (it was trained on four devices), [q | v | k]."""
+    """Return the layout with four groups of heads (from training on four devices), [q | v | k]."""
     return _side_by_side(linear, dict.fromkeys("qvk", config.hidden_size // 4), groups=4)
 
 

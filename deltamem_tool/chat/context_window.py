@@ -18,20 +18,20 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.messages import Message
 
-KEPT_AFTER_EVICTION = 0.5  # of the window, at most: so that turns have to leave only once in a while
-ROOM_FOR_ANSWER = 0.25  # of the window, at most: an answer may be longer, and then ends where the window does
+KEPT_AFTER_EVICTION = 0.5  # at most this share of the window, so that turns only leave once in a while
+ROOM_FOR_ANSWER = 0.25  # at most this share of the window; a longer answer ends where the window does
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a conversation is. Never changed, so that going back to one undoes a turn.
+    """The position in a conversation. It is never changed, so going back to an earlier one undoes a turn.
 
     Args:
-        past: None where it can be had again, by cutting the next place's.
-        memory: of `past`, where the next place goes on from this one.
-        tokens: those in the past.
-        pending: those still to be fed: the last one generated, where none was asked for after it.
-        foreign: whether the open segment in the memory is another conversation's.
+        past: None if it can be restored by truncating the next place's.
+        memory: that of `past`, if the next place continues from this one.
+        tokens: tokens in the past.
+        pending: tokens that are not fed yet: the last generated one, unless another one was requested after it.
+        foreign: whether the open segment in the memory belongs to another conversation.
     """
 
     past: Past | None
@@ -42,8 +42,8 @@ class Place:
     foreign: bool = True
 
     def earlier(self, engine: Engine) -> Place:
-        """This place, once there is a next one that goes on from it."""
-        past = None if engine.takes_back else self.past  # a hybrid's cannot be had by cutting
+        """Return what is kept of this place when the next one continues from it."""
+        past = None if engine.takes_back else self.past  # a hybrid's past cannot be restored by truncating
         return replace(self, past=past, memory=engine.memory(self.past))
 
 
@@ -77,7 +77,7 @@ def make_room(
 ) -> Place:
     """Return `place`, without its oldest turns if the window is too small for the prompt and an answer.
 
-    The turns that stay are read again, without writing, from the memory as it is.
+    The turns that stay are fed again from the current memory, without writing.
 
     Raises:
         ConfigError: the prompt does not fit, even alone with the system messages.
@@ -107,16 +107,16 @@ def make_room(
 
 
 def _evict(engine: Engine, place: Place, write: bool, transcript: Transcript, tokens: list[int]) -> Place:
-    """An empty context that has read `tokens`, and not written them, from the memory after all that was said."""
+    """Return a new context: `tokens`, fed from the current memory without writing."""
     past = place.past
     if place.foreign and write and engine.memory_shape.segment_width:
         past = close_segment(engine, past)
-    if place.pending:  # or it would leave without a trace
+    if place.pending:  # otherwise they would never reach the memory
         past = _feed(engine, past, len(place.tokens), place.pending)
     past = engine.start(engine.memory(past))
     if tokens:
         past = _feed(engine, past, 0, [Token(token, writes=False) for token in tokens])
-    # Where no turn stays, nothing that is fed can end the last one's segment.
+    # If no turn stays, none of the tokens fed later can end the last turn's segment.
     return Place(past, None, transcript, tuple(tokens), (), foreign=not transcript.turns)
 
 
@@ -126,5 +126,5 @@ def close_segment(engine: Engine, past: Past) -> Past:
 
 
 def _feed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
-    """`past`, which holds `context` tokens, with `tokens` after them."""
+    """Feed `tokens` after `past`, which holds `context` tokens."""
     return feed(engine, past, np.ones((1, context), np.int64), [tokens])[1]

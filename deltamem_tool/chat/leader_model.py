@@ -201,7 +201,7 @@ def _as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 def _with_pasts(arguments: Sequence[Any], kind: type, replaced: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """`arguments` with another thing for each of a `kind`, alone or in a list."""
+    """Replace every instance of `kind` in `arguments`, alone or in a list."""
 
     def each(value: Any) -> Any:
         if isinstance(value, kind):

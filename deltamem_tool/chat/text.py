@@ -144,7 +144,7 @@ class ChatText:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """What the template can be seen to do."""
+        """The template, with what is learned about it by rendering."""
         return ChatTemplate("this model", self._write)
 
     def _write(self, messages: Sequence[Message], generation_prompt: bool, **template_kwargs: Any) -> str:

@@ -142,7 +142,7 @@ class TorchModel:
         segment_end: NDArray[Any] | None,
         all_positions: bool,
     ) -> tuple[NDArray[Any], TorchPast]:
-        """One call of the model."""
+        """Call the model once."""
         device = input_device(self.model)
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)
@@ -252,7 +252,7 @@ def stop_tokens(model: PreTrainedModel, text: ChatText) -> frozenset[int]:
 
 
 def _past_of(cache: MemoryCache, memory: MemoryState) -> TorchPast:
-    """What the layers of `cache` keep."""
+    """Return the tensors that the layers of `cache` keep."""
     layers, states, others = {}, {}, {}
     for index, layer in enumerate(cast(list[Any], cache.layers)):
         if type(layer) not in _SEPARABLE:

@@ -122,7 +122,7 @@ class Transcript:
         return replace(self, system=system, turns=turns, rendered=rendered), tokens
 
     def _added_text(self, text: ChatText, earlier: list[Message], new: list[Message], rendered: str) -> str:
-        """What of `rendered`, which does not begin as the context does, comes after the last answer.
+        """Return the part of `rendered` after the last answer, if `rendered` does not begin like the context.
 
         Templates may write what was said before in other words by now: without its thinking, under another date. In the
         context and in the memory it stays as it was read.

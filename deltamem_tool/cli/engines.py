@@ -75,7 +75,7 @@ def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> E
 
 
 def is_follower(device: str | None) -> bool:
-    """Whether this process does as another one does, and nothing else."""
+    """Return whether this process only follows another one."""
     return device == TENSOR_PARALLEL and launch_rank() > 0
 
 

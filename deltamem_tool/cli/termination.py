@@ -14,7 +14,7 @@ _received: list[int] = []
 
 
 def is_terminated() -> bool:
-    """Whether a signal has told this program to end; a KeyboardInterrupt was raised for it."""
+    """Return whether a signal told this program to end, for which a KeyboardInterrupt was raised."""
     return bool(_received)
 
 

@@ -35,7 +35,7 @@ NOTHING, EVERYTHING = HeldOut(), HeldOut(attributes=True, values=True, phrasings
 
 
 def is_held_out(text: str) -> bool:
-    """Whether an attribute, a value or a phrasing is kept from training."""
+    """Return whether an attribute, a value or a phrasing is held out from training."""
     return zlib.crc32(text.lower().encode()) % HELD_OUT_SHARE == 0
 
 

@@ -28,7 +28,7 @@ class Fact:
 
     @property
     def key(self) -> tuple[str | None, str]:
-        """What has one value."""
+        """Owner and attribute, which have one value."""
         return self.owner, self.attribute
 
     def statement(self, rng: random.Random, phrasing: str) -> str:
@@ -53,12 +53,12 @@ class Fact:
 
     @property
     def topic(self) -> str:
-        """What it is about, as the user says it: "my dentist", "Anna's dentist", "I … breakfast"."""
+        """The topic in the words of the user: "my dentist", "Anna's dentist", "I … breakfast"."""
         words = self._words("I", "my")
         return words["n"] if self.kind.clause == "is" else f"{words['s']} … {self.attribute}"
 
     def _words(self, me: str, mine: str) -> dict[str, str]:
-        """What the slots of clauses are filled with, where the user is `me`."""
+        """The words for the slots of clauses, if the user is `me`."""
         possessive = "the" if not self.kind.is_owned else mine if self.owner is None else f"{self.owner}'s"
         ending = "" if self.owner is None else "s"
         verbs = {verb: f"{verb}{ending}" for verb in ("prefer", "like", "want")}
@@ -169,7 +169,7 @@ def _owner(rng: random.Random, kind: Kind, held_out: HeldOut, third_person: floa
 
 
 def _is_apart(fact: Fact, facts: Sequence[Fact]) -> bool:
-    """Whether the value of `fact` can be told from all that is said of `facts`, and theirs from what is said of it."""
+    """Return whether the value of `fact` does not occur in texts about `facts`, nor their values in its texts."""
     if _within(fact.value, fact.topic):
         return False
     return all(
@@ -186,7 +186,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _within(value: str, text: str) -> bool:
-    """Whether a value may be read in a text: letters and digits alone count, so that no scoring is laxer."""
+    """Return whether a value occurs in a text by its letters and digits, so that no score is more lenient."""
     return _letters(value) in _letters(text)
 
 

@@ -221,7 +221,7 @@ def _dataset_rows(
     config: str | None = None,
     columns: Sequence[str] | None = _COLUMNS,
 ) -> Iterator[Row]:
-    """Of a folder that `datasets` loads, or of the Hub."""
+    """Return the rows of a folder that `datasets` loads, or of a dataset of the Hub."""
     try:
         table = datasets.load_dataset(name, config, split=split, revision=revision)
     except DatasetNotFoundError as error:

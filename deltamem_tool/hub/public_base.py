@@ -68,7 +68,7 @@ def _public_base(contents: Contents, base_model: str | None) -> Base:
 
 
 def _recorded_base(contents: Contents) -> Base:
-    """What the files record; a folder of the Hub's cache becomes its Hub id, any other folder None."""
+    """Return the base that the files record. A folder of the Hub's cache becomes its Hub id, any other folder None."""
     if contents.adapter is not None:
         name, revision = contents.adapter.base.name, contents.adapter.base.revision
     else:

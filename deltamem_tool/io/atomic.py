@@ -165,7 +165,7 @@ def _keep_attributes(path: Path, former: os.stat_result, staged: Path) -> None:
 
 
 def _keep_attributes_of_former(path: Path, staged: Path) -> None:
-    """As `_keep_attributes`, if `path` exists and is of the same kind. Another owner is kept only if permitted."""
+    """Call `_keep_attributes` if `path` exists and has the same kind. Another owner is only kept if permitted."""
     if path.exists() and path.is_dir() == staged.is_dir():
         with suppress(PermissionError):
             _keep_attributes(path, path.stat(), staged)
@@ -320,7 +320,7 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether `path` does not exist, or is an empty folder."""
+    """Return whether `path` does not exist or is an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 

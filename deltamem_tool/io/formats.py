@@ -41,7 +41,7 @@ def versions(*others: str) -> dict[str, str]:
 
 
 def is_newer(version: Any, known: int) -> bool:
-    """Whether the format `version` of a file is newer than `known`."""
+    """Return whether the format `version` of a file is newer than `known`."""
     return type(version) is int and version > known
 
 

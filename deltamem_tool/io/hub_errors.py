@@ -27,7 +27,7 @@ _LATER = "Try again in a while."
 
 
 def redact(text: str) -> str:
-    """`text` without anything that is, or looks like, a token of the Hub."""
+    """Remove everything from `text` that is, or looks like, a token of the Hub."""
     token = get_token()
     if token:
         text = text.replace(token, "***")
@@ -35,7 +35,7 @@ def redact(text: str) -> str:
 
 
 def may_have_landed(error: BaseException) -> bool:
-    """Whether a commit that failed with `error` may have been made: it was sent, and the Hub did not reject it."""
+    """Return whether a commit that failed with `error` may exist, because it was sent and the Hub did not reject it."""
     for cause in _causes(error):
         if isinstance(cause, HTTPError):
             response = cause.response if isinstance(cause, HfHubHTTPError) else None
@@ -82,7 +82,7 @@ def hub_error(error: BaseException, repo_id: str, what: str, writing: bool = Fal
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """`error` and its causes, outermost first."""
+    """Yield `error` and its causes, outermost first."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)

@@ -58,7 +58,7 @@ def check_installation(*extras: str) -> None:
 
 
 def is_installed(*extras: str) -> bool:
-    """Whether `check_installation` finds nothing wrong."""
+    """Return whether `check_installation` finds no problem."""
     try:
         check_installation(*extras)
     except InstallationError:

@@ -48,12 +48,12 @@ def expand_user(path: str | Path) -> Path:
 
 
 def expand_name(name: str | Path) -> str:
-    """As `expand_user`, for a name that may also be a Hub id, which is returned unchanged."""
+    """Do the same as `expand_user` for a name that may be a Hub id, which is returned unchanged."""
     return str(expand_user(name)) if str(name).startswith("~") or name == "" else str(name)
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether a path, or a name on the Hub, names a GGUF file."""
+    """Return whether a path or a name on the Hub is that of a GGUF file."""
     return str(name).lower().endswith(_GGUF)
 
 
@@ -111,7 +111,7 @@ def check_revision(name: str, revision: str | None) -> None:
 
 
 def on_hub(name: str, revision: str | None = None) -> HfUri:
-    """As `hub_name`, for a name that is on the Hub even if a local folder has the same name.
+    """Do the same as `hub_name` for a name that is on the Hub even if a local folder has the same name.
 
     Raises:
         HubError: `name` is not a valid Hub id.
@@ -166,7 +166,7 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: 
 
 
 def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
-    """As `resolve_folder`, for a parsed Hub id."""
+    """Do the same as `resolve_folder` for a parsed Hub id."""
     from huggingface_hub import snapshot_download
 
     from deltamem_tool.io.hub_errors import CLIENT_ERRORS, hub_error, system_error
@@ -183,7 +183,7 @@ def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
 
 
 def is_cached(hub: HfUri) -> bool:
-    """Whether the file that `hub` names is in the Hub's cache, in its revision."""
+    """Return whether the Hub's cache has the file that `hub` names, in its revision."""
     from huggingface_hub import try_to_load_from_cache
 
     file = hub.path_in_repo

@@ -26,7 +26,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """As `read_bytes`, decoded from UTF-8, without a byte-order mark."""
+    """Read a UTF-8 file like `read_bytes`, without a byte-order mark."""
     return read_bytes(path, limit).decode("utf-8-sig")
 
 
@@ -46,7 +46,7 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
 
 
 def read_json(path: Path, finite: bool = True) -> Any:
-    """As `parse_json`, for a file of at most `MAX_JSON_BYTES`."""
+    """Parse a file of at most `MAX_JSON_BYTES` like `parse_json`."""
     return parse_json(read_text(path), finite)
 
 

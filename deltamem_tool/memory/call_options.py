@@ -93,7 +93,7 @@ class CallOptions:
     def _one_by_one(
         self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, cache: MemoryCache
     ) -> Tensor:
-        """As `logits`, each token in a call of its own."""
+        """Do the same as `logits` with one call per token."""
         write, tokens = cache.write, input_ids.shape[1]
         of_tokens = []
         for token in range(tokens):
@@ -106,7 +106,7 @@ class CallOptions:
 
     @torch.no_grad()
     def loses_padding(self, model: PreTrainedModel) -> bool:
-        """Whether `model`, which takes positions, treats padding of an earlier call as if it were tokens.
+        """Return whether `model`, which takes positions, treats padding of an earlier call like tokens.
 
         From the second call on, GIT shifts its mask by the tokens of a picture, whether or not there is one.
         """
@@ -155,20 +155,20 @@ def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
 
 
 def _starts_over(model: PreTrainedModel) -> bool:
-    """Whether several tokens at once are the beginning of a text to `model`: its Mamba takes no state for them."""
+    """Return whether several tokens at once always begin a text in `model`, because its Mamba ignores the state."""
     modules = {type(part).__module__ for part in model.modules()}
     return any("mamba_selective_scan" in vars(sys.modules[module]) for module in modules)
 
 
 def _continues(cache: MemoryCache) -> bool:
-    """Whether layers of `cache` have states of earlier tokens, which are numbers here and not what a graph is given."""
+    """Return whether layers of `cache` have states of earlier tokens, which are values and not inputs of a graph."""
     if torch.compiler.is_exporting():
         return False
     return any(isinstance(x, LinearAttentionLayer) and any(x.has_previous_state.values()) for x in cache.layers)
 
 
 def _head_of(model: PreTrainedModel) -> nn.Module | None:
-    """The layer that computes the logits, where the model says which one that is."""
+    """Return the layer that computes the logits, if the model names it."""
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # of transformers
     return head
 
@@ -209,13 +209,13 @@ def _first_position(model: PreTrainedModel) -> int | None:
 
 
 def _positions(attention_mask: Tensor, tokens: int, columns: Tensor | None) -> Tensor:
-    """Positions `[B, T]` of the tokens, counted without padding, as `generate` counts them."""
+    """Return the positions `[B, T]` of the tokens, counted without padding, as in `generate`."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return positions[:, -tokens:] if columns is None else positions.index_select(1, columns)
 
 
 def _mask_columns(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> Tensor:
-    """Which columns the tokens in `columns` attend to, `[B, 1, T, N]`, in the form that attention takes as it is.
+    """Return the columns that the tokens in `columns` attend to, `[B, 1, T, N]`, as a mask that attention accepts.
 
     What transformers makes of the 2-D mask gathers it by indices, which a CUDA graph cannot replay.
     """

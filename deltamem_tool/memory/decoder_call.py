@@ -55,7 +55,7 @@ def set_current_call(call: DecoderCall | None) -> None:
 
 
 def is_memory_off() -> bool:
-    """Whether this thread is in `without_memory`."""
+    """Return whether this thread is in `without_memory`."""
     return getattr(_THREAD, "off", False)
 
 

@@ -139,7 +139,7 @@ def memory_bytes(memory: StoredMemory) -> bytes:
 
 
 def _sort_metadata(content: bytes) -> bytes:
-    """`content` with its metadata by name, as safetensors has its tensors: the same memory is the same bytes."""
+    """Sort the metadata of `content` by name, as safetensors does with tensors: equal memories are equal bytes."""
     begin = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     header = json.loads(content[LENGTH_BYTES:begin])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -206,7 +206,7 @@ def _unreadable_error(name: str | Path, error: Exception) -> MemoryStateError:
 
 
 def _memory(name: str | Path, header: Header, tensors: dict[str, np.ndarray]) -> StoredMemory:
-    """The memory of tensors whose header is that of a memory file; it must be one that goes on."""
+    """Build a memory from tensors, whose header is already checked. Raise if a conversation cannot continue from it."""
     parts: dict[str, dict[int, np.ndarray]] = {"state": {}, "segment": {}}
     for tensor_name, tensor in tensors.items():
         match = _TENSOR.fullmatch(tensor_name)
@@ -285,7 +285,7 @@ _USE_ANOTHER = "Use the adapter that wrote it, or start from an empty memory."
 
 
 def _difference(shape: MemoryShape, expected: MemoryShape) -> str:
-    """The first thing that differs, by name."""
+    """Describe the first difference."""
     if shape.layers.keys() != expected.layers.keys():
         return f"Its layers are {sorted(shape.layers)}, the adapter's {sorted(expected.layers)}."
     for layer, state in shape.layers.items():

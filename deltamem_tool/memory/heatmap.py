@@ -90,7 +90,7 @@ class HeatMap:
 
 
 class _Legend:
-    """What the colours, or the numbers, mean."""
+    """Return the legend of the colours or numbers."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit

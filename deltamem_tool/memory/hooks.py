@@ -73,7 +73,7 @@ def hook_layers(attachment: Attachment) -> None:
 
 
 def _path(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """What leads from `model` to its module `name`: parent, name in it, child.
+    """Return the path from `model` to its module `name`, as (parent, name, child).
 
     But for what torch.compile puts around a module: a trace takes it for the module.
     """
@@ -147,7 +147,7 @@ def _begin_call(
 
 
 def _rows_of(model: PreTrainedModel) -> int:
-    """How many token ids have an embedding."""
+    """Return the number of token ids with an embedding."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
 
@@ -212,7 +212,7 @@ def _before_attention(adapter: DeltaMemAdapter, index: int, module: nn.Module, a
 
 
 def _sum_gates(gates: Tensor, written: Tensor | bool | None) -> Tensor:
-    """β `[B, T, H, R]` of what is `written`, to `[B, 2]`: the sum of its means, and the number of writes."""
+    """Reduce β `[B, T, H, R]` of the `written` tokens to `[B, 2]`: the sum of its means, and the number of writes."""
     count = written.sum(1) if isinstance(written, Tensor) else gates.new_tensor(gates.shape[1]).expand(len(gates))
     return torch.stack([gates.mean((2, 3)).sum(1), count.to(gates.dtype)], dim=1)
 

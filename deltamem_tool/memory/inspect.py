@@ -45,13 +45,13 @@ def difference(before: StoredMemory, after: StoredMemory) -> dict[str, Any]:
 
 
 def _norms(states: np.ndarray) -> np.ndarray:
-    """`[B, H, R, R]` to `[B, H]`, in float64: squares of large float32 numbers overflow."""
+    """Return the norms `[B, H]` of states `[B, H, R, R]`, in float64 because large float32 numbers overflow."""
     norms: np.ndarray = np.linalg.norm(states.astype(np.float64), axis=(2, 3))
     return norms
 
 
 def _open_tokens(memory: StoredMemory) -> list[int] | None:
-    """Of each conversation; None where every token writes."""
+    """Return the number of open tokens of each conversation; None if every token writes."""
     segment = next(iter(memory.open_segments.values()), None)
     return None if segment is None else [int(count) for count in segment[:, -1]]
 

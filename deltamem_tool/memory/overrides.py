@@ -81,7 +81,7 @@ def _with_memory_cache(original: Method) -> Method:
 
 
 class _WatchedCriteria(StoppingCriteriaList):
-    """The criteria that end rows of a `generate`; the cache hears of every row that one of them has ended."""
+    """Stopping criteria of `generate` that tell the cache which rows have ended."""
 
     def __init__(self, criteria: Iterable[StoppingCriteria], cache: MemoryCache) -> None:
         super().__init__(criteria)

@@ -58,7 +58,7 @@ def memory_figure(states: States, title: str) -> Figure:
 
 
 def difference_figure(before: States, after: States, title: str) -> Figure:
-    """Before, after, and after − before side by side; with more than `MOST_PANELS` panels, the difference alone.
+    """Draw before, after and their difference side by side; with more than `MOST_PANELS` panels, only the difference.
 
     The two memories share a colour scale, and the difference, which is often much smaller, has its own.
     """
@@ -83,7 +83,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the panels of a block are. One unit is one entry of a state, so that panels are squares of side `rank`."""
+    """Layout of the panels of a block. One unit is one entry of a state, so panels are squares of side `rank`."""
 
     layers: int
     heads: int
@@ -107,7 +107,7 @@ class _Grid:
 
     @property
     def step(self) -> float:
-        """From a head to the next."""
+        """Distance between two heads."""
         return self.rank + 0.3 * self.label
 
     @property
@@ -125,7 +125,7 @@ class _Grid:
 
 
 def _figure(blocks: Sequence[_Block], title: str) -> Figure:
-    """The blocks side by side under `title`."""
+    """Draw the blocks side by side under `title`."""
     grid = _Grid.from_states(blocks[0].states, len(blocks))
     bars = sum(block.bar for block in blocks)
     width = max(_LEAST_WIDTH, len(blocks) * (grid.width * grid.scale + 0.4) + bars * 0.8)
@@ -169,5 +169,5 @@ def _draw(axes: Axes, block: _Block, grid: _Grid) -> None:
 
 
 def _limit(states: States) -> float:
-    """The largest entry by size; 1 where all are 0, since a scale needs some width."""
+    """Return the largest absolute value of an entry; 1 if all are 0, because a scale needs some width."""
     return max(float(np.abs(state).max()) for state in states.values()) or 1.0

@@ -61,7 +61,7 @@ class SharedMemoryFile:
         return other
 
     def _has_changed(self, digest: str) -> bool:
-        """Whether the file contains what this program does not know; `digest` is of what it is about to write."""
+        """Return whether the file has unknown content. `digest` is that of the content about to be written."""
         if not self.path.exists():
             return False
         try:

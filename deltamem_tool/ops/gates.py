@@ -19,7 +19,7 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def per_head(x: Tensor, config: DeltaMemConfig) -> Tensor:
-    """`[..., H·n]` to `[..., H, n]`."""
+    """Reshape `[..., H·n]` to `[..., H, n]`."""
     return x.view(*x.shape[:-1], config.state_heads, x.shape[-1] // config.state_heads)
 
 

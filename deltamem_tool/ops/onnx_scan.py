@@ -97,5 +97,5 @@ def linear_attention(
 
 
 def _pack(x: Tensor) -> Tensor:
-    """`[B, T, H, R]` to `[B, T, H·R]`."""
+    """Reshape `[B, T, H, R]` to `[B, T, H·R]`."""
     return x.flatten(2)

@@ -27,7 +27,7 @@ def portable_scan(
 
 
 def _step(state: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """One token: the state `[B, H, R, R]` after it, and its reading `[B, H, R, 1]` of the state before it."""
+    """Process one token: return the state `[B, H, R, R]` after it, and its reading `[B, H, R, 1]` of the one before."""
     q, k, keep, erase, written = token
     change = written - erase * torch.matmul(state, k)
     return keep * state + change * k.transpose(-1, -2), torch.matmul(state, q)
@@ -60,14 +60,14 @@ def portable_linear_attention(
 
 
 def _attend(state: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """One token: the state `[B, N, R, V]` after it, and the reading `[B, N, V, 1]` of it."""
+    """Process one token: return the state `[B, N, R, V]` after it, and the reading `[B, N, V, 1]` of that state."""
     query, key, value, keep = token
     state = keep * state + key * value.transpose(-1, -2)
     return state, torch.matmul(state.transpose(-1, -2), query)
 
 
 def _attend_by_delta(state: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same, where what the state says of the key already is not written."""
+    """Do the same with the delta rule, which subtracts the value that the state already has for the key."""
     query, key, value, keep, beta = token
     state = keep * state
     change = beta * (value - torch.matmul(state.transpose(-1, -2), key))
@@ -89,7 +89,7 @@ def portable_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> tup
 
 
 def _add(opened: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """One token: what is open `[B, W]` after it, and the sum up to and with it `[B, W]`."""
+    """Process one token: return the open sums `[B, W]` after it, and the sums including it `[B, W]`."""
     x, goes_on = token
     total = opened + x
     return total * goes_on, total

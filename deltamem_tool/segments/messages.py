@@ -65,7 +65,7 @@ def text_of(message: Message) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a tokenizer can take `text`: JSON, and a command line that is not UTF-8, have halves of characters."""
+    """Return whether `text` is valid Unicode. JSON and non-UTF-8 command lines can contain half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

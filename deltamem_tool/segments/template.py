@@ -216,7 +216,7 @@ class ChatTemplate:
         self._complete.add(shape)
 
     def continues(self, messages: Sequence[Message], index: int) -> bool:
-        """Whether the template writes all later contents, and no earlier ones, after the content of message `index`.
+        """Return whether the template writes all later contents, and no earlier ones, after that of message `index`.
 
         A system message may be anywhere: some templates write it with the last question.
         """

@@ -255,7 +255,7 @@ class EpisodeModel(nn.Module):
         save_adapter(self.base, out, overwrite, files)
 
     def _hidden_states(self) -> contextlib.AbstractContextManager[HiddenStates]:
-        """Of what is written and read, where they are compared."""
+        """Record the hidden states of written and read tokens in the block, if they are compared."""
         return hidden_states_of(self.adapter) if self.objective.addressing else contextlib.nullcontext(HiddenStates())
 
     def _layers(self) -> contextlib.AbstractContextManager[None]:

@@ -212,7 +212,7 @@ def activation_bytes(
 def _fake_peaks(
     recipe: Recipe, checkpoint: BaseCheckpoint, memory: DeltaMemConfig, shape: StepShape, layers: int
 ) -> dict[str, int]:
-    """`step_peaks` of the base with so many layers."""
+    """Return `step_peaks` for the base model with this number of layers."""
     training = recipe.training
     config = with_layers(checkpoint.config, layers)
     options: dict[str, Any] = {"dtype": base_dtype(recipe, checkpoint.config)}
@@ -239,12 +239,12 @@ def _fake_peaks(
 
 
 def no_columns(projection: Projection, count: int) -> Tensor:
-    """In place of the base's weights, of which there are none."""
+    """Replace the base model's weights, which do not exist here."""
     return torch.zeros(projection.out_features, count, dtype=torch.float32)
 
 
 def base_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
-    """Of the base's weights; where neither the recipe nor the config names one, what transformers takes."""
+    """Return the data type of the base model's weights: from the recipe, the config, or transformers' default."""
     dtype: torch.dtype | str = recipe.training.dtype
     if dtype == "auto":
         dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
@@ -254,7 +254,7 @@ def base_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
 
 
 def layer_period(config: PretrainedConfig) -> int:
-    """After how many layers the kinds of layers repeat; 1 where all are alike, all of them where none repeat."""
+    """Return the number of layers after which their kinds repeat: 1 if all are equal, all if nothing repeats."""
     text = config.get_text_config(decoder=True)
     lists = _by_layer(text).values()
     every: int = text.num_hidden_layers
@@ -273,7 +273,7 @@ def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def _by_layer(text: PretrainedConfig) -> dict[str, list[Any]]:
-    """What a config says of each layer by itself."""
+    """Return the options of a config that have one value per layer."""
     every = text.num_hidden_layers
     return {
         name: value

@@ -305,7 +305,7 @@ def _prepare_packed(model: PreTrainedModel, launch: Launch | None) -> None:
 
 
 def _loading_options(recipe: Recipe, launch: Launch | None) -> dict[str, Any]:
-    """What `from_pretrained` is to do with the frozen weights."""
+    """Return the options of `from_pretrained` for the frozen weights."""
     training = recipe.training
     options: dict[str, Any] = {"dtype": training.dtype}
     if training.attention is not None:

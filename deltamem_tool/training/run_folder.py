@@ -122,7 +122,7 @@ _BATCH = {"processes", "training.batch_size", "training.gradient_accumulation"}
 
 
 def _batches(start: Mapping[str, Any]) -> str:
-    """What a step learns from; generated episodes are alike within what all processes take at once."""
+    """Describe the data of a step. Generated episodes depend on the number that all processes use per step."""
     episodes_per_step = start["processes"] * start["training.batch_size"]
     episodes = episodes_per_step * start["training.gradient_accumulation"]
     is_generated = start["data.path"] is None or start["data.mix"] > 0

@@ -299,7 +299,7 @@ class Progress(TrainerCallback):
 
 
 def _is_interrupted_anywhere(interrupted: bool, args: TrainingArguments) -> bool:
-    """Whether any process was interrupted: all of them have to stop at the same step."""
+    """Return whether any process was interrupted, because all of them have to stop at the same step."""
     if args.world_size == 1:
         return interrupted
     flag = torch.tensor(int(interrupted), device=args.device)
