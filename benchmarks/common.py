@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from deltamem_tool.bench.result import quartiles
-from deltamem_tool.bench.timing import in_turn
+from deltamem_tool.bench.timing import interleave
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "onnx-ir", "transformers", "torch")
 Seconds = tuple[float, float]  # wall-clock time and CPU time; other work on the machine hardly affects the latter
@@ -78,7 +78,7 @@ def compare(
     one: Callable[[], Seconds], other: Callable[[], Seconds], repeats: int
 ) -> tuple[list[float], list[list[float]]]:
     """Return the median seconds of both, and the ratios of wall-clock and of CPU time for every pair of runs."""
-    pairs = in_turn({"one": one, "other": other}, repeats).values.values()
+    pairs = interleave({"one": one, "other": other}, repeats).values.values()
     medians = [statistics.median(clock for clock, _ in taken) for taken in pairs]
     ratios = [[a / b for a, b in zip(mine, others, strict=True)] for mine, others in zip(*pairs, strict=True)]
     return medians, [list(kind) for kind in zip(*ratios, strict=True)]

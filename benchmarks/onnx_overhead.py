@@ -45,7 +45,7 @@ from common import PACKAGES, Command, Seconds, spread, timed, versions, watched
 from genai_builder import BuilderSide, build
 
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
-from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.bench.timing import cpu_name, interleave
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.onnx.contract import DATA_FILE, MODEL_FILE
 from deltamem_tool.onnx.manifest import Manifest
@@ -181,7 +181,9 @@ def pairs(args: argparse.Namespace, exports: Exports, precision: str, name: str)
         order = (("with", name), ("without", BUILDER))[:: -1 if opening % 2 else 1]
         sides = {key: open_side(exports.path(precision, each), each, args) for key, each in order}
         for what, measurement in measurements(args):
-            rounds = in_turn({key: measurement(side) for key, side in sides.items()}, args.repeats, seed=opening).values
+            rounds = interleave(
+                {key: measurement(side) for key, side in sides.items()}, args.repeats, seed=opening
+            ).values
             taken[what] += zip(rounds["with"], rounds["without"], strict=True)
             gc.collect()
         del sides

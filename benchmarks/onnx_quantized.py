@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
-from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.bench.timing import cpu_name, interleave
 from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
@@ -116,7 +116,7 @@ def _timed_call(graph: Graph, tokens: int, past: dict, fed: int) -> tuple[float,
 
 def ratios(run, graphs: dict[str, Graph], repeats: int) -> dict[str, str]:
     """Return the time relative to float32 by kind: median and range over rounds in which all kinds run in turn."""
-    seconds = in_turn({kind: partial(run, graph) for kind, graph in graphs.items()}, repeats).values
+    seconds = interleave({kind: partial(run, graph) for kind, graph in graphs.items()}, repeats).values
     cells = {"float32": "1"}
     for kind in graphs.keys() - cells:
         over = [a / b for a, b in zip(seconds[kind], seconds["float32"], strict=True)]

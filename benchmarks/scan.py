@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.bench.timing import cpu_name, interleave
 from deltamem_tool.ops.scan import Implementation, delta_scan
 
 ON_CPU: tuple[Implementation, ...] = ("naive", "recurrent", "chunked")
@@ -44,7 +44,7 @@ def measure(inputs: list[Tensor], implementation: Implementation) -> tuple[float
 
 def compare(inputs: list[Tensor], implementations: tuple[Implementation, ...], repeats: int) -> None:
     """Print a table of medians, with the speedup of each implementation over the first."""
-    times = in_turn({name: partial(measure, inputs, name) for name in implementations}, repeats).values
+    times = interleave({name: partial(measure, inputs, name) for name in implementations}, repeats).values
 
     print("| implementation | forward ms | backward ms | both ms | ratio |")
     print("|---|---:|---:|---:|---:|")

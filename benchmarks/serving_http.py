@@ -35,7 +35,7 @@ from serving import all_at_once, exported, request, table
 from serving_clients import MODEL, official, plain
 from store import fill
 
-from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.bench.timing import cpu_name, interleave
 from deltamem_tool.io.cores import default_threads
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.serve.app import build_app
@@ -186,7 +186,7 @@ def beside_the_scheduler(scheduler: Process, server: Process, options: argparse.
         "the server, whole answers": lambda: parts(lambda tokens: served(tokens, stream=False)),
         "the server, streamed": lambda: parts(lambda tokens: served(tokens, stream=True)),
     }
-    values = in_turn(sides, options.repeats).values
+    values = interleave(sides, options.repeats).values
     rows = []
     for name, pairs in values.items():
         rows.append((name, *(f"{statistics.median(part) * 1e3:.2f} ms" for part in zip(*pairs, strict=True))))
@@ -217,7 +217,7 @@ def together(server: Process, options: argparse.Namespace) -> tuple[list[tuple[s
         for name, clients in (("plain", plain), ("OpenAI's client", official))
         for users_name, users in (("one at a time", 1), (f"{options.users} at once", options.users))
     }
-    values = in_turn(sides, options.repeats).values
+    values = interleave(sides, options.repeats).values
     rows = []
     for name, taken in values.items():
         clock, its, mine = (statistics.median(part) for part in zip(*taken, strict=True))

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from sqlalchemy import insert
 
-from deltamem_tool.bench.timing import in_turn
+from deltamem_tool.bench.timing import interleave
 from deltamem_tool.serve.store import KEY_VARIABLE, MemoryStore
 from deltamem_tool.serve.store.contents import Contents
 from deltamem_tool.serve.store.schema import memories, tenants, versions
@@ -162,7 +162,7 @@ def measured(store: MemoryStore, folder: Path, number: int, size: int, calls: in
 
             return timed(write)
 
-        taken = in_turn({"get": get, "put": put, "alone": alone}, calls).values
+        taken = interleave({"get": get, "put": put, "alone": alone}, calls).values
         with ThreadPoolExecutor(AT_ONCE) as pool:
             taken["together"] = [together() for _ in range(max(2, calls // AT_ONCE))]
         taken["delete"] = [delete() for _ in range(max(2, calls // 10))]

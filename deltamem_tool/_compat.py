@@ -345,7 +345,7 @@ def with_small_constants() -> Iterator[None]:
 
 
 @contextmanager
-def reading_gguf(reader: Any) -> Iterator[None]:
+def cached_gguf_reader(reader: Any) -> Iterator[None]:
     """Inside, transformers reads a GGUF file in half the time or less, and with the progress bars of its other files.
 
     By itself it opens the file anew for the config and for the weights, which takes seconds where the vocabulary is

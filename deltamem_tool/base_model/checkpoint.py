@@ -26,13 +26,13 @@ from deltamem_tool._compat import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     WeightConverter,
     WeightRenaming,
+    cached_gguf_reader,
     get_model_conversion_mapping,
-    reading_gguf,
     rename_source_key,
 )
 from deltamem_tool.base_model import smollm2
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
-from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_complete, find_gguf, location
+from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_complete, find_gguf, pretrained_arguments
 from deltamem_tool.base_model.layouts import Projection, features
 from deltamem_tool.base_model.stored_config import read_config, read_gguf_config
 from deltamem_tool.base_model.weights import WEIGHT_FILES, StoredWeights, files_of_index
@@ -158,8 +158,10 @@ class BaseCheckpoint:
         if self._gguf is not None:
             options |= self._as_floats(options)
         try:
-            with reading_gguf(self._gguf.reader) if self._gguf else nullcontext():
-                loaded: Any = self._kind.from_pretrained(**location(self._whole), **options, output_loading_info=True)
+            with cached_gguf_reader(self._gguf.reader) if self._gguf else nullcontext():
+                loaded: Any = self._kind.from_pretrained(
+                    **pretrained_arguments(self._whole), **options, output_loading_info=True
+                )
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:
                 raise

@@ -28,7 +28,7 @@ _MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
-def location(source: str | Path) -> dict[str, Any]:
+def pretrained_arguments(source: str | Path) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for a folder, a GGUF file, or either on the Hub."""
     if not is_gguf(source) or Path(source).is_dir():
         return {"pretrained_model_name_or_path": source}

@@ -31,7 +31,7 @@ def launch_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def on_cpus() -> bool:
+def runs_on_cpus() -> bool:
     """Whether several processes run without GPUs."""
     import torch
 
@@ -84,7 +84,7 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
     try:
         # Kept until all processes have joined, because one of them serves it.
         store = None if count == 1 or torch.distributed.is_initialized() else _rendezvous(count, within)
-        state = PartialState(cpu=on_cpus(), **({} if patience is None else {"timeout": patience}))
+        state = PartialState(cpu=runs_on_cpus(), **({} if patience is None else {"timeout": patience}))
         del store
     except torch.distributed.DistError as error:
         raise _rendezvous_error(

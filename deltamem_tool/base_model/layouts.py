@@ -162,7 +162,7 @@ class Projection:
         grouped: Tensor = correction.unflatten(-1, (self.span.groups, -1))  # type: ignore[no-untyped-call]  # as above
         return F.pad(grouped, (self.span.start, self._group - self._stop)).flatten(-2)
 
-    def as_wide_as(self, output: Tensor, correction: Tensor) -> Tensor:
+    def match_width(self, output: Tensor, correction: Tensor) -> Tensor:
         """Return the part of the branch's `correction` `[..., out]` to add to the linear layer's `output`.
 
         This is all of it, or the part of this process if other processes compute the rest.

@@ -12,9 +12,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from deltamem_tool._compat import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    reading_gguf,
+    cached_gguf_reader,
 )
-from deltamem_tool.base_model.gguf import GgufFile, location
+from deltamem_tool.base_model.gguf import GgufFile, pretrained_arguments
 from deltamem_tool.errors import ArchitectureError, first_line
 from deltamem_tool.io.formats import MODEL_CONFIG_FILE, PEFT_CONFIG_FILE
 from deltamem_tool.io.safe_json import read_json
@@ -80,8 +80,8 @@ def read_gguf_config(file: GgufFile) -> PretrainedConfig:
         ArchitectureError: transformers does not know its architecture, or it is not a causal language model.
     """
     try:
-        with reading_gguf(file.reader):
-            config: PretrainedConfig = AutoConfig.from_pretrained(**location(file.path))
+        with cached_gguf_reader(file.reader):
+            config: PretrainedConfig = AutoConfig.from_pretrained(**pretrained_arguments(file.path))
     except _INVALID as error:
         raise ArchitectureError(
             f"transformers cannot read the config of {file.name}.",

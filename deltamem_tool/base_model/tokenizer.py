@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltamem_tool.base_model.gguf import location, source_of
+from deltamem_tool.base_model.gguf import pretrained_arguments, source_of
 from deltamem_tool.errors import ArchitectureError, first_line
 from deltamem_tool.segments.messages import BYTE_ORDER_MARK
 
@@ -26,7 +26,7 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
     """
     try:
         # Without trust_remote_code, transformers would ask on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(**location(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained_arguments(folder), trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain Exceptions
         raise ArchitectureError(
             f"{folder} has no tokenizer that can be read.",

@@ -130,7 +130,7 @@ def _add(
     static: StaticLayer, branch: str, projection: Projection, module: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor:
     """Correct the output of a projection, as a forward hook."""
-    return output + projection.as_wide_as(output, static.offset(branch)).to(output.dtype)
+    return output + projection.match_width(output, static.offset(branch)).to(output.dtype)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, De
     return model, adapter
 
 
-def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy that shares all weights, so that a memory or a LoRA can be attached to only one of them."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
@@ -73,7 +73,7 @@ def torch_sides(model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setti
     """Return one side for each of the setting's models, with the weights of `model`, on the setting's device."""
     cast(torch.nn.Module, model).to(setting.device)  # transformers hides the signature
     adapter.to(setting.device)
-    return {name: TorchSide(modify_model(name, twin_of(model), adapter, setting)) for name in setting.models}
+    return {name: TorchSide(modify_model(name, shared_copy(model), adapter, setting)) for name in setting.models}
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -141,7 +141,7 @@ def write_graphs(
         dtype_name(model.dtype),
         export[1].quantize if export else NO_QUANTIZATION,
     )
-    with_memory = modify_model(MEMORY, twin_of(model), adapter, setting)
+    with_memory = modify_model(MEMORY, shared_copy(model), adapter, setting)
     interface = (
         export[1].interface
         if export
@@ -159,7 +159,7 @@ def write_graphs(
             graphs[name] = GraphFolder(folder, interface)
             continue
         plain = without_memory(interface)
-        other = hf_model(modify_model(name, twin_of(model), adapter, setting))
+        other = hf_model(modify_model(name, shared_copy(model), adapter, setting))
         write_plain(other, CallOptions(with_memory, interface.logits), plain, target, folder)
         if export and export[1].quantization is not None:
             quantize_graph(folder, export[1].quantization, [])

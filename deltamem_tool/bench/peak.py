@@ -19,7 +19,7 @@ import deltamem_tool
 from deltamem_tool.bench import LORA, ONNX
 from deltamem_tool.bench.setting import Setting, name_of
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side, TorchSide
-from deltamem_tool.bench.timing import visit
+from deltamem_tool.bench.timing import time_generation
 from deltamem_tool.errors import DeltaMemError
 
 _PEAK = re.compile(r"VmHWM:\s*(\d+) kB")
@@ -103,7 +103,7 @@ def main() -> None:
         side, vocab_size = torch_side(model, setting)
     by_prompt = {}
     for prompt in sorted(setting.prompts):
-        visit(side, setting.ids(prompt, vocab_size), setting.decode)
+        time_generation(side, setting.ids(prompt, vocab_size), setting.decode)
         by_prompt[prompt] = memory() - imports
     print(json.dumps({"imports": imports, "by_prompt": by_prompt}))
 

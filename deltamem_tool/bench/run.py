@@ -19,8 +19,8 @@ from deltamem_tool.bench.models import (
     load_apart,
     modify_model,
     read_export,
+    shared_copy,
     torch_sides,
-    twin_of,
     vocabulary,
     write_graphs,
 )
@@ -28,7 +28,7 @@ from deltamem_tool.bench.peak import peak_of
 from deltamem_tool.bench.result import BenchResult, Sizes
 from deltamem_tool.bench.setting import Setting, name_of
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side, TorchSide
-from deltamem_tool.bench.timing import Rounds, Seconds, cpu_name, in_turn, visit
+from deltamem_tool.bench.timing import Rounds, Seconds, cpu_name, interleave, time_generation
 from deltamem_tool.io.cores import default_threads
 from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.adapter import DeltaMemAdapter
@@ -115,12 +115,12 @@ def _time(
     rounds = {}
     for prompt in setting.prompts:
         ids = setting.ids(prompt, vocabulary(model))
-        visits = {name: partial(visit, side, ids, setting.decode) for name, side in sides.items()}
+        visits = {name: partial(time_generation, side, ids, setting.decode) for name, side in sides.items()}
 
         def begin(name: str, prompt: int = prompt) -> None:
             steps.begin(f"{name}, {prompt} tokens")
 
-        rounds[prompt] = in_turn(visits, setting.repeats, setting.seed, begin)
+        rounds[prompt] = interleave(visits, setting.repeats, setting.seed, begin)
     return rounds
 
 
@@ -141,7 +141,7 @@ def _about(setting: Setting, model: PreTrainedModel, adapter: DeltaMemAdapter, b
     parameters = {MEMORY: sum(parameter.numel() for parameter in adapter.parameters())}
     ranks = {}
     if LORA in setting.models:
-        lora = modify_model(LORA, twin_of(model), adapter, setting)
+        lora = modify_model(LORA, shared_copy(model), adapter, setting)
         parameters[LORA] = lora_parameters(lora)
         ranks = {"lora_rank": lora.active_peft_config.r}
     machine = {"cpu": cpu_name(), "gpu": torch.cuda.get_device_name(setting.device) if setting.on_cuda else None}

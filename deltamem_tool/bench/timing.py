@@ -26,7 +26,7 @@ class Rounds(Generic[T]):
     order: list[list[str]]
 
 
-def in_turn(
+def interleave(
     measurements: Mapping[str, Callable[[], T]],
     repeats: int,
     seed: int = 0,
@@ -64,7 +64,9 @@ class Seconds:
     decode: float
 
 
-def visit(side: Side, ids: NDArray[np.int64], decode: int, clock: Callable[[], float] = time.perf_counter) -> Seconds:
+def time_generation(
+    side: Side, ids: NDArray[np.int64], decode: int, clock: Callable[[], float] = time.perf_counter
+) -> Seconds:
     """Run a prompt, int64 `[B, T]`, choose its first token, and decode `decode` further tokens greedily."""
     start = clock()
     logits, past = side.call(ids)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
 from deltamem_tool.data.episode import Episode
-from deltamem_tool.data.unrelated import UnrelatedExchanges
+from deltamem_tool.data.unrelated_exchanges import UnrelatedExchanges
 from deltamem_tool.segments.encode import pad_rows
 from deltamem_tool.segments.tags import SegmentTag
 

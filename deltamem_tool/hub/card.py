@@ -22,7 +22,7 @@ from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.public_base import Base
 from deltamem_tool.hub.repository import LIBRARY
-from deltamem_tool.io.names import BACKBONE, BUILTIN, is_gguf, on_hub
+from deltamem_tool.io.names import BACKBONE, BUILTIN, hub_uri, is_gguf
 from deltamem_tool.onnx.manifest import Manifest
 
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
@@ -192,7 +192,7 @@ def _base(base: Base) -> str:
 
 def _hub_id(name: str) -> str:
     """Return the Hub id of a base model, without a revision or a file."""
-    return smollm2.HUB_ID if name == smollm2.BUILTIN_NAME else on_hub(name).id
+    return smollm2.HUB_ID if name == smollm2.BUILTIN_NAME else hub_uri(name).id
 
 
 def _extra(contents: Contents, base: Base) -> str:

@@ -56,7 +56,7 @@ class Contents:
         """Names of the parts, for messages."""
         return [*(["adapter"] if self.adapter else []), *(["ONNX folder"] if self.onnx else [])]
 
-    def completed_by(self, other: Contents) -> Contents:
+    def merge(self, other: Contents) -> Contents:
         """Return these contents with the part that only `other` has, which must be of the same adapter."""
         return replace(
             self,

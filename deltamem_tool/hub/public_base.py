@@ -12,7 +12,7 @@ from deltamem_tool._compat import REGEX_COMMIT_OID
 from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import Contents
-from deltamem_tool.io.names import BUILTIN, hub_name, is_gguf, on_hub, short_name
+from deltamem_tool.io.names import BUILTIN, hub_name, hub_uri, is_gguf, short_name
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.locate import ONNX_FOLDER
 
@@ -53,7 +53,7 @@ def with_public_base(contents: Contents, base_model: str | None) -> tuple[Conten
 def _public_base(contents: Contents, base_model: str | None) -> Base:
     recorded = _recorded_base(contents)
     if base_model is not None:
-        hub = on_hub(base_model)
+        hub = hub_uri(base_model)
         name = short_name(hub)
         return Base(name, hub.revision or (recorded.revision if name == recorded.name else None))
     if recorded.name is not None and (recorded.name.startswith(BUILTIN) or recorded.revision or not contents.adapter):

@@ -10,7 +10,7 @@ from deltamem_tool._compat import git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents
 from deltamem_tool.io.atomic import atomic_folder, check_overwrite
-from deltamem_tool.io.names import commit_of, expand_user, fetch, on_hub
+from deltamem_tool.io.names import commit_of, expand_user, fetch, hub_uri
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def pull(
     if out is not None:
         out = expand_user(out)
         check_overwrite(out, overwrite)
-    folder = fetch(on_hub(repo_id, revision), REPO_FILES, "repository")
+    folder = fetch(hub_uri(repo_id, revision), REPO_FILES, "repository")
     if not folder.is_dir():  # no file was fetched
         raise HubError(f"{repo_id} contains no adapter and no ONNX folder.", "", "Check the name and the revision.")
     _check_files(folder, repo_id)

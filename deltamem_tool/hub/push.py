@@ -15,7 +15,7 @@ from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Con
 from deltamem_tool.hub.public_base import Base, with_public_base
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, RemoteTree, Repository
 from deltamem_tool.hub.space import Space, check_space
-from deltamem_tool.io.names import BUILTIN, expand_user, fetch, hub_id, on_hub, resolve_folder
+from deltamem_tool.io.names import BUILTIN, expand_user, fetch, hub_id, hub_uri, resolve_folder
 from deltamem_tool.onnx.contract import MANIFEST_FILE, MODEL_FILE
 from deltamem_tool.onnx.locate import ONNX_FOLDER
 from deltamem_tool.onnx.manifest import Manifest
@@ -194,7 +194,7 @@ def _card_contents(contents: Contents, repository: Repository, remote: RemoteTre
     part, file = ("ONNX folder", manifest) if contents.adapter else ("adapter", CONFIG_FILE)
     if (contents.adapter and contents.onnx) or file not in remote.files:
         return contents, []
-    at_head = on_hub(repository.repo_id, remote.commit)
+    at_head = hub_uri(repository.repo_id, remote.commit)
     folder = fetch(at_head, [manifest] if contents.adapter else ADAPTER_FILES, "repository")
     try:
         # The graph and its weights need not be fetched for this.
@@ -207,7 +207,7 @@ def _card_contents(contents: Contents, repository: Repository, remote: RemoteTre
             "A repository with parts of two adapters cannot be used.",
             f"Push both parts of this one (--onnx), remove the {part} there, or choose another name.",
         )
-    return contents.completed_by(other), []
+    return contents.merge(other), []
 
 
 def _changes(files: Files, contents: Contents, remote: RemoteTree) -> list[Change]:

@@ -110,7 +110,7 @@ def check_revision(name: str, revision: str | None) -> None:
         )
 
 
-def on_hub(name: str, revision: str | None = None) -> HfUri:
+def hub_uri(name: str, revision: str | None = None) -> HfUri:
     """Do the same as `hub_name` for a name that is on the Hub even if a local folder has the same name.
 
     Raises:
@@ -127,7 +127,7 @@ def hub_id(name: str) -> str:
     Raises:
         HubError: `name` is not a Hub id, or contains a revision or a path.
     """
-    hub = on_hub(name)
+    hub = hub_uri(name)
     if hub.revision is not None or hub.path_in_repo:
         raise HubError(f"{name} is not a repository name.", "It contains a revision or a path.", "Write OWNER/NAME.")
     return hub.id

@@ -234,4 +234,4 @@ def _after_projection(
     layer, readings = adapter.layer(index), call.readings[index]
     if projection.is_whole and output.shape[-1] == projection.width:
         return layer.correct(branch, readings, output)
-    return output + projection.as_wide_as(output, layer.correction(branch, readings)).to(output)
+    return output + projection.match_width(output, layer.correction(branch, readings)).to(output)

@@ -77,7 +77,7 @@ def _scan(
     added = written[..., :1, :]
     transfer = torch.diag_embed(chunk_decay.unsqueeze(-1).expand(written[..., 0, :].shape)) - written[..., 1:, :]
     # One after the other costs least on a CPU; a GPU would wait for N launches, and a symbolic N cannot be unrolled.
-    run = _states_in_parallel if symbolic or q.device.type != "cpu" else _states_in_turn
+    run = _parallel_states if symbolic or q.device.type != "cpu" else _sequential_states
     starts, state = run(transfer, added, state)  # [N, B, H, R, R]
 
     # Reads: G_{t-1} S0 q_t + sum_s (G_{t-1} / G_s) (q_t . k_s) d_s
@@ -126,7 +126,7 @@ def _pairwise_decay(before: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor
     return log_decay.exp_()
 
 
-def _states_in_turn(transfer: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _sequential_states(transfer: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return the states before every chunk, and after the last.
 
     transfer: [N, B, H, R, R, R]; added: [N, B, H, R, 1, R].
@@ -140,8 +140,8 @@ def _states_in_turn(transfer: Tensor, added: Tensor, state: Tensor) -> tuple[Ten
     return torch.stack(rows[:-1]).view(-1, *state.shape), row.view(state.shape)
 
 
-def _states_in_parallel(transfer: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_states_in_turn`, in log2(N) steps: step l composes every map with the one 2**l before it.
+def _parallel_states(transfer: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_sequential_states`, in log2(N) steps: step l composes every map with the one 2**l before it.
 
     The first map is the constant one, 0 and the initial state. Whatever has it composed in no longer depends on what
     came before, so an index that would fall off the front may stay there, and steps beyond log2(N) change nothing.

@@ -76,7 +76,7 @@ class Addresses:
         return cls(scored[kept], row, positives, 1.0 / times[kept], (key_rows, places))
 
     @classmethod
-    def most(
+    def upper_bound(
         cls,
         write_ids: Tensor,
         write_mask: Tensor | None,

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, integrations
 
 from deltamem_tool._compat import use_one_gpu
-from deltamem_tool.base_model.launch import on_cpus
+from deltamem_tool.base_model.launch import runs_on_cpus
 from deltamem_tool.errors import ConfigError, DeltaMemError, first_line
 from deltamem_tool.recipe.load import TrainingOptions
 
@@ -47,7 +47,7 @@ def refused_by_trainer(key: str) -> Iterator[None]:
 def _arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(run),
-        use_cpu=on_cpus(),
+        use_cpu=runs_on_cpus(),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,

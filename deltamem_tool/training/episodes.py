@@ -15,7 +15,7 @@ from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.mixed_episodes import MixedEpisodes
 from deltamem_tool.data.sources import read_episodes, read_exchanges
 from deltamem_tool.data.store import EncodedEpisodes, encode_cached
-from deltamem_tool.data.unrelated import UnrelatedExchanges
+from deltamem_tool.data.unrelated_exchanges import UnrelatedExchanges
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.generated_episodes import generated_episodes, held_out_episodes
 from deltamem_tool.training.trainer import steps_of

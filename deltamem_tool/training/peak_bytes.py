@@ -172,7 +172,10 @@ def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
                 state.register_hook(lambda _: live.enter("write, backward"))  # type: ignore[no-untyped-call]
         return announce("answer")(memory, *args)
 
-    own: dict[str, Any] = {name: announce(name) for name in methods} | {"answer": answer, "addresses": Addresses.most}
+    own: dict[str, Any] = {name: announce(name) for name in methods} | {
+        "answer": answer,
+        "addresses": Addresses.upper_bound,
+    }
     for name, method in own.items():
         setattr(step, name, method)
     try:

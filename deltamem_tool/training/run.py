@@ -154,7 +154,7 @@ def train(
             steps = trainer.state.global_step
             interrupted = progress.interrupted and steps < data.steps
             if not interrupted and state.is_main_process:
-                trainer.take_best()
+                trainer.load_best()
             state.wait_for_everyone()
     summary = _summary(recipe, step, data, trainer, interrupted, time.monotonic() - started, share)
     place = out if overwrite or resume or is_free(resolve(out)) else free_name(out)

@@ -201,7 +201,7 @@ class EpisodeTrainer(Trainer):
             weights = {name: weight.cpu().contiguous() for name, weight in self.model.state_dict().items()}
             write_atomically(self.run / BEST_FILE, save(weights))
 
-    def take_best(self) -> None:
+    def load_best(self) -> None:
         """Load the weights of the best evaluation, if there was one.
 
         Raises:

@@ -13,7 +13,7 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, detach, load
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.baselines.lora import Lora, lora_parameters, new_lora, random_lora
 from deltamem_tool.bench import BASE, LORA, MEMORY, MODELS, PYTORCH, SEGMENT
-from deltamem_tool.bench.models import load_apart, modify_model, torch_sides, twin_of
+from deltamem_tool.bench.models import load_apart, modify_model, shared_copy, torch_sides
 from deltamem_tool.bench.peak import peak_of, torch_side
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import GraphFolder, TorchSide
@@ -67,10 +67,10 @@ def test_each_model_is_what_it_is_called():
 
 def test_twins_share_their_weights_and_nothing_else():
     model, memory = apart(patched_model())
-    twin = modify_model(MEMORY, twin_of(model), memory, Setting("adapter"))
+    twin = modify_model(MEMORY, shared_copy(model), memory, Setting("adapter"))
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     adapter_of(twin)
-    lora = modify_model(LORA, twin_of(model), memory, Setting("adapter"))
+    lora = modify_model(LORA, shared_copy(model), memory, Setting("adapter"))
     assert lora_parameters(lora) and not any("lora" in name for name, _ in model.named_parameters())
     with torch.no_grad():
         assert torch.equal(model(tokens(1, 9)).logits, tiny_model()(tokens(1, 9)).logits)

@@ -12,7 +12,7 @@ from deltamem_tool.bench import BASE, MEMORY, PYTORCH
 from deltamem_tool.bench.peak import Peak
 from deltamem_tool.bench.result import DECODE, FIRST, PEAK, PREFILL, BenchResult, Sizes, Spread
 from deltamem_tool.bench.setting import Setting, name_of
-from deltamem_tool.bench.timing import Rounds, Seconds, in_turn, visit
+from deltamem_tool.bench.timing import Rounds, Seconds, interleave, time_generation
 
 NAMES = ("a", "b", "c")
 
@@ -38,10 +38,10 @@ class Slow:
 def test_a_visit_is_a_prompt_a_first_token_and_the_others():
     time = [0.0]
     side = Slow(time)
-    visit(side, np.zeros((2, 7), np.int64), 1, lambda: time[0])
+    time_generation(side, np.zeros((2, 7), np.int64), 1, lambda: time[0])
     side.calls.clear()
     side.calls.append(None)  # warm
-    took = visit(side, np.zeros((2, 7), np.int64), 4, lambda: time[0])
+    took = time_generation(side, np.zeros((2, 7), np.int64), 4, lambda: time[0])
     assert took == Seconds(prefill=3.0, first_token=3.25, decode=4 * 0.75)
     assert side.calls[1:] == [(7, None), (1, 1), (1, 2), (1, 3), (1, 4)]
 
@@ -50,8 +50,8 @@ def timed(seed, repeats=4):
     time, begun = [0.0], []
     sides = {name: Slow(time, prefill=1.0 + i) for i, name in enumerate(NAMES)}
     ids = np.zeros((1, 7), np.int64)
-    visits = {name: partial(visit, side, ids, 2, lambda: time[0]) for name, side in sides.items()}
-    return in_turn(visits, repeats, seed, begun.append), begun
+    visits = {name: partial(time_generation, side, ids, 2, lambda: time[0]) for name, side in sides.items()}
+    return interleave(visits, repeats, seed, begun.append), begun
 
 
 def test_every_side_is_visited_once_in_every_repeat_and_warmed_up_before():

@@ -16,7 +16,7 @@ from deltamem_tool.data.encode import IGNORED, Encoder
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.data.sources import read_exchanges
 from deltamem_tool.data.synthetic import DialogueEpisodes
-from deltamem_tool.data.unrelated import UnrelatedExchanges
+from deltamem_tool.data.unrelated_exchanges import UnrelatedExchanges
 from deltamem_tool.errors import DataError
 from deltamem_tool.segments.tags import SegmentTag
 

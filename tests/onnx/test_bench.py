@@ -12,7 +12,7 @@ import torch
 from deltamem_tool import detach
 from deltamem_tool.baselines.lora import random_lora
 from deltamem_tool.bench import BASE, MEMORY, ONNX, PYTORCH, SEGMENT
-from deltamem_tool.bench.models import read_export, torch_sides, twin_of, write_graphs
+from deltamem_tool.bench.models import read_export, shared_copy, torch_sides, write_graphs
 from deltamem_tool.bench.peak import peak_of
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide
@@ -74,7 +74,7 @@ def test_a_lora_in_buffers_of_fixed_length(fixed, tmp_path):
     options, interface = CallOptions(fixed.model, "last"), without_memory(fixed.manifest.interface)
     ids = torch.arange(9)[None]
     with apart(fixed.model) as (model, adapter), torch.no_grad():
-        lora = random_lora(twin_of(model), adapter, seed=0).eval()
+        lora = random_lora(shared_copy(model), adapter, seed=0).eval()
         expected = lora(ids).logits[:, -1:]
         write_plain(lora.get_base_model(), options, interface, TARGETS["cpu"], tmp_path / "lora")
     graph = open_graph(tmp_path / "lora", interface)

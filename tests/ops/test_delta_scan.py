@@ -94,7 +94,7 @@ def test_a_scan_that_runs_again_is_the_same_and_keeps_less(monkeypatch):
 def test_states_pass_in_parallel_as_in_turn(monkeypatch):
     inputs = make_inputs(1000, "lambda_outside", masked=0.3)
     expected = run_with_gradients(inputs, "chunked")
-    monkeypatch.setattr(chunked, "_states_in_turn", chunked._states_in_parallel)
+    monkeypatch.setattr(chunked, "_sequential_states", chunked._parallel_states)
     assert_same(run_with_gradients(inputs, "chunked"), expected, TOLERANCE)
 
 
