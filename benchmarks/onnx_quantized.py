@@ -34,6 +34,7 @@ from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
+from deltamem_tool.io.names import BACKBONE
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
@@ -50,9 +51,10 @@ from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
 from deltamem_tool.onnx.export.targets import GROUP_SIZE, INT4, INT8, SYMMETRIC, TARGETS, quantization_of
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.graph import Graph
-from deltamem_tool.quickstart import FACTS, SHIPPED_ADAPTER
+from deltamem_tool.quickstart.bases import BASES
 
 PREFILL, PAST, DECODED = 512, 256, 32  # tokens
+FACTS, SHIPPED_ADAPTER = BASES[BACKBONE].facts, BASES[BACKBONE].adapter
 CHECKPOINT_GROUPS = (16, 32, 64)
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = (
