@@ -106,7 +106,7 @@ def test_a_run_that_fails_is_named(files, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train", interrupted)
     with pytest.raises(DeltaMemError, match="as it is, seed 1: Interrupted") as caught:
         ablate([read_ablation(files[0])], tmp_path / "out", [1], FEW)
-    assert "--resume" not in str(caught.value) and "same command" in caught.value.next
+    assert "--resume" not in str(caught.value) and "repeat the command" in caught.value.next
 
 
 def run(name, seed, scores, control=0.0, parameters=10):

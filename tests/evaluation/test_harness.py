@@ -172,7 +172,7 @@ def test_a_process_asks_every_second_task(model, tokenizer, prepared, found, mon
             return value
 
     process, own, units = OneOfTwo(number, 2), harness_run._ask_documents, []
-    monkeypatch.setattr(harness_run.Processes, "of", lambda model: process)
+    monkeypatch.setattr(harness_run.Processes, "from_model", lambda model: process)
     monkeypatch.setattr(
         harness_run, "_ask_documents", lambda *inputs: units.append((inputs[4].name, inputs[3])) or own(*inputs)
     )

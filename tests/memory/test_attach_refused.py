@@ -48,13 +48,13 @@ def test_what_is_no_model_is_refused(model):
             act(model)
 
 
-@pytest.mark.parametrize("where", ["hook_layers", "hook_decoder", "override", "adopt"])
+@pytest.mark.parametrize("where", ["hook_layers", "hook_decoder", "override", "override_methods"])
 def test_an_attach_that_fails_changes_nothing(where, monkeypatch):
     """Half of it is done, whatever it is that fails then."""
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
     before, attributes, expected = fingerprint_of_base(model), set(vars(model)), logits(model)
-    module = adapter_attach if where == "adopt" else memory_attach
+    module = adapter_attach if where == "override_methods" else memory_attach
     own = getattr(module, where)
 
     def broken(*args):

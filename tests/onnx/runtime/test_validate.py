@@ -289,8 +289,8 @@ def change(folder, path, value, file=MANIFEST_FILE):
         ("quantization", {"bits": 4, "group_size": 32, "symmetric": 1}, "quantization.symmetric"),
         ("quantization", 4, "quantization"),
         ("max_abs_diff", float("nan"), "NaN"),
-        ("format_version", 3.0, "of format 3.0"),
-        ("format_version", True, "of format True"),
+        ("format_version", 3.0, "has format 3.0"),
+        ("format_version", True, "has format True"),
     ],
 )
 def test_manifests_are_refused(folder, sessions, path, value, says):
@@ -318,7 +318,7 @@ def test_a_manifest_of_an_older_version_is_silent_about_groups(qwen3):
 def test_other_formats_say_what_to_do(folder, sessions, version, packages, next):
     change(folder, "format_version", version)
     change(folder, "packages", packages)
-    with pytest.raises(ExportError, match=f"of format {version}") as refusal:
+    with pytest.raises(ExportError, match=f"has format {version}") as refusal:
         OnnxModel(folder)
     assert refusal.value.next == next and sessions == []
 
