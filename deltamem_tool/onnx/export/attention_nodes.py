@@ -18,6 +18,7 @@ from deltamem_tool.onnx.contract import BATCH, TOKENS, Interface
 from deltamem_tool.onnx.export.attention import ATTENTION, ROTARY
 from deltamem_tool.onnx.export.graph_edits import (
     MICROSOFT,
+    SWAPPED_HEADS,
     constant,
     copy_dtype,
     initializer,
@@ -30,7 +31,6 @@ from deltamem_tool.onnx.export.layers import DOMAIN
 POSITIONS = "Positions"  # node type that marks the positions of a call's tokens, int64 [B, T]
 # The operator needs these multiples: for the width of a rotated head, and for the width of its tables.
 _ROTARY_MULTIPLE, _TABLE_MULTIPLE = 16, 8
-_SWAPPED = [0, 2, 1, 3]  # from [B, heads, T, width] to [B, T, heads, width], and back
 
 
 def place_attention(graph: ir.Graph, interface: Interface) -> None:
@@ -125,14 +125,14 @@ def _number(x: ir.Value | None) -> int | None:
 def _flat(graph: ir.Graph, before: ir.Node, x: ir.Value | None) -> ir.Value:
     """Return `x` `[B, heads, T, width]` as the output of the projection, `[B, T, heads · width]`."""
     swapped = producer(x, "Transpose")
-    if swapped is not None and list(swapped.attributes["perm"].as_ints()) == _SWAPPED:
+    if swapped is not None and list(swapped.attributes["perm"].as_ints()) == SWAPPED_HEADS:
         shaped = producer(swapped.inputs[0], "Reshape")
         if shaped is not None and _is_flat(node_input(shaped)):
             return node_input(shaped)
         x = node_input(swapped)
     else:
         assert x is not None
-        transpose = ir.node("Transpose", [x], attributes={"perm": _SWAPPED})
+        transpose = ir.node("Transpose", [x], attributes={"perm": SWAPPED_HEADS})
         graph.insert_before(before, transpose)
         copy_dtype(x, transpose.outputs[0])
         x = transpose.outputs[0]

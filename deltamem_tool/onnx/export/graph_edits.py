@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+SWAPPED_HEADS = [0, 2, 1, 3]  # permutation from [B, heads, T, width] to [B, T, heads, width], and back
 
 
 def node_input(node: ir.Node, position: int = 0) -> ir.Value:
@@ -64,3 +65,9 @@ def copy_dtype(source: ir.Value | None, value: ir.Value) -> None:
     """Set the type of `value`, which is unknown, to that of `source`."""
     if value.dtype is None and source is not None and source.dtype is not None:
         value.dtype = source.dtype
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Remove the nodes whose outputs nobody reads."""
+    while unused := [n for n in graph if not any(o.uses() or o.is_graph_output() for o in n.outputs)]:
+        graph.remove(unused, safe=True)
