@@ -1,4 +1,4 @@
-"""An adapter goes with the base model it was made for, wherever that is, and a memory with its adapter."""
+"""An adapter loads only on the base model it was made for, wherever that is stored; a memory only with its adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError,
 from deltamem_tool.memory.attach import adapter_of
 
 
-def test_another_base_is_refused(adapter, base, tmp_path):
+def test_a_different_base_raises(adapter, base, tmp_path):
     for options in ({"seed": 3}, {"name": "llama"}):
         other = save_checkpoint(tmp_path / f"other{len(options)}{options}", **options)
         with pytest.raises(AdapterError, match="another base model") as refusal:
@@ -36,7 +36,7 @@ def test_another_base_is_refused(adapter, base, tmp_path):
         load(adapter, base=str(tmp_path / "tuned"))
 
 
-def test_the_same_base_elsewhere_is_taken(adapter, base, tmp_path):
+def test_the_same_base_in_another_place_is_accepted(adapter, base, tmp_path):
     shutil.copytree(base, tmp_path / "moved")
     assert adapter_of(load(adapter, base=str(tmp_path / "moved"))) is not None
 
@@ -50,7 +50,7 @@ def test_other_layers_can_be_attached_to_a_loaded_base(adapter, tmp_path):
     assert read_adapter(tmp_path / "other").base.fingerprint == read_adapter(adapter).base.fingerprint
 
 
-def test_a_changed_base_is_not_taken_for_the_one_it_was(adapter, tmp_path):
+def test_a_changed_base_is_not_recorded_as_the_original(adapter, tmp_path):
     """What a loaded model remembers of its base goes with the adapter."""
     model = load(adapter)
     detach(model)
@@ -72,9 +72,9 @@ def test_a_changed_base_is_not_taken_for_the_one_it_was(adapter, tmp_path):
         ({"base": "THERE"}, None),
     ],
 )
-def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options, asked):
-    said = json.loads((adapter / CONFIG_FILE).read_text())["base"]
-    change_config(adapter, base={**said, "revision": "recorded"})
+def test_the_revision_of_the_base_is_recorded(adapter, base, tmp_path, monkeypatch, options, asked):
+    recorded = json.loads((adapter / CONFIG_FILE).read_text())["base"]
+    change_config(adapter, base={**recorded, "revision": "recorded"})
     seen = []
 
     class Watched(BaseCheckpoint):
@@ -92,7 +92,7 @@ def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options,
     assert seen == [asked]
 
 
-def test_a_folder_has_no_revision(adapter, base, tmp_path):
+def test_a_revision_for_a_local_folder_raises(adapter, base, tmp_path):
     before = listing(tmp_path)
     for call in (
         lambda: load(adapter, revision="v2"),
@@ -107,13 +107,13 @@ def test_a_folder_has_no_revision(adapter, base, tmp_path):
     assert listing(tmp_path) == before
 
 
-def test_a_base_that_is_gone_is_named(adapter, tmp_path):
+def test_a_missing_base_is_named(adapter, tmp_path):
     change_config(adapter, base={**json.loads((adapter / CONFIG_FILE).read_text())["base"], "name": "/gone/away"})
     with pytest.raises(HubError, match="/gone/away"):
         load(adapter)
 
 
-def test_a_damaged_base_is_refused(base, tmp_path):
+def test_a_damaged_base_raises(base, tmp_path):
     broken = shutil.copytree(base, tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -141,7 +141,7 @@ def test_only_a_part_of_a_weight_is_read(base):
     assert all(parameter.is_meta for parameter in checkpoint.skeleton().parameters())
 
 
-def test_a_memory_is_bound_to_the_weights(adapter):
+def test_a_memory_of_other_adapter_weights_raises(adapter):
     model = load(adapter)
     memory = adapter_of(model).empty_memory(1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What earlier versions wrote is read for good: folders and files that no test writes anew.
+"""Folders and files written by earlier versions can still be read; no test rewrites them.
 
 `fixtures/adapter-format-1` was made once, by version 0.1.0: a Qwen3 of two layers with random weights
 (`Qwen3Config(vocab_size=32, hidden_size=16, num_attention_heads=2, …)`, seed 0), an adapter on it (rank 3, 2 state
@@ -42,7 +42,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, torch.tensor(expected).view(found.shape), rtol=0, atol=TOLERANCE)
 
 
-def test_an_adapter_of_format_1_computes_what_it_did(untouched, expected):
+def test_an_adapter_of_format_1_gives_the_same_results(untouched, expected):
     model = load(FIXTURE / "adapter", base=str(FIXTURE / "base"))
     assert adapter_of(model).fingerprint == expected["fingerprint"]
     cache = MemoryCache(model)
@@ -55,7 +55,7 @@ def test_an_adapter_of_format_1_computes_what_it_did(untouched, expected):
         assert_close(cache.memory.open_segments[layer], expected["open_segments"][str(layer)])
 
 
-def test_a_memory_of_format_1_goes_on(untouched, expected):
+def test_a_memory_of_format_1_can_be_continued(untouched, expected):
     model = load(FIXTURE / "adapter", base=str(FIXTURE / "base"))
     memory = MemoryState.load(FIXTURE / "memory.safetensors")
     assert list(memory.layers) == [0, 1]

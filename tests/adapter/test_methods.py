@@ -1,4 +1,4 @@
-"""What users of PEFT and of transformers' Trainer do with a model, done with one that has a memory."""
+"""Methods that users of PEFT and of transformers' Trainer call, on a model with a memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def trainer(model, folder, **options):
     return Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=rows, eval_dataset=rows)
 
 
-def test_the_base_keeps_its_names():
+def test_the_parameter_names_of_the_base_are_unchanged():
     model = tiny_model()
     state, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
     attach(model)
@@ -46,7 +46,7 @@ def test_the_base_keeps_its_names():
 
 
 @pytest.mark.parametrize("register", [False, True])
-def test_trainable_parameters_are_the_adapter_s(register):
+def test_only_adapter_parameters_are_trainable(register):
     model = tiny_model()
     before = [name for name, _ in model.named_parameters()]
     adapter = attach(model, register=register)
@@ -72,7 +72,7 @@ def test_zero_grad_and_clipping_reach_the_adapter(register):
 
 
 @pytest.mark.parametrize("register", [False, True])
-def test_print_shows_the_adapter(register):
+def test_printing_the_model_shows_the_adapter(register):
     model = tiny_model()
     before = str(model)
     attach(model, DeltaMemConfig(rank=4), register=register)
@@ -81,7 +81,7 @@ def test_print_shows_the_adapter(register):
     assert str(model) == before
 
 
-def test_save_pretrained_writes_the_adapter_in_place_of_the_base(model, tmp_path):
+def test_save_pretrained_writes_only_the_adapter(model, tmp_path):
     expected = logits(model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("stays")
@@ -95,21 +95,21 @@ def test_save_pretrained_writes_the_adapter_in_place_of_the_base(model, tmp_path
     assert not (tmp_path / "other").exists()
 
 
-def test_a_base_that_is_nowhere_else_is_saved_beside(tmp_path):
+def test_a_base_that_exists_only_in_memory_is_saved_with_the_adapter(tmp_path):
     model = patched_model()
     model.save_pretrained(tmp_path / "out")
     assert set(listing(tmp_path / "out")) >= {*ADAPTER_FILES, "config.json", "model.safetensors"}
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
 
 
-def test_save_pretrained_refuses_a_file(model, tmp_path):
+def test_save_pretrained_to_a_file_raises(model, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(AdapterError, match="is not a folder"):
         model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_registered_adapter_is_saved_with_the_base_too(base, tmp_path):
+def test_a_registered_adapter_is_also_saved_with_the_base(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     adapter = randomise(attach(model, DeltaMemConfig(rank=4), register=True))
     expected = logits(model)
@@ -131,7 +131,7 @@ def test_the_error_of_loading_a_lora_names_peft(base, tmp_path):
         load(tmp_path / "lora")
 
 
-def test_a_lora_is_saved_beside(base, tmp_path):
+def test_a_lora_is_saved_next_to_the_adapter(base, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LORA).eval()
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -158,7 +158,7 @@ def test_trainer_trains_the_adapter_and_saves_it(model, tmp_path):
     assert torch.equal(logits(load(tmp_path / "checkpoint-2")), logits(model))
 
 
-def test_trainer_goes_on_from_a_checkpoint_of_a_registered_adapter(base, tmp_path):
+def test_trainer_resumes_from_a_checkpoint_of_a_registered_adapter(base, tmp_path):
     def fresh():
         model = AutoModelForCausalLM.from_pretrained(base).eval()
         randomise(attach(model, DeltaMemConfig(rank=4), register=True))
@@ -173,7 +173,7 @@ def test_trainer_goes_on_from_a_checkpoint_of_a_registered_adapter(base, tmp_pat
 
 
 @pytest.mark.parametrize("register", [False, True])
-def test_casts_and_a_moment_without(base, register):
+def test_without_memory_and_casting_work(base, register):
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     expected = logits(plain)
     adapter = randomise(attach(plain, DeltaMemConfig(rank=4), register=register))
@@ -185,7 +185,7 @@ def test_casts_and_a_moment_without(base, register):
     assert logits(plain).isfinite().all()
 
 
-def test_ddp_shares_the_gradients_of_the_adapter(tmp_path):
+def test_ddp_averages_the_gradients_of_the_adapter(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model, shared = patched_model(), []

@@ -1,4 +1,4 @@
-"""An adapter that was made for a GGUF file, on the checkpoint that the file was made from."""
+"""An adapter made for a GGUF file, loaded on the checkpoint that the file was converted from."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def whole_difference(model, other) -> float:
     return math.sqrt(sum((a - b).square().sum() for a, b in weights) / sum(b.square().sum() for _, b in weights))
 
 
-def test_how_far_apart_they_are(original, tmp_path):
+def test_relative_difference_of_two_bases(original, tmp_path):
     quantised, plain = (BaseCheckpoint(str(place)) for place in (tmp_path / "tiny.gguf", original))
     expected = whole_difference(quantised.load(), plain.load())
     assert 0.001 < expected < 0.01
@@ -63,13 +63,13 @@ def test_how_far_apart_they_are(original, tmp_path):
     assert relative_difference(plain, BaseCheckpoint(str(save_checkpoint(tmp_path / "other")))) is None
 
 
-def test_it_is_refused_and_says_how_far_it_is(original, adapter, tmp_path):
+def test_another_base_raises_with_the_difference(original, adapter, tmp_path):
     share = relative_difference(BaseCheckpoint(str(tmp_path / "tiny.gguf")), BaseCheckpoint(str(original)))
     with pytest.raises(AdapterError, match=f"another base model(.|\n)*differ by {share:.2%}(.|\n)*--allow-other-base"):
         load(adapter, base=str(original))
 
 
-def test_it_runs_with_a_warning(original, adapter, tmp_path):
+def test_another_base_is_allowed_with_a_warning(original, adapter, tmp_path):
     share = relative_difference(BaseCheckpoint(str(tmp_path / "tiny.gguf")), BaseCheckpoint(str(original)))
     with pytest.warns(OtherBaseWarning, match=rf"tiny\.gguf.*original.*differ by {share:.2%}"):
         model = load(adapter, base=str(original), allow_other_base=True)
@@ -80,13 +80,13 @@ def test_it_runs_with_a_warning(original, adapter, tmp_path):
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
-def test_the_file_may_be_gone(original, adapter, tmp_path):
+def test_a_missing_original_file_gives_a_warning(original, adapter, tmp_path):
     (tmp_path / "tiny.gguf").unlink()
     with pytest.warns(OtherBaseWarning, match=r"How far apart they are is not known: .*tiny\.gguf"):
         load(adapter, base=str(original), allow_other_base=True)
 
 
-def test_a_file_on_the_hub_is_fetched_on_the_users_word_alone(hub, original, adapter, tmp_path):
+def test_a_base_on_the_hub_is_fetched_only_if_the_user_asks(hub, original, adapter, tmp_path):
     (tmp_path / "repository").mkdir()
     shutil.copy(tmp_path / "tiny.gguf", tmp_path / "repository")
     base = {"name": "someone/tiny:tiny.gguf", "revision": hub.add_repo("someone/tiny", tmp_path / "repository")}
@@ -106,20 +106,20 @@ def test_a_file_on_the_hub_is_fetched_on_the_users_word_alone(hub, original, ada
     assert hub.fetched() == ["someone/tiny/tiny.gguf"]
 
 
-def test_shapes_that_do_not_fit_are_refused(adapter, tmp_path):
+def test_a_base_of_other_shapes_raises(adapter, tmp_path):
     other = save_checkpoint(tmp_path / "other")
     with pytest.warns(OtherBaseWarning, match="other shapes"), pytest.raises(AdapterError, match="does not fit"):
         load(adapter, base=str(other), allow_other_base=True)
 
 
-def test_the_base_it_was_made_for_needs_no_warning(adapter, tmp_path):
+def test_the_original_base_gives_no_warning(adapter, tmp_path):
     moved = shutil.copy(tmp_path / "tiny.gguf", tmp_path / "moved.gguf")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(adapter, base=str(moved), allow_other_base=True)
 
 
-def test_the_command_says_it_in_a_line(original, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_the_command_prints_the_warning_in_one_line(original, tmp_path, deltamem, monkeypatch):  # noqa: F811
     read_tokenizer(tmp_path / "tiny.gguf").save_pretrained(original)
     create_adapter(str(tmp_path / "tiny.gguf"), DeltaMemConfig(rank=4), tmp_path / "adapter")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Is it mine?\n")))
@@ -131,7 +131,7 @@ def test_the_command_says_it_in_a_line(original, tmp_path, deltamem, monkeypatch
     assert warnings.formatwarning(message, OtherBaseWarning, "file.py", 1) == f"Warning: {message}\n"
 
 
-def test_it_is_not_an_option_of_an_onnx_folder(tmp_path, deltamem):  # noqa: F811
+def test_allow_other_base_is_rejected_for_an_onnx_folder(tmp_path, deltamem):  # noqa: F811
     deltamem("chat", onnx_folder(tmp_path / "onnx"), "--allow-other-base").assert_short_error(
         "--allow-other-base: only for an adapter", code=2
     )

@@ -1,4 +1,4 @@
-"""An adapter folder is read strictly: what does not fit or is damaged is named."""
+"""An adapter folder is read strictly: errors name what does not fit or is damaged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from deltamem_tool.errors import AdapterError
     ],
     ids=["missing", "extra", "misshapen", "dtype"],
 )
-def test_tensors_that_do_not_fit_are_named(adapter, change, says):
+def test_invalid_tensors_are_named(adapter, change, says):
     change_weights(adapter, change)
     with pytest.raises(AdapterError, match="does not fit") as refusal:
         load(adapter)
@@ -60,13 +60,13 @@ def test_an_adapter_is_read_strictly_without_its_base(adapter, change, says):
     assert says in str(refusal.value)
 
 
-def test_layers_that_the_config_does_not_name_are_refused(adapter):
+def test_tensors_of_layers_missing_in_the_config_raise(adapter):
     change_config(adapter, mechanism=DeltaMemConfig(rank=4, layers=(1,)).to_dict())
     with pytest.raises(AdapterError, match=r"extra layers.0.key.weight"):
         read_adapter(adapter)
 
 
-def test_numbers_that_are_none_are_refused(adapter):
+def test_weights_with_nan_raise(adapter):
     change_weights(adapter, lambda t: t | {"layers.0.gate.bias": torch.full((4,), torch.nan)})
     with pytest.raises(AdapterError, match=r"layers.0.gate.bias.*NaN"):
         load(adapter)
@@ -90,28 +90,28 @@ def test_numbers_that_are_none_are_refused(adapter):
         (b"\xff\xfe", "not JSON"),
     ],
 )
-def test_damaged_configs_are_refused(adapter, content, says):
+def test_damaged_configs_raise(adapter, content, says):
     (adapter / CONFIG_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(AdapterError, match=says):
         read_adapter(adapter)
 
 
-def test_a_base_of_other_types_is_refused(adapter):
+def test_invalid_types_in_the_base_entry_raise(adapter):
     for wrong in ({"name": 3}, {"fingerprint": None}, {"model_type": []}):
-        said = json.loads((adapter / CONFIG_FILE).read_text())
-        change_config(adapter, base={**said["base"], **wrong})
+        config = json.loads((adapter / CONFIG_FILE).read_text())
+        change_config(adapter, base={**config["base"], **wrong})
         with pytest.raises(AdapterError, match="damaged"):
             read_adapter(adapter)
-        change_config(adapter, base=said["base"])
+        change_config(adapter, base=config["base"])
 
 
-def test_a_newer_format_is_refused(adapter):
+def test_a_newer_format_raises(adapter):
     change_config(adapter, format_version=FORMAT_VERSION + 1)
     with pytest.raises(AdapterError, match=r"(?s)of adapter format 2.*Update deltamem-tool"):
         load(adapter)
 
 
-def test_truncated_weights_are_refused(adapter):
+def test_truncated_weights_raise(adapter):
     whole = (adapter / WEIGHTS_FILE).read_bytes()
     for length in (0, 5, 200, len(whole) - 1):
         (adapter / WEIGHTS_FILE).write_bytes(whole[:length])

@@ -1,4 +1,4 @@
-"""The adapter folder as it is written: the same bits back, and never half a folder."""
+"""Writing an adapter folder: it loads bit for bit, and is never written in part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deltamem_tool.memory.attach import adapter_of
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "smollm3"])
 @pytest.mark.parametrize("delta_init", ["zero", "base_slice"])
-def test_patching_a_folder_is_attaching_to_its_model(name, delta_init, tmp_path):
+def test_create_adapter_equals_attach_and_save(name, delta_init, tmp_path):
     base = save_checkpoint(tmp_path / "base", name=name)
     config = DeltaMemConfig(rank=4, branches=("q", "k", "v", "o"), delta_init=delta_init)
     torch.manual_seed(7)
@@ -46,16 +46,16 @@ def test_patching_a_folder_is_attaching_to_its_model(name, delta_init, tmp_path)
         torch.testing.assert_close(weights_of(folder)[key][:, 2], column / column.norm() * 0.05)
 
 
-def test_the_folder_says_what_it_is_for(adapter, base):
-    said = json.loads((adapter / CONFIG_FILE).read_text())
+def test_the_config_records_base_and_mechanism(adapter, base):
+    config = json.loads((adapter / CONFIG_FILE).read_text())
     assert set(listing(adapter)) == {CONFIG_FILE, WEIGHTS_FILE}
-    assert said["base"]["name"] == str(base) and said["base"]["model_type"] == "qwen3"
-    assert DeltaMemConfig.from_dict(said["mechanism"]) == DeltaMemConfig(rank=4)
-    assert said["format_version"] == FORMAT_VERSION
+    assert config["base"]["name"] == str(base) and config["base"]["model_type"] == "qwen3"
+    assert DeltaMemConfig.from_dict(config["mechanism"]) == DeltaMemConfig(rank=4)
+    assert config["format_version"] == FORMAT_VERSION
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loaded_is_what_was_saved(dtype, tmp_path):
+def test_a_loaded_adapter_equals_the_saved_one(dtype, tmp_path):
     base = tmp_path / "base"
     tiny_model().to(dtype).save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
@@ -76,7 +76,7 @@ def test_loaded_is_what_was_saved(dtype, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
 
 
-def test_a_base_in_pieces(tmp_path):
+def test_a_sharded_base_gives_the_same_adapter(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 2
@@ -97,7 +97,7 @@ def test_a_base_in_pieces(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_model_that_was_never_on_disk(tmp_path, monkeypatch):
+def test_a_model_never_saved_has_no_recorded_base(tmp_path, monkeypatch):
     """The working directory must not be taken for its base."""
     other = save_checkpoint(tmp_path / "other", seed=5)
     monkeypatch.chdir(other)
@@ -113,7 +113,7 @@ def test_a_model_that_was_never_on_disk(tmp_path, monkeypatch):
         load(tmp_path / "adapter")
 
 
-def test_what_is_there_is_not_overwritten_unasked(base, adapter, tmp_path):
+def test_existing_files_are_not_overwritten(base, adapter, tmp_path):
     before = (adapter / WEIGHTS_FILE).read_bytes()
     with pytest.raises(DeltaMemError, match="already exists"):
         create_adapter(str(base), CONFIG, adapter)
@@ -131,7 +131,7 @@ def test_what_is_there_is_not_overwritten_unasked(base, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, overwrite):
+def test_an_output_that_cannot_be_written_raises_before_the_work(tmp_path, monkeypatch, overwrite):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
@@ -173,7 +173,7 @@ def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
 
 
-def test_a_link_is_written_through(tmp_path):
+def test_a_symbolic_link_is_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with atomic_folder(tmp_path / "link") as staged:
@@ -181,7 +181,7 @@ def test_a_link_is_written_through(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "new").read_text() == "new"
 
 
-def test_the_base_itself_is_never_overwritten(tmp_path):
+def test_the_base_is_never_overwritten(tmp_path):
     base = save_checkpoint(tmp_path / "base")
     before = listing(tmp_path)
     with pytest.raises(DeltaMemError, match="base model"):
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_nothing_behind(base, adapter, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_an_adapter_that_could_not_be_loaded_is_not_saved(adapter, tmp_path, value):
+def test_saving_an_invalid_adapter_raises(adapter, tmp_path, value):
     model = load(adapter)
     with torch.no_grad():
         adapter_of(model).layer(1).gate.bias[0] = value

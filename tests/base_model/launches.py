@@ -10,7 +10,7 @@ from deltamem_tool.base_model.launch import join, launch_rank
 from deltamem_tool.errors import DeltaMemError
 
 
-def waits(late: int, port: int | None, within: timedelta, said: Path) -> None:
+def waits(late: int, port: int | None, within: timedelta, report: Path) -> None:
     """Join, but for the process that never does; write what became of that.
 
     Args:
@@ -26,4 +26,4 @@ def waits(late: int, port: int | None, within: timedelta, said: Path) -> None:
     try:
         join(within=within)
     except DeltaMemError as error:
-        said.with_name(f"{said.name}-{launch_rank()}").write_text(str(error))
+        report.with_name(f"{report.name}-{launch_rank()}").write_text(str(error))

@@ -1,4 +1,4 @@
-"""Checkpoints that take no memory, or are damaged: three lines, exit code 1, and nothing written."""
+"""Unsupported and damaged checkpoints: a three-line error, exit code 1, and nothing written."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def as_bin(base):
 
 
 def change(folder: Path, **changes) -> Path:
-    said = {**json.loads((folder / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in said.items() if value is not ...}))
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
     return folder
 
 
@@ -62,19 +62,19 @@ def change(folder: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
-def test_an_encoder(kind, refused, tmp_path):
+def test_an_encoder_is_rejected(kind, refused, tmp_path):
     config = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     kind(config).save_pretrained(tmp_path / "base")
     refused(tmp_path / "base", "bert", kind.__name__)
 
 
-def test_a_state_space_model(refused, tmp_path):
+def test_a_state_space_model_is_rejected(refused, tmp_path):
     config = MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=32)
     MambaForCausalLM(config).save_pretrained(tmp_path / "base")
     refused(tmp_path / "base", "mamba", "ttention")
 
 
-def test_a_diffusion_pipeline(refused, tmp_path):
+def test_a_diffusion_pipeline_is_rejected(refused, tmp_path):
     (tmp_path / "base" / "unet").mkdir(parents=True)
     (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     save_file({"conv_in.weight": torch.zeros(2)}, tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -85,21 +85,21 @@ def test_a_diffusion_pipeline(refused, tmp_path):
     ("model_type", "near"),
     [("qwen33", "qwen3"), ("lama", "llama"), ("bertt", "bert"), ("xyzzy-9", "No architecture of transformers")],
 )
-def test_a_model_type_that_is_not_known(refused, base, model_type, near):
+def test_an_unknown_model_type_is_rejected(refused, base, model_type, near):
     refused(change(base, model_type=model_type), repr(model_type), "not known", near, "update transformers")
 
 
 @pytest.mark.parametrize("value", [..., None, 3, ["qwen3"]])
-def test_no_model_type(refused, base, value):
+def test_a_config_without_a_model_type_is_rejected(refused, base, value):
     refused(change(base, model_type=value), "base", "model_type", "another folder")
 
 
-def test_an_empty_folder(refused, tmp_path):
+def test_an_empty_folder_is_rejected(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "not a checkpoint", "config.json")
 
 
-def test_a_config_that_cannot_be(refused, base):
+def test_an_invalid_config_is_rejected(refused, base):
     refused(change(base, hidden_size="wide"), "config.json", "hidden_size")
 
 
@@ -107,7 +107,7 @@ def test_a_config_that_cannot_be(refused, base):
 
 
 @pytest.mark.parametrize("keeps", [0, 5, 300, -1])
-def test_a_file_that_is_cut_short(refused, base, keeps):
+def test_a_truncated_file_is_rejected(refused, base, keeps):
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keeps])
     refused(base, "model.safetensors", "cut short", "again")
@@ -115,7 +115,7 @@ def test_a_file_that_is_cut_short(refused, base, keeps):
 
 @pytest.mark.parametrize("keeps", [None, 100, -1])
 @pytest.mark.parametrize("which", [0, -1])
-def test_a_piece_that_is_cut_short_or_missing(refused, pieces, keeps, which):
+def test_a_truncated_or_missing_shard_is_rejected(refused, pieces, keeps, which):
     """Whichever it is, and whether or not the patch has to look into it."""
     piece = sorted(pieces.glob("model-*.safetensors"))[which]
     content = piece.read_bytes()
@@ -138,27 +138,29 @@ def test_a_piece_that_is_cut_short_or_missing(refused, pieces, keeps, which):
         '{"weight_map": {"lm_head.weight": "../base/model.safetensors"}}',
     ],
 )
-def test_a_damaged_index(refused, pieces, base, content):
+def test_a_damaged_index_is_rejected(refused, pieces, base, content):
     (pieces / INDEX).write_text(content)
     refused(pieces, INDEX, "not a weight index", "again")
 
 
-def test_an_index_of_other_files(refused, pieces):
-    said = json.loads((pieces / INDEX).read_text())
-    files = sorted(set(said["weight_map"].values()))
-    said["weight_map"]["lm_head.weight"] = next(file for file in files if file != said["weight_map"]["lm_head.weight"])
-    (pieces / INDEX).write_text(json.dumps(said))
+def test_an_index_that_names_the_wrong_files_is_rejected(refused, pieces):
+    index = json.loads((pieces / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["lm_head.weight"] = next(
+        file for file in files if file != index["weight_map"]["lm_head.weight"]
+    )
+    (pieces / INDEX).write_text(json.dumps(index))
     refused(pieces, "lm_head.weight", "again")
 
 
 @pytest.mark.parametrize("keeps", [0, 5, 3000, -1])
-def test_a_torch_file_that_is_cut_short(refused, as_bin, keeps):
+def test_a_truncated_torch_file_is_rejected(refused, as_bin, keeps):
     file = as_bin / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[:keeps])
     refused(as_bin, "pytorch_model.bin", "cut short", "again")
 
 
-def test_a_torch_file_that_would_run_code(refused, as_bin, tmp_path):
+def test_a_torch_file_that_would_run_code_is_rejected(refused, as_bin, tmp_path):
     class Runs:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
@@ -171,13 +173,13 @@ def test_a_torch_file_that_would_run_code(refused, as_bin, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_weights_at_all(refused, base):
+def test_a_checkpoint_without_weights_is_rejected(refused, base):
     (base / "model.safetensors").unlink()
     refused(base, "no safetensors weights", "pytorch_model.bin", "save_pretrained")
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"])
-def test_weights_that_were_left_out_are_not_made_up(refused, base, tmp_path, lost):
+def test_missing_weights_are_not_initialised_randomly(refused, base, tmp_path, lost):
     """transformers would fill them with random numbers, and say so in a warning."""
     model = patched_model()
     save_adapter(model, tmp_path / "patched")
@@ -191,7 +193,7 @@ def test_weights_that_were_left_out_are_not_made_up(refused, base, tmp_path, los
     assert lost in str(refusal.value)
 
 
-def test_what_is_damaged_after_the_patch_is_named_by_load(base, tmp_path, deltamem):  # noqa: F811
+def test_a_base_damaged_after_patch_is_named_by_load(base, tmp_path, deltamem):  # noqa: F811
     assert deltamem("patch", base, "--out", tmp_path / "adapter").code == 0
     kept = shutil.copy(base / "model.safetensors", tmp_path / "kept")
     (base / "model.safetensors").write_bytes(Path(kept).read_bytes()[:-8])

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: a memory patched onto what is on disk is the one attached to the model in memory."""
+"""Common checkpoint layouts: patching a checkpoint on disk equals attaching to the model in memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_patched_is_attached(model, base: Path, out: Path, **options) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_form_and_dtype(form, dtype, tmp_path):
+def test_every_checkpoint_layout_and_dtype(form, dtype, tmp_path):
     # Made in that dtype: `.to(dtype)` would round the rotary frequencies too, which no checkpoint does.
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype).eval()
@@ -69,7 +69,7 @@ def test_every_form_and_dtype(form, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tied_embeddings(form, tmp_path):
+def test_a_checkpoint_with_tied_embeddings(form, tmp_path):
     model = tiny_model(tie_word_embeddings=True)
     base = FORMS[form](model, tmp_path / "base")
     if form == "safetensors":
@@ -77,7 +77,7 @@ def test_tied_embeddings(form, tmp_path):
     assert_patched_is_attached(model, base, tmp_path / "adapter")
 
 
-def test_names_without_the_prefix(tmp_path):
+def test_weight_names_without_the_model_prefix(tmp_path):
     """As in `gpt2` on the Hub, which was saved as a model without head."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, initializer_range=0.2)
@@ -88,7 +88,7 @@ def test_names_without_the_prefix(tmp_path):
     assert_patched_is_attached(model, base, tmp_path / "adapter")
 
 
-def test_one_file_goes_before_an_index(tmp_path):
+def test_a_single_file_takes_precedence_over_an_index(tmp_path):
     """As in transformers: what is looked at is what is loaded."""
     whole(tiny_model(seed=1), in_pieces(tiny_model(seed=0), tmp_path / "pieces"))
     base = in_pieces(tiny_model(seed=0), tmp_path / "base")
@@ -122,24 +122,24 @@ def with_code(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     base = save_checkpoint(tmp_path / "base")
     (base / "own_code.py").write_text(_CODE.format(marker=str(tmp_path / "ran")))
-    said = json.loads((base / "config.json").read_text())
-    said |= {
+    config = json.loads((base / "config.json").read_text())
+    config |= {
         "model_type": "own_model_of_this_test",
         "architectures": ["OwnForCausalLM"],
         "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"},
     }
-    (base / "config.json").write_text(json.dumps(said))
+    (base / "config.json").write_text(json.dumps(config))
     return base, tmp_path / "ran"
 
 
-def test_code_runs_on_the_users_word_alone(with_code, tmp_path, deltamem):  # noqa: F811
+def test_remote_code_runs_only_with_trust_remote_code(with_code, tmp_path, deltamem):  # noqa: F811
     base, ran = with_code
     before = listing(tmp_path)
-    done = deltamem("patch", base, "--out", tmp_path / "adapter")
-    done.assert_short_error("own_model_of_this_test", "Python code", str(base), "--trust-remote-code", code=1)
+    result = deltamem("patch", base, "--out", tmp_path / "adapter")
+    result.assert_short_error("own_model_of_this_test", "Python code", str(base), "--trust-remote-code", code=1)
     assert listing(tmp_path) == before
-    done = deltamem("patch", base, "--out", tmp_path / "adapter", "--trust-remote-code")
-    assert done.code == 0 and ran.exists()
+    result = deltamem("patch", base, "--out", tmp_path / "adapter", "--trust-remote-code")
+    assert result.code == 0 and ran.exists()
     ran.unlink()
     with pytest.raises(ArchitectureError, match="trust_remote_code=True"):
         load(tmp_path / "adapter")
@@ -151,10 +151,10 @@ def test_code_runs_on_the_users_word_alone(with_code, tmp_path, deltamem):  # no
     assert read_adapter(tmp_path / "again").base == read_adapter(tmp_path / "adapter").base
 
 
-def test_code_beside_a_known_architecture_is_not_needed(with_code, tmp_path):
+def test_remote_code_of_a_known_architecture_is_not_needed(with_code, tmp_path):
     base, ran = with_code
-    said = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**said, "model_type": "qwen3"}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "qwen3"}))
     assert_patched_is_attached(tiny_model(), base, tmp_path / "adapter")
     assert not ran.exists()
 
@@ -162,7 +162,7 @@ def test_code_beside_a_known_architecture_is_not_needed(with_code, tmp_path):
 # The Hub
 
 
-def test_a_hub_id_and_its_revisions(hub, tmp_path):
+def test_a_hub_id_and_its_revisions_can_be_patched(hub, tmp_path):
     """Over HTTP, with the Hub's own client."""
     first = save_checkpoint(tmp_path / "first")
     save_file({"again": torch.zeros(1)}, first / "consolidated.safetensors")  # the same weights in another format

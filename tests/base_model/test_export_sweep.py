@@ -128,7 +128,7 @@ def exported_difference(
 
 
 @pytest.mark.parametrize("model_type", sorted(EXPORTED if EVERY else ONE_OF_A_KIND))
-def test_the_graph_computes_what_pytorch_computes(model_type: str, tmp_path: Path):
+def test_the_graph_matches_pytorch(model_type: str, tmp_path: Path):
     if EVERY:
         difference = exported_difference(model_type, tmp_path / "onnx")
     else:
@@ -138,7 +138,7 @@ def test_the_graph_computes_what_pytorch_computes(model_type: str, tmp_path: Pat
     assert (difference.padded < TOLERANCE) == (model_type not in COUNTS_PADDING)
 
 
-def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path):
+def test_a_model_that_cannot_be_traced_raises_and_leaves_nothing(tmp_path: Path):
     model = patched("doge", changes={"keep_window_size": 8})  # it drops keys from there on: another graph
     with pytest.raises(ExportError, match="cannot trace DogeForCausalLM"):
         export_onnx(model, tokenizer(), tmp_path / "onnx")

@@ -1,4 +1,4 @@
-"""A GGUF file as a base: what is read of it is what transformers loads, and what was written is computed."""
+"""A GGUF file as a base: we read what transformers loads, and the model computes what was written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gguf(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_it_computes_what_was_written(name, tied, tmp_path):
+def test_a_loaded_file_computes_what_the_original_does(name, tied, tmp_path):
     """Rows that llama.cpp has in another order are where they were, and a tied embedding is tied again."""
     file = tmp_path / "tiny.gguf"
     original = tiny_gguf(file, name, tie_word_embeddings=tied, **OPTIONS[name])
@@ -51,7 +51,7 @@ def test_it_computes_what_was_written(name, tied, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_patch_reads_is_what_attach_reads(name, kind, tmp_path):
+def test_create_adapter_equals_attach_on_the_loaded_model(name, kind, tmp_path):
     """Of the model that transformers loads by itself; bit by bit, in every format."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, name, kind=kind, **OPTIONS[name])
@@ -66,7 +66,7 @@ def test_what_patch_reads_is_what_attach_reads(name, kind, tmp_path):
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
 
 
-def test_only_some_columns_are_read(gguf, monkeypatch):
+def test_only_the_needed_columns_are_read(gguf, monkeypatch):
     checkpoint = BaseCheckpoint(str(gguf))
     whole = checkpoint.load().state_dict()
     sizes = []
@@ -83,7 +83,7 @@ def test_only_some_columns_are_read(gguf, monkeypatch):
     assert sizes == [whole[name].shape[0] * 3, whole[name].shape[0] * 5]
 
 
-def test_the_loaded_model_is_a_plain_one(gguf, tmp_path):
+def test_the_loaded_model_can_be_saved_as_a_checkpoint(gguf, tmp_path):
     """It can be saved, as a folder that is the same base, and has the end token and the tokenizer of the file."""
     model = BaseCheckpoint(str(gguf)).load()
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 1
@@ -97,7 +97,7 @@ def test_the_loaded_model_is_a_plain_one(gguf, tmp_path):
     )
 
 
-def test_the_tokenizer_is_that_of_the_file(gguf):
+def test_the_tokenizer_comes_from_the_file(gguf):
     tokenizer = read_tokenizer(gguf)
     assert tokenizer.chat_template == CHAT_TEMPLATE and tokenizer.eos_token == "<|end|>"
     text = "Is the café my own? 🦜"
@@ -106,7 +106,7 @@ def test_the_tokenizer_is_that_of_the_file(gguf):
     assert tokenizer(text)["input_ids"] == known(text)["input_ids"]
 
 
-def test_a_folder_with_one_file(gguf, tmp_path):
+def test_a_folder_with_one_file_stands_for_the_file(gguf, tmp_path):
     """It is bound to the file: another beside it changes nothing. A folder with other weights is what it was."""
     create_adapter(str(gguf.parent), UNTRAINED, tmp_path / "adapter")
     assert read_adapter(tmp_path / "adapter").base.name == str(gguf)
@@ -118,7 +118,7 @@ def test_a_folder_with_one_file(gguf, tmp_path):
     assert BaseCheckpoint(str(folder)).config.model_type == "qwen3"
 
 
-def test_a_file_on_the_hub(hub, gguf, tmp_path):
+def test_a_file_on_the_hub_is_loaded(hub, gguf, tmp_path):
     tiny_gguf(gguf.with_name("other.gguf"), seed=1)
     commit = hub.add_repo("someone/tiny-GGUF", gguf.parent)
     folder = create_adapter("someone/tiny-GGUF:tiny.gguf", UNTRAINED, tmp_path / "adapter")
@@ -163,24 +163,24 @@ def refused(tmp_path, deltamem):  # noqa: F811
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.999])
-def test_a_file_that_is_cut_short(share, gguf, refused):
+def test_a_truncated_file_is_rejected(share, gguf, refused):
     content = gguf.read_bytes()
     gguf.write_bytes(content[: max(8, round(len(content) * share))])
     refused(gguf, "tiny.gguf", "cut short", "fetch it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", bytes(1000)])
-def test_a_file_that_is_none(content, gguf, refused):
+def test_a_file_of_another_format_is_rejected(content, gguf, refused):
     gguf.write_bytes(content)
     refused(gguf, "is not a GGUF file", "does not begin with GGUF")
 
 
-def test_an_unknown_architecture(gguf, refused):
+def test_an_unknown_architecture_is_rejected(gguf, refused):
     gguf.write_bytes(gguf.read_bytes().replace(b"llama", b"quux5"))
     refused(gguf, "tiny.gguf", "quux5", "not supported", "original checkpoint")
 
 
-def test_a_model_in_parts(gguf, refused):
+def test_a_split_file_is_rejected(gguf, refused):
     part = gguf.rename(gguf.with_name("tiny-00001-of-00002.gguf"))
     refused(part, "one of 2 parts", "llama-gguf-split --merge")
     shutil.copy(part, part.with_name("tiny-00002-of-00002.gguf"))
@@ -188,16 +188,16 @@ def test_a_model_in_parts(gguf, refused):
     refused("someone/tiny:tiny-00001-of-00002.gguf", "one of 2 parts")  # before anything is fetched
 
 
-def test_a_folder_with_several(gguf, refused):
+def test_a_folder_with_several_files_is_rejected(gguf, refused):
     shutil.copy(gguf, gguf.with_name("other.gguf"))
     refused(gguf.parent, "several GGUF files", "other.gguf, tiny.gguf", "Pass one of the files")
 
 
-def test_a_file_that_is_not_there(gguf, refused):
+def test_a_missing_file_is_rejected(gguf, refused):
     refused(gguf.with_name("none.gguf"), "none.gguf")
 
 
-def test_a_format_that_is_not_known(gguf, refused):
+def test_an_unknown_tensor_format_is_rejected(gguf, refused):
     """Integers in place of float32: the number after a tensor's name and sizes says so."""
     content, name = bytearray(gguf.read_bytes()), b"blk.0.attn_q.weight"
     place = content.index(name) + len(name) + 4 + 2 * 8
@@ -207,13 +207,13 @@ def test_a_format_that_is_not_known(gguf, refused):
     refused(gguf, "weights in the format I32", "Q8_0")
 
 
-def test_missing_weights(tmp_path):
+def test_missing_weights_are_rejected(tmp_path):
     tiny_gguf(tmp_path / "tiny.gguf", leave_out=("blk.1.ffn_up.weight",))
     with pytest.raises(ArchitectureError, match="lacks 1 of its model's weights"):
         BaseCheckpoint(str(tmp_path / "tiny.gguf")).load()
 
 
-def test_no_chat_template(tmp_path, deltamem):  # noqa: F811
+def test_a_file_without_a_chat_template(tmp_path, deltamem):  # noqa: F811
     tiny_gguf(tmp_path / "tiny.gguf", template=None)
     create_adapter(str(tmp_path / "tiny.gguf"), CONFIG, tmp_path / "adapter")
     before = listing(tmp_path)
@@ -222,30 +222,30 @@ def test_no_chat_template(tmp_path, deltamem):  # noqa: F811
     assert listing(tmp_path) == before
 
 
-def test_a_tokenizer_that_is_none(gguf):
+def test_an_invalid_tokenizer_raises(gguf):
     """Merges make a token that the vocabulary does not have."""
     gguf.write_bytes(gguf.read_bytes().replace("Ġmy".encode(), "Ġmz".encode()))
     with pytest.raises(ArchitectureError, match=r"tiny\.gguf has no tokenizer(.|\n)*Ġmy"):
         read_tokenizer(gguf)
 
 
-def test_metadata_of_another_model(tmp_path, refused):
+def test_metadata_that_contradicts_the_weights_is_rejected(tmp_path, refused):
     """The width of Qwen3's heads, which transformers does not read."""
     tiny_gguf(tmp_path / "tiny.gguf", "qwen3", head_dim=16)
     refused(tmp_path / "tiny.gguf", "blk.0.attn_q.weight is [64, 32]", "[512, 32]", "original checkpoint")
 
 
-def test_quantised_on_loading(gguf):
+def test_quantising_on_loading_raises(gguf):
     with pytest.raises(ConfigError, match="cannot be quantised on loading"):
         BaseCheckpoint(str(gguf)).load(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
-def test_sharded_on_loading(gguf):
+def test_sharding_on_loading_raises(gguf):
     with pytest.raises(ConfigError, match="cannot be sharded on loading"):
         BaseCheckpoint(str(gguf)).load(distributed_config={"fsdp_size": 2})
 
 
-def test_without_the_package(gguf, refused, monkeypatch):
+def test_the_missing_gguf_package_is_named(gguf, refused, monkeypatch):
     installed = sys.modules["deltamem_tool.io.installation"].version
 
     def version(name):

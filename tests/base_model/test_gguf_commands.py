@@ -1,4 +1,4 @@
-"""From a GGUF file to an ONNX folder: every command takes it as it takes a folder with the same weights."""
+"""From a GGUF file to an ONNX folder: every command accepts it like a folder with the same weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def trained(deltamem, base, name, **sections):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_every_command_takes_it(bases, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_every_command_accepts_a_gguf_file(bases, tmp_path, deltamem, monkeypatch):  # noqa: F811
     adapters, plans, scores, chats = {}, {}, {}, {}
     for kind, base in bases.items():
         adapters[kind], plans[kind] = trained(deltamem, base, f"of-{kind}")
@@ -75,7 +75,7 @@ def test_every_command_takes_it(bases, tmp_path, deltamem, monkeypatch):  # noqa
 
 
 @pytest.mark.slow
-def test_a_lora_on_it(bases, deltamem):  # noqa: F811
+def test_a_lora_on_a_gguf_file(bases, deltamem):  # noqa: F811
     adapter, _ = trained(deltamem, bases["gguf"], "adapter")
     lora, _ = trained(deltamem, bases["gguf"], "lora", lora={"rank": 2})
     recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--limit", "2", "--json")
@@ -83,7 +83,7 @@ def test_a_lora_on_it(bases, deltamem):  # noqa: F811
     assert done.code == 0 and "lora" in json.loads(done.out)["scores"], done.err
 
 
-def test_its_folder_is_not_replaced(bases, tmp_path, deltamem):  # noqa: F811
+def test_the_folder_of_the_file_is_not_overwritten(bases, tmp_path, deltamem):  # noqa: F811
     (tmp_path / "own").mkdir()
     file = bases["gguf"].rename(tmp_path / "own" / "tiny.gguf")
     before = listing(tmp_path)
@@ -93,7 +93,7 @@ def test_its_folder_is_not_replaced(bases, tmp_path, deltamem):  # noqa: F811
 
 
 @pytest.mark.real_model
-def test_a_published_model(smollm2_gguf, smollm2, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_an_adapter_for_a_published_file_fits_its_checkpoint(smollm2_gguf, smollm2, tmp_path, deltamem, monkeypatch):  # noqa: F811
     """`patch` reads what it reads of the converted checkpoint, to which the adapter goes as well; and it answers."""
     options = ("--delta-init", "base_slice", "--branches", "v,o", "--layers", "back:4")
     for base, name in ((smollm2_gguf, "of-gguf"), (smollm2, "of-folder")):

@@ -1,4 +1,4 @@
-"""Processes that are to meet, of which one does not come."""
+"""Launches of several processes of which one never joins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNT, LIMIT = 3, timedelta(seconds=4)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("late", "has_launcher"), [(2, True), (0, True), (0, False)])
-def test_a_process_never_comes(late, has_launcher, tmp_path):
+def test_a_process_that_never_joins_is_reported(late, has_launcher, tmp_path):
     """Without a launcher the first process is where the others are to meet."""
     with socket.socket() as nobody:  # who listens at this port
         nobody.bind(("127.0.0.1", 0))
@@ -31,7 +31,7 @@ def test_a_process_never_comes(late, has_launcher, tmp_path):
         assert why.startswith("This process waited at 127.0.0.1:") and why.endswith(" for 4 seconds.")
 
 
-def test_what_they_meet_by_is_not_installed(monkeypatch):
+def test_joining_without_accelerate_installed_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(InstallationError, match="accelerate, which is not installed"):
         join()
@@ -39,17 +39,17 @@ def test_what_they_meet_by_is_not_installed(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [1, 2])
-def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(told, tmp_path):
+def test_accelerate_starts_one_process_on_cpus_whatever_the_number(told, tmp_path):
     """One that it was told to start goes on alone; of two it is an error, since it would do the work of both."""
     script = tmp_path / "joins.py"
     script.write_text("from deltamem_tool.base_model.launch import join\nprint('alone:', join().num_processes == 1)\n")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(told), str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    is_refused = "asked for several processes, but has started only one" in done.stderr
-    assert ("alone: True" in done.stdout, is_refused) == (told == 1, told == 2), done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    is_refused = "asked for several processes, but has started only one" in result.stderr
+    assert ("alone: True" in result.stdout, is_refused) == (told == 1, told == 2), result.stderr
 
 
-def test_a_command_that_joins_no_others_says_it_too(monkeypatch):
+def test_join_launched_raises_when_processes_are_missing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join_launched() is None
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")

@@ -212,7 +212,7 @@ MOVES = {"q": {"attends"}, "k": {"attends", "keys"}, "v": {"values"}, "o": set()
 
 
 @every_case
-def test_a_correction_moves_its_own_branch(case: Case):
+def test_a_correction_changes_only_its_branch(case: Case):
     model = case.model()
     layer = case.layer(model)
     deltamem.attach(model, DeltaMemConfig(rank=4, branches=tuple(case.branches), layers=(layer.index,)))
@@ -232,7 +232,7 @@ def test_a_correction_moves_its_own_branch(case: Case):
 
 @every_fused
 @torch.no_grad()
-def test_a_part_of_a_fused_layer_moves_by_delta_r(case: Case):
+def test_a_part_of_a_fused_layer_changes_by_delta_r(case: Case):
     model = case.model()
     layer = case.layer(model)
     linear, moved = layer.module.get_submodule(case.fused), set()
@@ -299,7 +299,7 @@ def test_every_row_has_a_case():
 
 
 @every_fused
-def test_an_unknown_fused_layer_is_refused(case: Case):
+def test_an_unknown_fused_layer_raises(case: Case):
     """The same modules under a new name: how its output is interleaved is anybody's guess."""
     model = case.model("meta")
     for config in (model.config, model.config.get_text_config(decoder=True)):

@@ -1,4 +1,4 @@
-"""What a config says of the tokens that a model takes: how many, and which."""
+"""Limits of a model read from its config: the number of positions and the size of the vocabulary."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         (LlamaConfig(max_position_embeddings=256, rope_parameters=YARN), 256),  # and as others do
     ],
 )
-def test_positions(config, positions):
+def test_the_number_of_positions_is_read_from_the_config(config, positions):
     assert Limits.from_config(config).positions == positions
 
 
-def test_the_language_model_of_a_multimodal_config():
+def test_a_multimodal_config_gives_the_limits_of_its_language_model():
     config = Gemma3Config(text_config={"max_position_embeddings": 96, "vocab_size": 300})
     assert Limits.from_config(config) == (96, 300)

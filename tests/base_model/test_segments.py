@@ -1,4 +1,4 @@
-"""Writing by messages, in a few layouts far from each other: how a text is cut does not matter."""
+"""Writing by message, in a few very different layouts: splitting a text changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPEN = [2, 0]
     "model_type", ["gpt2", "falcon", "gpt_neox", "opt", "bert", "deepseek_v3", "qwen3_next", "gemma4_text"]
 )
 @torch.no_grad()
-def test_messages(model_type: str):
+def test_splitting_messages_over_calls_changes_nothing(model_type: str):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type), attn_implementation="eager").eval()
     randomise(deltamem.attach(model, DeltaMemConfig(rank=4, granularity="message")))

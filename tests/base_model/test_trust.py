@@ -1,4 +1,4 @@
-"""Folders of strangers: refused before anything of them is loaded, whatever is wrong with them."""
+"""Folders from untrusted sources: rejected before anything is loaded, whatever is wrong with them."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def load_it(folder):
 
 def change(folder, path, value):
     """Set one entry of the config, by its path."""
-    said = json.loads((folder / CONFIG_FILE).read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text())
     *places, last = path.split(".")
-    part = said
+    part = config
     for place in places:
         part = part[place]
     part[last] = value
-    (folder / CONFIG_FILE).write_text(json.dumps(said))
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
 def split(file):
@@ -83,7 +83,7 @@ def join(file, header, data):
     Path(file).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def test_the_good_ones_load(folder, memory, loaded):
+def test_valid_folders_load(folder, memory, loaded):
     load_it(folder)
     MemoryState.load(memory)
     assert loaded == ["deserialize", "load", "load_file"]  # the adapter, its base, the memory
@@ -114,7 +114,7 @@ def test_the_good_ones_load(folder, memory, loaded):
         ("mechanism.alpha", float("inf"), "Infinity"),
     ],
 )
-def test_configs_are_refused_before_anything_is_loaded(folder, loaded, path, value, says):
+def test_invalid_configs_raise_before_anything_is_loaded(folder, loaded, path, value, says):
     change(folder, path, value)
     with pytest.raises(AdapterError, match=says) as refusal:
         load_it(folder)
@@ -131,26 +131,26 @@ def test_configs_are_refused_before_anything_is_loaded(folder, loaded, path, val
         ("1" * 5000, "not JSON"),
     ],
 )
-def test_configs_that_nobody_writes_are_refused(folder, loaded, content, says):
+def test_hostile_configs_raise(folder, loaded, content, says):
     (folder / CONFIG_FILE).write_text(content)
     with pytest.raises(AdapterError, match=says):
         load_it(folder)
     assert loaded == []
 
 
-def test_no_more_of_a_config_is_read_than_its_limit(tmp_path):
+def test_a_config_is_read_only_up_to_its_size_limit(tmp_path):
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(ValueError, match="larger than"):
         bounded.read_json(tmp_path / "sparse")
 
 
-def test_an_error_is_three_lines_for_eyes(folder):
+def test_an_error_is_three_printable_lines(folder):
     change(folder, "mechanism.rank", "\u202e\x9b\n" + "x" * 100_000)
     with pytest.raises(AdapterError) as refusal:
         read_adapter(folder)
-    said = str(refusal.value)
-    assert said.count("\n") == 2 and len(said) < 10_000
+    message = str(refusal.value)
+    assert message.count("\n") == 2 and len(message) < 10_000
     assert not {"\u202e", "\x9b"} & set(str(DeltaMemError("a\u202e\x9b\ud800")))
 
 
@@ -197,7 +197,7 @@ def overlapping(header, data):
         (lambda header, data: header.update(__metadata__={"a": 1}), DAMAGED),
     ],
 )
-def test_headers_are_refused_before_anything_is_loaded(folder, loaded, damage, says):
+def test_invalid_headers_raise_before_anything_is_loaded(folder, loaded, damage, says):
     header, data = split(folder / WEIGHTS_FILE)
     damage(header, data)
     join(folder / WEIGHTS_FILE, header, data)
@@ -219,14 +219,14 @@ def test_headers_are_refused_before_anything_is_loaded(folder, loaded, damage, s
         (pickle.dumps({"layers": 1}), DAMAGED),
     ],
 )
-def test_files_that_are_no_weights_are_refused(folder, loaded, content, says):
+def test_files_that_are_not_weights_raise(folder, loaded, content, says):
     (folder / WEIGHTS_FILE).write_bytes(content)
     with pytest.raises(AdapterError, match=says):
         load_it(folder)
     assert loaded == []
 
 
-def test_a_header_of_any_length_is_not_read(folder, loaded, monkeypatch):
+def test_an_oversized_header_is_not_read(folder, loaded, monkeypatch):
     header, data = split(folder / WEIGHTS_FILE)
     join(folder / WEIGHTS_FILE, json.dumps(header).encode() + b" " * tensor_header.MAX_HEADER_BYTES, data)
     with pytest.raises(AdapterError, match="header is larger"):
@@ -234,7 +234,7 @@ def test_a_header_of_any_length_is_not_read(folder, loaded, monkeypatch):
     assert loaded == []
 
 
-def test_an_adapter_for_wider_layers_is_refused_before_the_base_is_loaded(folder, loaded):
+def test_an_adapter_for_wider_layers_raises_before_the_base_is_loaded(folder, loaded):
     """The config and the weights agree; the base model, by its fingerprint the right one, has other widths."""
     tensors = load_file(folder / WEIGHTS_FILE)
     for name, tensor in tensors.items():
@@ -246,7 +246,7 @@ def test_an_adapter_for_wider_layers_is_refused_before_the_base_is_loaded(folder
     assert loaded == []
 
 
-def test_links_as_the_hub_has_them_are_followed(folder, tmp_path):
+def test_symbolic_links_of_the_hub_cache_are_followed(folder, tmp_path):
     (tmp_path / "blobs").mkdir()
     linked = tmp_path / "snapshots" / "main"
     linked.mkdir(parents=True)
@@ -271,7 +271,7 @@ def test_links_as_the_hub_has_them_are_followed(folder, tmp_path):
         ),
     ],
 )
-def test_the_version_to_install(folder, memory, written_by, line):
+def test_the_error_names_the_version_to_install(folder, memory, written_by, line):
     assert update_command(written_by) == line
     change(folder, "format_version", 2)
     change(folder, "deltamem_version", written_by)
@@ -287,7 +287,7 @@ def test_the_version_to_install(folder, memory, written_by, line):
         assert refused.value.next == f"Update deltamem-tool: {line}"
 
 
-def test_a_memory_says_who_wrote_it(memory, tmp_path):
+def test_a_memory_records_the_version_that_wrote_it(memory, tmp_path):
     MemoryState.load(memory).save(tmp_path / "again")
     assert "deltamem_version" not in split(memory)[0]["__metadata__"]
     assert split(tmp_path / "again")[0]["__metadata__"]["deltamem_version"]
@@ -307,7 +307,7 @@ def test_a_memory_says_who_wrote_it(memory, tmp_path):
         (lambda h: h["__metadata__"].pop("adapter"), "no fingerprint"),
     ],
 )
-def test_memories_are_refused_by_their_header(memory, loaded, damage, says):
+def test_memories_with_invalid_headers_raise(memory, loaded, damage, says):
     header, data = split(memory)
     damage(header)
     join(memory, header, data)
@@ -341,7 +341,7 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_an_adapter_of_any_bytes_is_refused_or_the_same(folder, name):
+def test_a_mutated_adapter_raises_or_is_unchanged(folder, name):
     expected = weights_of(read_adapter(folder))
     content = (folder / name).read_bytes()
     until = len(content) if name == CONFIG_FILE else 8 + int.from_bytes(content[:8], "little")
@@ -357,7 +357,7 @@ def test_an_adapter_of_any_bytes_is_refused_or_the_same(folder, name):
     assert MUTATIONS / 2 < refused < MUTATIONS or name == WEIGHTS_FILE
 
 
-def test_a_memory_of_any_bytes_is_refused_or_the_same(memory):
+def test_a_mutated_memory_raises_or_is_unchanged(memory):
     expected = MemoryState.load(memory)
     content = Path(memory).read_bytes()
     until = 8 + int.from_bytes(content[:8], "little")

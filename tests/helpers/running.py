@@ -17,7 +17,7 @@ EQUATION_TOLERANCE = 5e-5
 # Float32 against float32, the same sums in another order.
 CUT_TOLERANCE = 2e-5
 
-everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def close(actual, expected, tolerance):

@@ -1,4 +1,4 @@
-"""What attaching a memory does to a model, what it must not do, and that how a text is cut does not matter."""
+"""`attach`: what it changes in a model, what it leaves alone, and that splitting a text over calls changes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.running import (
     cache_of,
     close,
     close_memory,
-    everywhere,
+    every_architecture,
     fingerprint_of_base,
     run,
 )
@@ -26,10 +26,10 @@ from deltamem_tool.memory.attach import adapter_of
 # The base is untouched.
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_memory_changes_no_bit(name, heads, dtype):
+def test_a_fresh_memory_leaves_logits_bit_identical(name, heads, dtype):
     model = tiny_model(name).to(dtype)
     ids = tokens(2, 9)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -46,8 +46,8 @@ def test_a_fresh_memory_changes_no_bit(name, heads, dtype):
     assert all(parameter.requires_grad for parameter in adapter_of(model).parameters())
 
 
-@everywhere
-def test_detach_gives_the_base_back(name):
+@every_architecture
+def test_detach_restores_the_base(name):
     model = tiny_model(name)
     model.get_input_embeddings().weight.requires_grad_(False)
     before, attributes = fingerprint_of_base(model), set(vars(model))
@@ -66,9 +66,9 @@ def test_detach_gives_the_base_back(name):
         detach(model)
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("heads", [*HEADS, ("q",), ("k",), ("v",)])
-def test_every_corrected_projection_matters(name, heads):
+def test_every_corrected_projection_changes_the_logits(name, heads):
     model = patched_model(name, branches=heads)
     ids = tokens(1, 9)
     logits, _ = run(model, ids)
@@ -94,9 +94,9 @@ def test_only_the_chosen_layers_have_a_memory():
 # The equations.
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("heads", HEADS)
-def test_equals_the_equations(name, heads):
+def test_logits_and_states_match_the_equations(name, heads):
     model = patched_model(name, branches=heads)
     ids = tokens(1, 12)
     logits, cache = run(model, ids)
@@ -108,7 +108,7 @@ def test_equals_the_equations(name, heads):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("state_heads", [1, 3])
-def test_every_update_rule_equals_the_equations(rule, state_heads):
+def test_every_update_rule_matches_the_equations(rule, state_heads):
     model = patched_model(update_rule=rule, state_heads=state_heads, alpha=6.0)
     ids = tokens(1, 10)
     start = MemoryState({layer: torch.randn(1, state_heads, 4, 4) for layer in (0, 1)}, adapter_of(model).fingerprint)
@@ -120,7 +120,7 @@ def test_every_update_rule_equals_the_equations(rule, state_heads):
         close(cache.memory.layers[layer][0], state, EQUATION_TOLERANCE)
 
 
-def test_the_equations_can_tell_the_rules_apart():
+def test_update_rules_give_different_results():
     """The comparison above would fail if a rule were taken for another."""
     ids = tokens(1, 10)
     states = {rule: run(patched_model(update_rule=rule), ids)[1].memory.layers[1] for rule in RULES}
@@ -131,9 +131,9 @@ def test_the_equations_can_tell_the_rules_apart():
 # Chunking cannot matter.
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_one_call_is_many_calls(name, attention):
+def test_splitting_a_call_changes_nothing(name, attention):
     model = patched_model(name, attention=attention)
     ids = tokens(2, 11)
     whole, cache = run(model, ids)
@@ -143,8 +143,8 @@ def test_one_call_is_many_calls(name, attention):
         close_memory(other.memory, cache.memory)
 
 
-@everywhere
-def test_eager_is_sdpa(name):
+@every_architecture
+def test_eager_and_sdpa_attention_agree(name):
     ids = tokens(2, 11)
     eager, cache = run(patched_model(name, attention="eager"), ids)
     sdpa, other = run(patched_model(name, attention="sdpa"), ids)
@@ -152,10 +152,10 @@ def test_eager_is_sdpa(name):
     close_memory(other.memory, cache.memory)
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_matter(name, attention, side):
+def test_padding_changes_no_result(name, attention, side):
     model = patched_model(name, attention=attention)
     rows = [tokens(1, length, seed=length) for length in (9, 4, 6)]
     ids, mask = torch.full((3, 9), PAD), torch.zeros(3, 9, dtype=torch.long)
@@ -181,7 +181,7 @@ def test_padding_does_not_matter(name, attention, side):
                 close_memory(cache.memory.select([row]), solo.memory)
 
 
-def test_padding_is_the_padding_of_this_call():
+def test_the_mask_of_past_tokens_is_not_applied_to_new_ones():
     """A mask over past and new tokens: columns of the past must not be taken for new ones."""
     model = patched_model()
     ids, mask = tokens(1, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
@@ -195,7 +195,7 @@ def test_padding_is_the_padding_of_this_call():
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_padding_cannot_poison_the_state(value):
+def test_nan_in_padding_does_not_reach_the_state(value):
     layer = adapter_of(patched_model()).layers["0"]
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
@@ -206,7 +206,7 @@ def test_padding_cannot_poison_the_state(value):
 
 
 @torch.no_grad()
-def test_autocast_does_not_round_the_memory():
+def test_autocast_leaves_the_memory_in_float32():
     layer = adapter_of(patched_model()).layers["0"]
     hidden, state, here = torch.randn(2, 40, 32), torch.randn(2, 1, 4, 4), torch.ones(2, 40).bool()
     readings, after, *_ = layer(hidden, state, None, here)
@@ -217,7 +217,7 @@ def test_autocast_does_not_round_the_memory():
         assert torch.equal(layer.correction("q", readings), correction)
 
 
-def test_padding_reads_zero():
+def test_padding_gets_zero_readings():
     layer = adapter_of(patched_model()).layers["0"]
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
@@ -226,7 +226,7 @@ def test_padding_reads_zero():
         assert torch.equal(readings.abs().sum(-1) > 0, valid)
 
 
-def test_a_row_of_padding_alone_keeps_its_memory():
+def test_a_row_of_only_padding_keeps_its_memory():
     model = patched_model()
     _, first = run(model, tokens(2, 5))
     cache = MemoryCache(model, memory=first.memory)
@@ -269,7 +269,7 @@ def test_the_memory_of_a_bfloat16_model_is_computed_in_float32():
     assert torch.equal(cache.memory.layers[0], state)
 
 
-def test_hidden_states_instead_of_tokens():
+def test_inputs_embeds_work_like_input_ids():
     model = patched_model()
     ids = tokens(2, 6)
     logits, cache = run(model, ids)
@@ -293,12 +293,12 @@ def test_without_a_cache_the_memory_still_reads_within_the_call():
         assert model(ids, return_dict=False)[0].shape == logits.shape
 
 
-def test_a_cache_that_does_not_write_reads():
+def test_a_read_only_cache_still_reads():
     model = patched_model()
     ids = tokens(2, 6)
-    _, told = run(model, ids)
-    reading, cache = run(model, ids, memory=told.memory, write=False)
+    _, start = run(model, ids)
+    reading, cache = run(model, ids, memory=start.memory, write=False)
     empty, _ = run(model, ids, write=False)
     assert (reading - empty).abs().max() > 1e-3
-    for layer, state in told.memory.layers.items():
+    for layer, state in start.memory.layers.items():
         assert torch.equal(cache.memory.layers[layer], state)

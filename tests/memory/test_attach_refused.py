@@ -1,4 +1,4 @@
-"""What does not fit a patched model raises; and the state is an argument and a return value."""
+"""Invalid models, options, masks and memories raise; and the state is an argument and a return value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from deltamem_tool.memory.attach import adapter_of
 # What does not fit raises.
 
 
-def test_a_second_memory_is_refused():
+def test_attaching_a_second_memory_raises():
     model = patched_model()
     adapter = adapter_of(model)
     with pytest.raises(ArchitectureError, match="already has a memory"):
@@ -42,14 +42,14 @@ def test_a_second_memory_is_refused():
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), torch.jit.ignore, None], ids=["module", "function", "none"])
-def test_what_is_no_model_is_refused(model):
+def test_objects_that_are_not_models_raise(model):
     for act in (attach, detach, adapter_of):
         with pytest.raises(ArchitectureError, match="not a model of transformers"):
             act(model)
 
 
 @pytest.mark.parametrize("where", ["hook_layers", "hook_decoder", "override", "override_methods"])
-def test_an_attach_that_fails_changes_nothing(where, monkeypatch):
+def test_a_failed_attach_leaves_the_model_unchanged(where, monkeypatch):
     """Half of it is done, whatever it is that fails then."""
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
@@ -75,7 +75,7 @@ def test_an_attach_that_fails_changes_nothing(where, monkeypatch):
     assert fingerprint_of_base(model) == before and set(vars(model)) == attributes
 
 
-def test_weights_that_were_quantised_since_do_not_stop_detach():
+def test_detach_works_after_the_base_was_quantised():
     model = tiny_model()
     attach(model)
     head = model.lm_head.weight
@@ -85,7 +85,7 @@ def test_weights_that_were_quantised_since_do_not_stop_detach():
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "tuple"])
-def test_another_cache_is_refused(kind):
+def test_a_cache_without_a_memory_raises(kind):
     model = patched_model()
     cache = {
         "dynamic": lambda: DynamicCache(config=model.config),
@@ -154,7 +154,7 @@ def _twice():
     ],
     ids=["encoder", "encoder-decoder", "state-space", "unknown-attention", "query-and-gate", "one-layer-twice"],
 )
-def test_other_models_are_refused(make, says):
+def test_unsupported_models_raise(make, says):
     model = make()
     before = fingerprint_of_base(model)
     with pytest.raises(ArchitectureError, match=says):
@@ -162,7 +162,7 @@ def test_other_models_are_refused(make, says):
     assert fingerprint_of_base(model) == before
 
 
-def test_options_that_do_not_fit_leave_the_model_alone():
+def test_invalid_options_raise_and_leave_the_model_unchanged():
     model = tiny_model()
     before = fingerprint_of_base(model)
     with pytest.raises(ConfigError, match="hidden size, 32"):
@@ -172,7 +172,7 @@ def test_options_that_do_not_fit_leave_the_model_alone():
     assert fingerprint_of_base(model) == before
 
 
-def test_a_memory_of_another_size_raises():
+def test_a_memory_of_a_different_shape_raises():
     model = patched_model()
     _, cache = run(model, tokens(2, 5))
     with pytest.raises(MemoryStateError, match="has 2 conversations, and the batch 3 rows"):
@@ -188,7 +188,7 @@ def test_a_memory_of_another_size_raises():
             model(tokens(2, 1), cache=cache)
 
 
-def test_a_memory_of_another_adapter_raises():
+def test_a_memory_of_a_different_adapter_raises():
     model, other = patched_model(), patched_model(seed=1)
     _, cache = run(other, tokens(1, 5))
     with pytest.raises(MemoryStateError, match="another adapter"):
@@ -207,7 +207,7 @@ def test_a_mask_that_hides_the_padding_raises():
 
 @pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("length", [3, 8, 12])
-def test_a_mask_of_another_length_raises(sliding, length):
+def test_a_mask_of_the_wrong_length_raises(sliding, length):
     """Attention counts its columns from the left, the memory from the right: they would mean other tokens."""
     changes = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4, "use_sliding_window": True}
     model = tiny_model(**(changes if sliding else {}))
@@ -224,7 +224,7 @@ def test_a_mask_of_another_length_raises(sliding, length):
     assert cache.get_seq_length() == 10
 
 
-def test_gradient_checkpointing_is_refused_in_plain_words():
+def test_gradient_checkpointing_raises_a_clear_error():
     model = patched_model()
     model.activation_checkpointing_enable()
     ids = tokens(1, 5)
@@ -237,7 +237,7 @@ def test_gradient_checkpointing_is_refused_in_plain_words():
     model(ids).logits.sum().backward()
 
 
-def test_a_parameter_that_came_later_does_not_stop_detach():
+def test_detach_works_after_a_parameter_was_added():
     model = tiny_model()
     attach(model)
     model.later = nn.Linear(2, 2)
@@ -247,7 +247,7 @@ def test_a_parameter_that_came_later_does_not_stop_detach():
     attach(model)
 
 
-def test_an_attention_layer_by_itself_raises():
+def test_calling_an_attention_layer_directly_raises():
     model = patched_model()
     with pytest.raises(MemoryStateError, match="outside of its decoder"):
         model.model.layers[0].self_attn(torch.zeros(1, 2, 32), None, None)
@@ -256,7 +256,7 @@ def test_an_attention_layer_by_itself_raises():
 # State is an argument and a return value.
 
 
-def test_conversations_in_many_threads_are_conversations_alone():
+def test_conversations_in_threads_match_each_one_run_alone():
     model = patched_model()
     texts = [tokens(1 + n % 2, 10, seed=n) for n in range(5)]
     expected = [run(model, ids, range(1, 10)) for ids in texts]
@@ -282,7 +282,7 @@ def test_conversations_in_many_threads_are_conversations_alone():
             assert torch.equal(found[n][1].memory.layers[layer], state)
 
 
-def test_conversations_taking_turns_do_not_meet():
+def test_interleaved_conversations_do_not_mix():
     model = patched_model()
     texts = [tokens(1, 8, seed=n) for n in range(2)]
     caches = [MemoryCache(model) for _ in texts]
@@ -294,16 +294,16 @@ def test_conversations_taking_turns_do_not_meet():
         close_memory(cache.memory, run(model, ids)[1].memory)
 
 
-def test_a_model_called_within_a_model():
+def test_a_nested_call_keeps_both_conversations_apart():
     """What an agent's tool or a judge in a hook does: the inner conversation ends, the outer one goes on."""
     outer, inner = patched_model(), patched_model("llama", seed=1)
     ids = tokens(1, 6)
     expected, cache = run(outer, ids)
     alone, _ = run(inner, ids)
-    said = []
-    outer.model.layers[0].mlp.register_forward_hook(lambda *_: said.append(run(inner, ids)[0]))
+    inner_logits = []
+    outer.model.layers[0].mlp.register_forward_hook(lambda *_: inner_logits.append(run(inner, ids)[0]))
     logits, other = run(outer, ids)
-    assert torch.equal(logits, expected) and torch.equal(said[0], alone)
+    assert torch.equal(logits, expected) and torch.equal(inner_logits[0], alone)
     close_memory(other.memory, cache.memory, 0.0)
 
 
@@ -312,7 +312,7 @@ class _Broken(nn.Module):
         raise RuntimeError("broken on purpose")
 
 
-def test_an_exception_in_the_decoder_leaves_the_memory():
+def test_an_exception_in_the_decoder_leaves_the_memory_unchanged():
     model = patched_model()
     ids = tokens(1, 10)
     _, cache = run(model, ids[:, :5])
@@ -331,7 +331,7 @@ def test_an_exception_in_the_decoder_leaves_the_memory():
     close(again[0], expected, EQUATION_TOLERANCE)
 
 
-def test_a_given_memory_is_not_changed():
+def test_the_initial_memory_is_not_modified():
     model = patched_model()
     _, first = run(model, tokens(2, 5))
     memory = first.memory
@@ -341,7 +341,7 @@ def test_a_given_memory_is_not_changed():
     assert all(torch.equal(memory.layers[layer], state) for layer, state in copies.items())
 
 
-def test_the_fingerprint_follows_every_weight():
+def test_changing_any_weight_changes_the_fingerprint():
     model = patched_model()
     adapter = adapter_of(model)
     seen = {adapter.fingerprint}
@@ -354,5 +354,5 @@ def test_the_fingerprint_follows_every_weight():
     assert adapter_of(patched_model(seed=4)).fingerprint == adapter_of(patched_model(seed=4)).fingerprint
 
 
-def test_errors_are_deltamem_errors():
+def test_every_error_is_a_deltamem_error():
     assert issubclass(MemoryStateError, DeltaMemError) and issubclass(ArchitectureError, DeltaMemError)

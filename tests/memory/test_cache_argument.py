@@ -1,4 +1,4 @@
-"""A cache is taken under its new name and its old one, on every version of transformers: used, or an error."""
+"""A cache is accepted as `cache` and as `past_key_values`, on every version of transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _compiled_forward(model):
 
 
 WRAPPED = {"plain": _plain, "peft": _peft, "compiled": _compiled, "compiled forward": _compiled_forward}
-HOWS = [pytest.param(name, marks=pytest.mark.slow if "compiled" in name else ()) for name in WRAPPED]
+CALL_STYLES = [pytest.param(name, marks=pytest.mark.slow if "compiled" in name else ()) for name in WRAPPED]
 CALLS = {
     "call": lambda model, ids, **cache: model(ids, **cache),
     "forward": lambda model, ids, **cache: model.forward(ids, **cache),
@@ -73,9 +73,9 @@ def model():
 
 @pytest.mark.parametrize("name", CACHE_ARGUMENTS)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("wrapped", HOWS)
+@pytest.mark.parametrize("wrapped", CALL_STYLES)
 @torch.no_grad()
-def test_a_cache_is_used_under_each_name(model, wrapped, call, name):
+def test_a_cache_is_accepted_under_both_names(model, wrapped, call, name):
     ids, start = tokens(2, 5), _started(model)
     expected = MemoryCache(model, memory=start)
     model(ids, cache=expected)
@@ -86,9 +86,9 @@ def test_a_cache_is_used_under_each_name(model, wrapped, call, name):
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("wrapped", HOWS)
+@pytest.mark.parametrize("wrapped", CALL_STYLES)
 @torch.no_grad()
-def test_two_names_are_an_error_and_neither_cache_has_changed(model, wrapped, call):
+def test_passing_both_names_raises_and_changes_neither_cache(model, wrapped, call):
     first, second = MemoryCache(model, memory=_started(model)), MemoryCache(model)
     before = first.memory
     with pytest.raises(MemoryStateError, match="Two caches were given: cache= and past_key_values="):
@@ -97,41 +97,41 @@ def test_two_names_are_an_error_and_neither_cache_has_changed(model, wrapped, ca
     assert first.get_seq_length() == second.get_seq_length() == 0
 
 
-def _by_place(module, cache, /, **others):
+def _call_positionally(module, cache, /, **others):
     return module(tokens(2, 5), None, None, cache, **others)
 
 
 @pytest.mark.parametrize("part", ["model", "decoder"])
 @torch.no_grad()
-def test_a_cache_can_come_by_its_place(model, part):
+def test_a_cache_can_be_a_positional_argument(model, part):
     module = model if part == "model" else model.base_model
     cache = MemoryCache(model)
-    _by_place(module, cache)
+    _call_positionally(module, cache)
     assert cache.get_seq_length() == 5 and cache.memory is not None
-    _by_place(module, None, cache=cache)
-    _by_place(module, cache, past_key_values=None)
+    _call_positionally(module, None, cache=cache)
+    _call_positionally(module, cache, past_key_values=None)
     assert cache.get_seq_length() == 15
 
 
 @pytest.mark.parametrize("name", CACHE_ARGUMENTS)
 @pytest.mark.parametrize("part", ["model", "decoder"])
 @torch.no_grad()
-def test_one_by_its_place_and_one_by_a_name_are_two(model, part, name):
+def test_a_positional_and_a_named_cache_together_raise(model, part, name):
     module, caches = model if part == "model" else model.base_model, (MemoryCache(model), MemoryCache(model))
     with pytest.raises(MemoryStateError, match=f"Two caches were given: {name}= and one by its place"):
-        _by_place(module, caches[0], **{name: caches[1]})
+        _call_positionally(module, caches[0], **{name: caches[1]})
     assert all(cache.memory is None for cache in caches)
 
 
 @pytest.mark.parametrize("part", ["model", "decoder"])
-def test_another_argument_given_twice_is_an_error(model, part):
+def test_any_argument_passed_twice_raises(model, part):
     module = model if part == "model" else model.base_model
     with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
-        _by_place(module, MemoryCache(model), input_ids=tokens(2, 5))
+        _call_positionally(module, MemoryCache(model), input_ids=tokens(2, 5))
 
 
 @torch.no_grad()
-def test_a_base_model_around_its_decoder():
+def test_a_base_model_that_wraps_its_decoder_accepts_both_names():
     """OPT's own `forward` calls the decoder that has the hooks."""
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -149,7 +149,7 @@ def test_a_base_model_around_its_decoder():
 
 
 @torch.no_grad()
-def test_without_the_memory_a_cache_is_used_too(model):
+def test_within_without_memory_a_cache_is_still_used(model):
     for name in CACHE_ARGUMENTS:
         for module in (model, model.base_model):
             cache = MemoryCache(model)
@@ -159,7 +159,7 @@ def test_without_the_memory_a_cache_is_used_too(model):
 
 
 @torch.no_grad()
-def test_the_decoder_takes_every_name(model):
+def test_the_decoder_accepts_both_names(model):
     for name in CACHE_ARGUMENTS:
         cache = MemoryCache(model)
         model.base_model(tokens(2, 5), **{name: cache})
@@ -169,7 +169,7 @@ def test_the_decoder_takes_every_name(model):
 
 
 @torch.no_grad()
-def test_a_name_without_a_cache_is_no_second_one(model):
+def test_a_none_cache_does_not_count_as_a_second_cache(model):
     cache = MemoryCache(model)
     model(tokens(2, 5), cache=cache, past_key_values=None)
     model(tokens(2, 1), cache=None, past_key_values=cache)
@@ -189,7 +189,7 @@ class Counted:
 
 
 @torch.no_grad()
-def test_a_forward_that_was_there_before():
+def test_a_forward_replaced_before_attach_still_runs():
     model = tiny_model()
     model.forward = before = Counted(model)
     randomise(attach(model, DeltaMemConfig()))
@@ -209,7 +209,7 @@ def test_a_forward_that_was_there_before():
 
 
 @torch.no_grad()
-def test_a_forward_that_comes_later_stays():
+def test_a_forward_replaced_after_attach_survives_detach():
     model = tiny_model()
     plain = model(tokens(2, 5)).logits
     attach(model, DeltaMemConfig(delta_init="random"))
@@ -221,7 +221,7 @@ def test_a_forward_that_comes_later_stays():
     assert model.forward is after and torch.equal(model(tokens(2, 5)).logits, plain)
 
 
-def test_accelerates_hooks_come_and_go():
+def test_accelerate_hooks_can_be_added_and_removed():
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     model = tiny_model()
@@ -238,13 +238,13 @@ def test_accelerates_hooks_come_and_go():
     assert torch.equal(model(tokens(2, 5)).logits, expected)
 
 
-def test_what_a_function_calls_its_cache():
+def test_cache_argument_finds_the_name_in_a_signature():
     assert cache_argument(lambda input_ids, cache=None: None) == "cache"
     assert cache_argument(lambda input_ids, past_key_values=None: None) == "past_key_values"
     assert cache_argument(lambda **kwargs: None) == generation_cache_argument() == cache_argument(tiny_model().forward)
 
 
-def test_with_one_cache():
+def test_with_one_cache_merges_both_names():
     names = ["input_ids", "cache"]
     assert with_one_cache(names, "cache", (1,), {"past_key_values": 2, "use_cache": True}) == (
         (1,),

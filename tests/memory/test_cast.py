@@ -1,4 +1,4 @@
-"""An adapter that is cast to another type: used, trained, saved, loaded and exported as what rounding makes of it."""
+"""An adapter cast to another dtype is used, trained, saved, loaded and exported with its rounded weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS = {
     "message": {"granularity": "message"},
     "extras": {"couple_lambda": False, "delta_scale": "branch", "o_norm": True, "state_heads": 2},
 }
-everything = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 all_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 
@@ -34,16 +34,16 @@ def rounded(adapter, dtype):
         weight.copy_(weight.to(dtype).float())
 
 
-def saved(tmp_path):
+def saved_model(tmp_path):
     """A model on disk with an adapter, of which no weight is a number of half precision."""
     model = AutoModelForCausalLM.from_pretrained(save_checkpoint(tmp_path / "base"))
     randomise(attach(model, DeltaMemConfig(rank=4)))
     return model
 
 
-@everything
+@every_option
 @all_types
-def test_it_computes_with_rounded_weights(dtype, options):
+def test_a_cast_adapter_computes_with_rounded_weights(dtype, options):
     expected, model, ids = patched_model(**options), patched_model(**options), tokens(2, 8)
     rounded(adapter_of(expected), dtype)
     before = adapter_of(model).fingerprint
@@ -56,7 +56,7 @@ def test_it_computes_with_rounded_weights(dtype, options):
 
 
 @all_types
-def test_a_cast_there_and_back_shows(dtype):
+def test_casting_to_half_and_back_changes_the_fingerprint(dtype):
     adapter, expected = (adapter_of(patched_model()) for _ in range(2))
     before = adapter.fingerprint
     adapter.to(dtype).float()
@@ -65,9 +65,9 @@ def test_a_cast_there_and_back_shows(dtype):
     assert (adapter.fingerprint == before) == (dtype == torch.float64)
 
 
-@everything
+@every_option
 @all_types
-def test_it_learns(dtype, options):
+def test_a_cast_adapter_gets_gradients(dtype, options):
     model, ids = patched_model(**options), tokens(2, 6)
     adapter_of(model).to(dtype)
     cache = MemoryCache(model)
@@ -78,8 +78,8 @@ def test_it_learns(dtype, options):
 
 
 @all_types
-def test_what_is_saved_is_loaded(dtype, tmp_path):
-    model = saved(tmp_path)
+def test_a_cast_adapter_survives_save_and_load(dtype, tmp_path):
+    model = saved_model(tmp_path)
     adapter_of(model).to(dtype)
     save_adapter(model, tmp_path / "adapter")
     loaded = load(tmp_path / "adapter")
@@ -90,9 +90,9 @@ def test_what_is_saved_is_loaded(dtype, tmp_path):
 
 
 @all_types
-def test_a_file_of_another_type_is_read(dtype, tmp_path):
+def test_a_half_precision_file_is_read(dtype, tmp_path):
     """As 0.1.0 wrote them."""
-    model = saved(tmp_path)
+    model = saved_model(tmp_path)
     save_adapter(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / WEIGHTS_FILE
     save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file)
@@ -102,8 +102,8 @@ def test_a_file_of_another_type_is_read(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("number", [1e300, math.nan])
-def test_numbers_that_float32_has_not_are_refused(number, tmp_path):
-    model = saved(tmp_path)
+def test_numbers_beyond_float32_raise(number, tmp_path):
+    model = saved_model(tmp_path)
     save_adapter(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / WEIGHTS_FILE
     weights = load_file(file) | {"layers.0.gate.bias": torch.full((4,), number, dtype=torch.float64)}
@@ -119,7 +119,7 @@ def test_numbers_that_float32_has_not_are_refused(number, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [OPTIONS["extras"], OPTIONS["message"]], ids=["extras", "message"])
-def test_it_is_exported(options, tokenizer, tmp_path):
+def test_a_cast_adapter_can_be_exported(options, tokenizer, tmp_path):
     model = patched_model(**options)
     adapter_of(model).half()
     manifest = export_onnx(model, tokenizer, tmp_path / "out", quantize="int8")
@@ -127,7 +127,7 @@ def test_it_is_exported(options, tokenizer, tmp_path):
     assert adapter_of(model).layer(0).key.weight.dtype == torch.float16
 
 
-def test_weights_that_are_assigned_show():
+def test_weights_loaded_with_assign_are_used():
     adapter, other = adapter_of(patched_model()), adapter_of(patched_model(seed=1))
     before = adapter.fingerprint
     adapter.load_state_dict(other.state_dict(), assign=True)

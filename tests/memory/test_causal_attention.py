@@ -1,4 +1,4 @@
-"""Models whose attention says that it is not causal, and with a memory is."""
+"""Models with bidirectional attention become causal while a memory is attached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4  # float32, sums in another order
 
 
 @pytest.mark.slow
-def test_no_token_sees_later_ones_and_detached_it_is_as_it_was():
+def test_attention_is_causal_until_the_memory_is_detached():
     model = patched("paligemma")
     assert attention_implementation(model.config) == "sdpa"
     ids = torch.arange(TEXT_IDS.start, TEXT_IDS.start + 9)[None]

@@ -1,4 +1,4 @@
-"""torch.compile: one graph with the memory in it, which follows what changes between calls."""
+"""torch.compile: the memory is in one graph, which follows changes between calls."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def filled(model, room):
     return caches
 
 
-def test_a_growing_cache():
+def test_a_compiled_model_with_a_growing_cache_matches_eager():
     model = one_layer()
     run, counter = compiled(model, fullgraph=True)
     caches = filled(model, None)
@@ -66,7 +66,7 @@ def test_a_growing_cache():
     assert counter.frame_count == 2  # its length first has to be seen to vary
 
 
-def test_steps_are_one_graph_that_follows_the_cache():
+def test_steps_over_a_static_cache_need_one_graph():
     model = one_layer()
     run, counter = compiled(model, "aot_eager", fullgraph=True)
     caches = filled(model, ROOM)
@@ -89,7 +89,7 @@ def test_steps_are_one_graph_that_follows_the_cache():
     assert changed[0] > 1e-3 and changed[1] == 0
 
 
-def test_a_whole_conversation_in_graphs():
+def test_a_whole_compiled_conversation_matches_eager():
     """The prompt too, with padding, from no memory at all."""
     model = one_layer()
     run, _ = compiled(model)
@@ -105,7 +105,7 @@ def test_a_whole_conversation_in_graphs():
         step(run, model, caches, column, attention_mask=mask)
 
 
-def test_a_graph_that_breaks_keeps_the_memory():
+def test_a_graph_break_keeps_the_memory():
     model = one_layer()
     handle = model.base_model.layers[0].self_attn.k_proj.register_forward_hook(torch._dynamo.disable(lambda *_: None))
     run, counter = compiled(model)
@@ -116,7 +116,7 @@ def test_a_graph_that_breaks_keeps_the_memory():
     handle.remove()
 
 
-def test_generate_compiles_its_steps_once():
+def test_generate_compiles_its_decoding_step_once():
     """As it does by itself on a GPU."""
     model = one_layer()
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]

@@ -1,4 +1,4 @@
-"""A memory that is attached to a model which is compiled already, as a whole or in parts, and taken off again."""
+"""Attaching a memory to a model that is already compiled, as a whole or in parts, and detaching it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def remember(model, seed):
 
 
 @pytest.mark.parametrize(("compile_part", "seeds"), [(whole, (0, 1)), (decoder, (0,)), (attention, (0,))])
-def test_the_memory_comes_and_goes(compile_part, seeds):
+def test_attach_and_detach_take_effect_on_a_compiled_model(compile_part, seeds):
     truth, with_memory = one_layer(), []
     bare = logits(truth)
     for seed in seeds:

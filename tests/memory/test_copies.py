@@ -1,4 +1,4 @@
-"""Copies of a model with a memory: each is a model of its own."""
+"""Deep copies of a model with a memory are independent; shallow copies share it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_deep_copy_is_independent(make):
     assert cache.memory.batch_size == 2
 
 
-def test_a_deep_copy_generates_and_learns_by_itself():
+def test_a_deep_copy_generates_and_trains_independently():
     model, ids = patched_model(), tokens(1, 5)
     copied = copy.deepcopy(model)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -84,7 +84,7 @@ def test_a_deep_copy_generates_and_learns_by_itself():
     assert all(weight.grad is None for weight in adapter_of(model).parameters())
 
 
-def test_a_deep_copy_of_the_base_model_alone():
+def test_a_deep_copy_of_only_the_base_model_is_independent():
     model, ids = patched_model(), tokens(1, 6)
     with torch.no_grad():
         expected = model.model(ids).last_hidden_state
@@ -93,7 +93,7 @@ def test_a_deep_copy_of_the_base_model_alone():
         assert torch.equal(copied(ids).last_hidden_state, expected)
 
 
-def test_a_copy_s_changed_weights_show():
+def test_changed_weights_of_a_copy_are_used():
     adapter = adapter_of(patched_model())
     with torch.no_grad():
         adapter.layer(0).key.weight.mul_(1.0)  # the original counts more changes than the copy, which starts anew
@@ -130,7 +130,7 @@ def test_shallow_copies_share_the_memory(first, tmp_path):
 
 
 @pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
-def test_a_pickle_is_refused(write):
+def test_pickling_raises(write):
     model = patched_model()
     expected = logits(model)
     with pytest.raises(ArchitectureError, match="cannot be pickled") as refusal:

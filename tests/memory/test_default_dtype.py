@@ -1,4 +1,4 @@
-"""What torch makes by default, `torch.set_default_dtype`, is nobody's concern here."""
+"""`torch.set_default_dtype` changes no result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = {
     "message": {"granularity": "message"},
     "extras": {"couple_lambda": False, "delta_scale": "branch", "o_norm": True, "state_heads": 2},
 }
-everything = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -26,9 +26,9 @@ def default(request):
     torch.set_default_dtype(torch.float32)
 
 
-@everything
+@every_option
 @torch.no_grad()
-def test_a_call_is_the_same(default, options):
+def test_the_default_dtype_does_not_change_a_call(default, options):
     model, ids = patched_model(**options), tokens(2, 6)
     expected, cache = run(model, ids, (4,))
     torch.set_default_dtype(default)
@@ -38,7 +38,7 @@ def test_a_call_is_the_same(default, options):
 
 
 @torch.no_grad()
-def test_a_new_adapter_is_float32(default, tmp_path):
+def test_a_new_adapter_is_float32_whatever_the_default(default, tmp_path):
     model, ids = tiny_model(), tokens(1, 6)
     expected = model(ids).logits
     torch.set_default_dtype(default)
@@ -52,7 +52,7 @@ def test_a_new_adapter_is_float32(default, tmp_path):
 
 
 @pytest.mark.parametrize("options", [OPTIONS["token"], OPTIONS["extras"]])
-def test_what_is_exported_is_the_same(default, options):
+def test_the_default_dtype_does_not_change_exported_weights(default, options):
     layer = adapter_of(patched_model(**options)).layer(0)
     expected = FusedMemory(layer, Constants(layer.config)).state_dict()
     torch.set_default_dtype(default)
@@ -69,7 +69,7 @@ class _Validated:
         yield "", torch.nn.functional.one_hot(batch["targets"], 5) * 20.0
 
 
-def test_what_is_counted_in_validation(default):
+def test_the_default_dtype_does_not_round_validation_counts(default):
     count = 300  # bfloat16 counts to 256
     batch = {"scored": torch.arange(count) * 4, "labels": torch.zeros(count, 4), "targets": torch.arange(count) % 5}
     torch.set_default_dtype(default)

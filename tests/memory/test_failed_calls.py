@@ -1,4 +1,4 @@
-"""A call of the model that fails leaves a cache as it was, with its keys, its values and its memory."""
+"""A failed call leaves the cache's keys, values and memory unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fail(*_):
 @pytest.mark.parametrize("room", [None, ROOM])
 @pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("place", ["the second layer", "after the layers", "the embedding"])
-def test_a_call_that_fails_changes_nothing(room, before, place):
+def test_a_failed_call_leaves_the_cache_unchanged(room, before, place):
     """Wherever it fails: memory that runs out, a tensor of a wrong shape, a token without an embedding."""
     model, ids = patched_model(), tokens(2, 12)
     cache, expected = MemoryCache(model, max_length=room), MemoryCache(model, max_length=room)

@@ -1,4 +1,4 @@
-"""The memory file: the same bits back, whole or not at all, and refused where it is damaged."""
+"""The memory file: loads bit for bit, is written completely or not at all, and is rejected when damaged."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def segmented(memory):
 def rewrite(path, change, metadata=()):
     """The memory file `path` with its tensors and metadata changed."""
     with safe_open(path, "pt") as file:
-        said = {**file.metadata(), **dict(metadata)}
+        header = {**file.metadata(), **dict(metadata)}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(change(tensors), path, {key: value for key, value in said.items() if value is not None})
+    save_file(change(tensors), path, {key: value for key, value in header.items() if value is not None})
 
 
-def test_open_segments_are_saved_to_the_bit(segmented, tmp_path):
+def test_open_segments_are_saved_bit_for_bit(segmented, tmp_path):
     segmented.open_segments[1][0, :3] = torch.tensor([1e-45, -0.0, torch.finfo().max])
     segmented.save(tmp_path / "m")
     loaded = MemoryState.load(tmp_path / "m")
@@ -53,14 +53,14 @@ def test_open_segments_are_saved_to_the_bit(segmented, tmp_path):
     assert loaded.nbytes == 3 * 2 * (2 * 4 * 4 + loaded.shape.segment_width) * 4
 
 
-def test_a_memory_of_bytes_is_that_of_the_file(segmented, tmp_path):
+def test_a_memory_read_from_bytes_equals_the_file(segmented, tmp_path):
     segmented.save(tmp_path / "m")
     stored = memory_file.read_memory(tmp_path / "m")
     for content in (memory_file.memory_bytes(stored), (tmp_path / "m").read_bytes()):
         assert memory_file.memory_from_bytes(content, "this").digest() == stored.digest()
 
 
-def test_odd_numbers_survive(tmp_path):
+def test_denormals_and_extreme_numbers_survive_saving(tmp_path):
     """Denormals, negative zero, the largest and the smallest."""
     numbers = torch.tensor([1e-45, -0.0, torch.finfo().max, torch.finfo().min])
     memory = MemoryState({11: numbers.view(1, 1, 2, 2), 2: numbers.flip(0).view(1, 1, 2, 2)}, "mark")
@@ -71,7 +71,7 @@ def test_odd_numbers_survive(tmp_path):
         assert torch.equal(loaded.layers[layer].view(torch.int32), state.view(torch.int32))
 
 
-def test_saving_with_gradients_and_views(memory, tmp_path):
+def test_tensors_with_gradients_and_views_can_be_saved(memory, tmp_path):
     tracked = MemoryState(
         {layer: state.clone().requires_grad_().transpose(2, 3) for layer, state in memory.layers.items()},
         memory.adapter,
@@ -81,7 +81,7 @@ def test_saving_with_gradients_and_views(memory, tmp_path):
         assert torch.equal(state, memory.layers[layer].transpose(2, 3))
 
 
-def test_a_write_that_fails_leaves_the_old_file(memory, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(memory, tmp_path, monkeypatch):
     path = tmp_path / "memory"
     memory.save(path)
     before, content = listing(tmp_path), path.read_bytes()
@@ -100,7 +100,7 @@ def test_a_write_that_fails_leaves_the_old_file(memory, tmp_path, monkeypatch):
         assert path.read_bytes() == content
 
 
-def test_a_new_file_is_readable_by_others(memory, tmp_path):
+def test_a_new_file_has_the_usual_permissions(memory, tmp_path):
     before = os.umask(0o022)
     try:
         memory.save(tmp_path / "memory")
@@ -126,7 +126,7 @@ def test_a_new_file_is_readable_by_others(memory, tmp_path):
         (lambda t: {"layers.0.state": t["layers.0.state"], "layers.1.state": t["layers.1.state"][:1]}, {}, "disagree"),
     ],
 )
-def test_damaged_files_are_refused(memory, tmp_path, change, metadata, says):
+def test_damaged_files_raise(memory, tmp_path, change, metadata, says):
     memory.save(tmp_path / "m")
     rewrite(tmp_path / "m", change, metadata)
     with pytest.raises(MemoryStateError, match=f"(?s){says}"):
@@ -151,21 +151,21 @@ def test_damaged_files_are_refused(memory, tmp_path, change, metadata, says):
         (lambda t: t | {"layers.1.state": t["layers.1.state"].flatten(2)}, "layers.1.state"),
     ],
 )
-def test_damaged_segments_are_refused(segmented, tmp_path, change, says):
+def test_damaged_segments_raise(segmented, tmp_path, change, says):
     segmented.save(tmp_path / "m")
     rewrite(tmp_path / "m", change)
     with pytest.raises(MemoryStateError, match=f"(?s)damaged.*{says}"):
         MemoryState.load(tmp_path / "m")
 
 
-def test_states_that_are_not_square_are_refused(memory, tmp_path):
+def test_loading_states_that_are_not_square_raises(memory, tmp_path):
     memory.save(tmp_path / "m")
     rewrite(tmp_path / "m", lambda t: {name: tensor[..., :3].clone() for name, tensor in t.items()})
     with pytest.raises(MemoryStateError, match="not square"):
         MemoryState.load(tmp_path / "m")
 
 
-def test_files_that_are_none_are_refused(memory, tmp_path):
+def test_missing_and_foreign_files_raise(memory, tmp_path):
     with pytest.raises(MemoryStateError, match=r"memory file .*nowhere does not exist"):
         MemoryState.load(tmp_path / "nowhere")
     with pytest.raises(MemoryStateError, match=r"is not a memory file"):
@@ -181,7 +181,7 @@ def test_files_that_are_none_are_refused(memory, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_memory_that_could_not_be_loaded_is_not_saved(memory, tmp_path, value):
+def test_saving_a_memory_with_nan_raises(memory, tmp_path, value):
     memory = memory.clone()
     memory.layers[1][0, 0, 0, 0] = value
     with pytest.raises(MemoryStateError, match=r"NaN.*layers.1.state"):
@@ -190,7 +190,7 @@ def test_a_memory_that_could_not_be_loaded_is_not_saved(memory, tmp_path, value)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 4, 5), (3, 2, 5, 5), (3, 1, 4, 4)])
-def test_states_that_are_not_square_or_not_of_one_size_are_refused(memory, tmp_path, shape):
+def test_states_of_inconsistent_shapes_raise(memory, tmp_path, shape):
     memory.save(tmp_path / "m")
     rewrite(tmp_path / "m", lambda tensors: {**tensors, "layers.1.state": torch.zeros(shape)})
     with pytest.raises(MemoryStateError, match="not square, or differ in size"):

@@ -16,14 +16,14 @@ from deltamem_tool.memory.attach import adapter_of
 
 NEW = 8
 NEVER = 95  # a stop token that `settings` forbids
-UNSAID = [PAD, NEVER]
-everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
+SUPPRESSED = [PAD, NEVER]
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def settings(**options):
     """Decoding that always runs to its length, unless `options` say otherwise."""
     return {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": NEVER, "pad_token_id": PAD} | (
-        {"suppress_tokens": UNSAID} | options
+        {"suppress_tokens": SUPPRESSED} | options
     )
 
 
@@ -31,15 +31,15 @@ def settings(**options):
 def continue_alone(model, ids, memory=None, new=NEW, stop=NEVER):
     """Greedy continuation of one conversation, token by token, without `generate`: what it says, and the cache."""
     cache = MemoryCache(model, memory=memory)
-    said, feed = [], ids
+    generated, feed = [], ids
     for _ in range(new):
         logits = model(feed, cache=cache).logits[0, -1].clone()
-        logits[UNSAID] = -torch.inf
-        said.append(int(logits.argmax()))
-        if said[-1] == stop:
+        logits[SUPPRESSED] = -torch.inf
+        generated.append(int(logits.argmax()))
+        if generated[-1] == stop:
             break
-        feed = torch.tensor([said[-1:]])
-    return said, cache
+        feed = torch.tensor([generated[-1:]])
+    return generated, cache
 
 
 def memory_of(model, ids) -> MemoryState:
@@ -59,19 +59,19 @@ def _ones(row, width):
     return torch.nn.functional.pad(torch.ones_like(row), (width - row.shape[1], 0))
 
 
-@everywhere
-@pytest.mark.parametrize("given", [False, True])
-def test_greedy_is_the_token_loop(name, given):
+@every_architecture
+@pytest.mark.parametrize("options", [False, True])
+def test_greedy_decoding_matches_a_token_loop(name, options):
     model, ids = patched_model(name), tokens(1, 6)
-    said, expected = continue_alone(model, ids)
-    cache = MemoryCache(model) if given else None
+    generated, expected = continue_alone(model, ids)
+    cache = MemoryCache(model) if options else None
     output = model.generate(ids, cache=cache, **settings())
-    assert output[0, 6:].tolist() == said
-    if given:
+    assert output[0, 6:].tolist() == generated
+    if options:
         close_memory(cache.memory, expected.memory)
 
 
-def test_the_memory_decides_what_is_said():
+def test_the_memory_changes_the_generated_tokens():
     """Otherwise the tests here would pass without one."""
     model, ids = patched_model(), tokens(1, 6)
     start = memory_of(model, tokens(1, 20, seed=4))
@@ -82,22 +82,22 @@ def test_the_memory_decides_what_is_said():
     assert plain.tolist() != unwritten.tolist()
 
 
-def test_without_a_cache_every_step_starts_over():
+def test_without_a_kv_cache_every_step_recomputes_from_the_start():
     model, ids = patched_model(), tokens(2, 6)
     assert torch.equal(model.generate(ids, use_cache=False, **settings()), model.generate(ids, **settings()))
     with pytest.raises(MemoryStateError, match="use_cache=False"):
         model.generate(ids, use_cache=False, cache=MemoryCache(model), **settings())
 
 
-def test_the_cache_of_a_generation_without_one_comes_back():
+def test_generate_without_a_cache_returns_a_cache_with_the_memory():
     model, ids = patched_model(), tokens(1, 6)
     output = model.generate(ids, return_dict_in_generate=True, **settings())
     _, expected = continue_alone(model, ids)
     close_memory(cache_of(output).memory, expected.memory)
 
 
-@everywhere
-def test_a_batch_is_its_rows(name):
+@every_architecture
+def test_a_batch_matches_its_rows_run_alone(name):
     model = patched_model(name)
     rows = [tokens(1, length, seed=length) for length in (7, 3, 5)]
     start = memory_of(model, tokens(3, 12))
@@ -105,12 +105,12 @@ def test_a_batch_is_its_rows(name):
         cache = MemoryCache(model, memory=memory)
         output = model.generate(**left_padded(rows), cache=cache, **settings())
         for row, ids in enumerate(rows):
-            said, alone = continue_alone(model, ids, None if memory is None else memory.select([row]))
-            assert output[row, 7:].tolist() == said
+            generated, alone = continue_alone(model, ids, None if memory is None else memory.select([row]))
+            assert output[row, 7:].tolist() == generated
             close_memory(cache.memory.select([row]), alone.memory)
 
 
-def test_sampling_feeds_what_it_says():
+def test_sampled_tokens_are_written_to_the_memory():
     model, ids = patched_model(), tokens(1, 6)
     start = memory_of(model, tokens(1, 12))
     outputs = []
@@ -135,17 +135,17 @@ def test_every_returned_sequence_has_its_own_memory(loaded):
     options = settings(do_sample=True, temperature=2.0, num_return_sequences=3)
     output = model.generate(**left_padded(rows), cache=cache, **options)
     assert cache.memory.batch_size == 6 and len({tuple(row) for row in output.tolist()}) == 6
-    for n, said in enumerate(output):
+    for n, sequence in enumerate(output):
         row = n // 3
         fed = MemoryCache(model, memory=start.select([row]) if loaded else None)
         with torch.no_grad():
-            model(said[None, 6 - rows[row].shape[1] : -1], cache=fed)
+            model(sequence[None, 6 - rows[row].shape[1] : -1], cache=fed)
         close_memory(cache.memory.select([n]), fed.memory)
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("loaded", [False, True])
-def test_beams_carry_their_own_state(name, loaded, tmp_path):
+def test_each_beam_carries_its_own_state(name, loaded, tmp_path):
     model = patched_model(name)
     rows = [tokens(1, 6), tokens(1, 4, seed=1)]
     start = None
@@ -160,16 +160,16 @@ def test_beams_carry_their_own_state(name, loaded, tmp_path):
     assert output.sequences.shape == (6, 6 + NEW)
     # The beam that each sequence's last token came from has seen all of it but that token. (The reordering after the
     # last step is by ties: transformers has no use for the cache any more.)
-    for n, said in enumerate(output.sequences):
+    for n, sequence in enumerate(output.sequences):
         row, beam = n // 3, int(output.beam_indices[n, -1])
         fed = MemoryCache(model, memory=start.select([row]) if loaded else None)
         with torch.no_grad():
-            model(said[None, 6 - rows[row].shape[1] : -1], cache=fed)
+            model(sequence[None, 6 - rows[row].shape[1] : -1], cache=fed)
         close_memory(cache.memories[-1].select([beam]), fed.memory)
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_beam_search_finds_what_it_finds_without_a_cache(loaded):
+def test_beam_search_with_and_without_a_cache_agree(loaded):
     """Scores of beams come from their own states: recomputing every prefix from scratch gives the same winners."""
     model, ids = patched_model(), tokens(1, 6)
     options = settings(num_beams=4, num_return_sequences=2)
@@ -202,16 +202,18 @@ def _log_probabilities(model, sequences, start):
 
 def _ends_early(model, rows, memory=None):
     """A stop token that one row says early and another does not say at all."""
-    said = [continue_alone(model, ids, None if memory is None else memory.select([n]))[0] for n, ids in enumerate(rows)]
-    for token in said[0][1:4]:
-        if token not in said[1]:
+    answers = [
+        continue_alone(model, ids, None if memory is None else memory.select([n]))[0] for n, ids in enumerate(rows)
+    ]
+    for token in answers[0][1:4]:
+        if token not in answers[1]:
             return token
     raise AssertionError("choose other rows: both say the same")
 
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_row_that_ends_early_remembers_what_it_remembers_alone(pad_is_end, loaded):
+def test_a_row_that_ends_early_has_the_memory_it_has_alone(pad_is_end, loaded):
     model = patched_model()
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
     start = memory_of(model, tokens(2, 12)) if loaded else None
@@ -224,13 +226,13 @@ def test_a_row_that_ends_early_remembers_what_it_remembers_alone(pad_is_end, loa
         options = settings(max_new_tokens=width, eos_token_id=end, pad_token_id=end if pad_is_end else PAD)
         output = model.generate(**left_padded(rows), cache=cache, **options)
         for n, ids in enumerate(rows):
-            said = alone[n][0][:width]
-            assert output[n, 8 : 8 + len(said)].tolist() == said
+            generated = alone[n][0][:width]
+            assert output[n, 8 : 8 + len(generated)].tolist() == generated
             expected = continue_alone(model, ids, start.select([n]) if loaded else None, new=width, stop=end)[1]
             close_memory(cache.memory.select([n]), expected.memory)
 
 
-def test_one_row_really_ends_early():
+def test_writing_padding_after_the_end_would_change_the_memory():
     """The test above feeds a finished row for several steps, or it shows nothing."""
     model = patched_model()
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
@@ -245,7 +247,7 @@ def test_one_row_really_ends_early():
     assert layer.abs().max() > 1e-2, "writing the padding would make no difference"
 
 
-def test_a_prompt_of_hidden_states_ends_early_too():
+def test_a_prompt_of_embeddings_can_end_early():
     model = patched_model()
     ids = torch.cat([tokens(1, 5), tokens(1, 5, seed=1)])
     first = [continue_alone(model, row[None])[0][0] for row in ids]
@@ -256,7 +258,7 @@ def test_a_prompt_of_hidden_states_ends_early_too():
     close_memory(cache.memory.select([0]), memory_of(model, ids[:1]))  # it said nothing but its end
 
 
-def test_what_follows_a_generation_is_not_ended_by_it():
+def test_rows_that_ended_can_be_continued_by_hand():
     """Fed by hand, a row whose answer has ended goes on: it reads and writes, and stop tokens are tokens."""
     model = patched_model()
     rows = [tokens(1, 5), tokens(1, 5, seed=1)]
@@ -273,10 +275,10 @@ def test_what_follows_a_generation_is_not_ended_by_it():
 
 
 @pytest.mark.parametrize("how", ["same cache, whole text", "same cache, new tokens", "memory alone"])
-def test_a_second_generation_goes_on(how):
+def test_a_second_generation_continues_the_first(how):
     model, ids = patched_model(), tokens(2, 6)
     more = torch.cat([torch.full((2, 1), END), tokens(2, 3, seed=1)], dim=1)
-    options = settings(eos_token_id=[END, NEVER], suppress_tokens=[END, *UNSAID])
+    options = settings(eos_token_id=[END, NEVER], suppress_tokens=[END, *SUPPRESSED])
     cache = MemoryCache(model)
     first = model.generate(ids, cache=cache, **options)
     text = torch.cat([first, more], dim=1)
@@ -303,10 +305,10 @@ def test_a_second_generation_goes_on(how):
         close_memory(cache.memory, expected.memory)
 
 
-def test_a_prompt_in_pieces():
+def test_a_prompt_in_pieces_matches_the_whole():
     model, ids = patched_model(), tokens(2, 10)
     ids[:, 2] = END
-    config = GenerationConfig(**settings(eos_token_id=[END, NEVER], suppress_tokens=[END, *UNSAID]))
+    config = GenerationConfig(**settings(eos_token_id=[END, NEVER], suppress_tokens=[END, *SUPPRESSED]))
     whole, cache = MemoryCache(model), MemoryCache(model)
     expected = model.generate(ids, generation_config=config, cache=whole)
     config.prefill_chunk_size = 3
@@ -324,7 +326,7 @@ def test_a_generation_without_writing_keeps_the_memory():
 
 
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "quantized"])
-def test_caches_without_a_place_for_the_memory_are_refused(kind):
+def test_caches_that_cannot_hold_a_memory_raise(kind):
     model = patched_model()
     with pytest.raises((MemoryStateError, ImportError)) as refusal:
         model.generate(tokens(1, 4), cache_implementation=kind, **settings())
@@ -332,7 +334,7 @@ def test_caches_without_a_place_for_the_memory_are_refused(kind):
         assert "cache_implementation" in str(refusal.value)
 
 
-def test_decoding_that_takes_tokens_back_is_refused():
+def test_decoding_that_removes_tokens_raises():
     model = patched_model()
     ids = tokens(1, 3).repeat(1, 4)
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model(seed=1)}):

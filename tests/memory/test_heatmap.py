@@ -1,4 +1,4 @@
-"""A memory in the terminal shows the numbers it is given: bars as long as norms, a mark for each entry."""
+"""The terminal view of a memory: bars proportional to norms, one coloured cell per entry."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mixed(share):
 
 
 @pytest.mark.parametrize(("heads", "rank"), [(1, 8), (4, 8), (2, 3), (1, 1), (3, 64)])
-def test_every_entry_has_its_colour(heads, rank):
+def test_every_entry_is_drawn_in_its_colour(heads, rank):
     state = np.random.default_rng(0).normal(size=(heads, rank, rank)).astype(np.float32)
     title, *lines, legend = drawn(heat_maps(7, state), width=heads * (rank + 2) + 60)
     assert "".join(character for character, _ in title) == "layer 7"
@@ -58,7 +58,7 @@ def test_every_entry_has_its_colour(heads, rank):
     assert f"−{limit:.2g} " in "".join(character for character, _ in legend)
 
 
-def test_without_colours_entries_are_numbers():
+def test_without_colours_entries_are_drawn_as_digits():
     state = np.array([[[9.0, -9.0], [1.0, 0.0]]], np.float32)
     assert text(heat_maps(0, state), colours=False) == [
         "layer 0",
@@ -69,21 +69,21 @@ def test_without_colours_entries_are_numbers():
     ]
 
 
-def test_heads_that_do_not_fit_beside_go_below():
+def test_heads_wrap_in_a_narrow_terminal():
     state = np.ones((4, 8, 8), np.float32)
     assert sum("head" in line for line in text(heat_maps(0, state), width=100)) == 1
     lines = text(heat_maps(0, state), width=20)
     assert sum("head" in line for line in lines) == 2 and max(map(len, lines)) <= 20
 
 
-def test_bars_are_as_long_as_norms():
+def test_bar_lengths_are_proportional_to_norms():
     states = {0: np.full((2, 4, 4), 1.0), 3: np.full((2, 4, 4), 2.0), 5: np.zeros((2, 4, 4))}
     lines = text(norm_bars({layer: state.astype(np.float32) for layer, state in states.items()}))
     assert [line.split()[:3] for line in lines] == [["layer", "0", "5.66"], ["layer", "3", "11.3"], ["layer", "5", "0"]]
     assert [line.count("█") for line in lines] == [20, 40, 0]
 
 
-def test_a_large_state_has_a_norm():
+def test_the_norm_of_a_large_state_does_not_overflow():
     large = np.full((1, 2, 2), np.finfo(np.float32).max)
     assert norm(large) == pytest.approx(2 * float(np.finfo(np.float32).max))
     assert strongest_layer({0: np.ones((1, 2, 2)), 1: large, 2: large}) == 1

@@ -1,4 +1,4 @@
-"""`torch.inference_mode()`: what is made inside is used outside, and the other way round."""
+"""`torch.inference_mode()`: models and memories created inside can be used outside, and vice versa."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def learns(model) -> None:
     assert adapter.fingerprint != before
 
 
-def test_loaded_inside(folder):
+def test_a_model_loaded_in_inference_mode_can_be_trained(folder):
     with torch.inference_mode():
         model = load(folder)
         inside, _ = run(model, tokens(1, 6))
@@ -43,7 +43,7 @@ def test_loaded_inside(folder):
     learns(model)
 
 
-def test_attached_inside():
+def test_a_memory_attached_in_inference_mode_can_be_trained():
     model = tiny_model()
     with torch.inference_mode():
         attach(model, CONFIG)
@@ -51,7 +51,7 @@ def test_attached_inside():
     learns(model)
 
 
-def test_a_base_of_that_mode_comes_back():
+def test_detach_restores_a_base_created_in_inference_mode():
     with torch.inference_mode():
         model = tiny_model()
     required = [parameter.requires_grad for parameter in model.parameters()]
@@ -87,7 +87,7 @@ def test_a_memory_written_inside_is_read_where_gradients_are_computed(options, t
     assert MemoryState.load(tmp_path / "memory.safetensors").adapter == adapter_of(model).fingerprint
 
 
-def test_a_weight_changed_inside_shows():
+def test_a_weight_changed_in_inference_mode_is_used():
     model = patched_model()
     adapter = adapter_of(model)
     seen = [adapter.fingerprint]
@@ -102,7 +102,7 @@ def test_a_weight_changed_inside_shows():
     assert len(set(seen)) == 4
 
 
-def test_saved_inside(folder, tmp_path):
+def test_an_adapter_can_be_saved_in_inference_mode(folder, tmp_path):
     with torch.inference_mode():
         save_adapter(load(folder), tmp_path / "again")
     assert adapter_of(load(tmp_path / "again")).fingerprint == adapter_of(load(folder)).fingerprint

@@ -47,7 +47,7 @@ OTHER = {"eager": "sdpa", "sdpa": "eager"}
 
 @examples(100)
 @given(setups(), long_texts(), st.data())
-def test_in_pieces(setup, text, data):
+def test_splitting_a_conversation_changes_nothing(setup, text, data):
     """In one call, in a few, token by token; the other way to compute attention; positions given or counted."""
     model = setup.model()
     start = memory_of(model, data.draw(texts(0, 6), "before"))
@@ -67,7 +67,7 @@ def test_in_pieces(setup, text, data):
 
 @examples(40)
 @given(segmented_setups(), st.lists(st.tuples(texts(), st.booleans()), min_size=1, max_size=3), st.data())
-def test_a_segment_ended_by_hand(setup, drawn, data):
+def test_end_segment_equals_a_last_tag(setup, drawn, data):
     """The same state by the tag of the last token or by `end_segment()` after it, which leaves alone whose segment has
     ended already."""
     rows = [replace(row, tags=(*row.tags[:-1], SegmentTag.LAST), writes=(*row.writes[:-1], True)) for row, _ in drawn]
@@ -104,7 +104,7 @@ def places(draw, lengths):
 
 @examples(100)
 @given(setups(), st.lists(texts(), min_size=1, max_size=4), st.data())
-def test_padded_in_a_batch(setup, rows, data):
+def test_padding_a_batch_changes_nothing(setup, rows, data):
     model = setup.model()
     columns = data.draw(places([len(row) for row in rows]), "columns")
     batch = Batch.padded(rows, columns, fill=data.draw(st.sampled_from((PAD, 50)), "fill"))
@@ -128,7 +128,7 @@ def test_padded_in_a_batch(setup, rows, data):
 
 @examples(60)
 @given(setups(), st.data())
-def test_beams_carry_what_they_have_said(setup, data):
+def test_reordered_beams_carry_their_own_history(setup, data):
     """A random tree of beams: at every step each row goes on with any row's past, its keys, states and open segment."""
     model = setup.model()
     beams, steps, ahead = (data.draw(st.integers(*range_), name) for name, range_ in _TREE.items())
@@ -171,7 +171,7 @@ class Forced(LogitsProcessor):
 
 @examples(50)
 @given(setups(), st.lists(texts(1, 8), min_size=1, max_size=3), st.integers(1, 4), st.data())
-def test_generate(setup, prompts, beams, data):
+def test_generate_matches_one_call_over_the_whole_text(setup, prompts, beams, data):
     """Prompts of any lengths, of which every beam says the same: its token loop is the whole text in one call. What is
     generated belongs to the open segment, and the last token that is said is not fed."""
     new = data.draw(st.integers(1, 5), "new")
@@ -222,7 +222,7 @@ def _generate(model, cache, setup, batch, said, beams):
 @pytest.mark.parametrize("granularity", GRANULARITIES[:2])
 @examples(2)
 @given(st.data())
-def test_compiled_steps(granularity, data):
+def test_compiled_steps_match_eager_ones(granularity, data):
     """A prompt as it comes, then one graph for every token after it, over a cache that does not grow."""
     setup = data.draw(setups(granularity=granularity), "setup")
     prompt, text = data.draw(texts(), "prompt"), data.draw(texts(6, 8), "text")
@@ -248,7 +248,7 @@ def test_compiled_steps(granularity, data):
 
 
 @pytest.fixture(scope="module")
-def elsewhere():
+def other_process():
     process = Elsewhere()
     yield process
     process.close()
@@ -256,7 +256,7 @@ def elsewhere():
 
 @examples(60)
 @given(setups(), texts(), texts(), st.data())
-def test_resumed_in_a_new_process(elsewhere, tmp_path_factory, setup, before, after, data):
+def test_a_memory_file_resumes_bit_for_bit_elsewhere(other_process, tmp_path_factory, setup, before, after, data):
     """From a memory file, to the bit what the process that made it goes on with."""
     model = setup.model()
     first = MemoryCache(model)
@@ -266,14 +266,14 @@ def test_resumed_in_a_new_process(elsewhere, tmp_path_factory, setup, before, af
     bounds = data.draw(cuts(len(after)), "bounds after")
     second = MemoryCache(model, memory=first.memory)
     logits = feed(model, second, Batch.of([after]), bounds)
-    there, memory = elsewhere.resume(setup, path, after, bounds)
+    there, memory = other_process.resume(setup, path, after, bounds)
     assert torch.equal(there, logits)
     assert equal(memory, second.memory)
 
 
 @examples(60)
 @given(setups(), st.lists(texts(1, 8), min_size=2, max_size=3), st.data())
-def test_copies_go_on_like_the_first(setup, befores, data):
+def test_copied_memories_continue_like_the_original(setup, befores, data):
     """fork, select, stack and clone in the middle of conversations, open segments included."""
     model = setup.model()
     memories = [memory_of(model, before) for before in befores]

@@ -1,4 +1,4 @@
-"""Without gradients a layer takes its projections as one tensor; whatever happens to them must show there."""
+"""Without gradients a layer uses one joined tensor of its projections; it must follow every change of them."""
 
 import copy
 
@@ -56,7 +56,7 @@ def _steps(memory: DeltaMemLayer) -> None:
 
 
 @pytest.mark.parametrize("change", [_in_place, _data, _assigned, _replaced, _cast_and_changed, _steps])
-def test_a_change_shows_without_gradients(memory, change):
+def test_a_weight_change_is_used_without_gradients(memory, change):
     before = _readings(memory)
     change(memory)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_a_change_shows_without_gradients(memory, change):
     assert all(torch.equal(a, b) for a, b in zip(without, _readings(memory), strict=True))
 
 
-def test_a_copy_has_weights_of_its_own(memory):
+def test_a_copy_uses_its_own_joined_weights(memory):
     other = copy.deepcopy(memory)
     with torch.no_grad():
         before = _readings(memory)

@@ -1,4 +1,4 @@
-"""Every option of the mechanism against the equations, alone and with all others, and what an option leaves alone."""
+"""Every option of the mechanism against the equations, alone and combined, and what an option must not affect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TAGS = [0, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]  # segments of 3, 2, 1 and 3 tokens,
 LENGTH = len(TAGS)
 COMBINATIONS = range(30)
 
-everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 ALONE = [
     {"granularity": "message"},
     {"granularity": "sentence", "state_heads": 2},
@@ -92,7 +92,7 @@ def run(model, ids, memory=None):
     return model(ids, cache=cache).logits, cache
 
 
-def equals_the_equations(model, memory=None):
+def assert_matches_the_equations(model, memory=None):
     """Logits and states, after the open segment has ended too."""
     ids = tokens(1, LENGTH)
     logits, cache = run(model, ids, memory)
@@ -107,22 +107,22 @@ def equals_the_equations(model, memory=None):
             cache.end_segment()
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("options", ALONE, ids=str)
-def test_an_option_equals_the_equations(name, options):
-    equals_the_equations(patched_model(name, **options))
+def test_each_option_matches_the_equations(name, options):
+    assert_matches_the_equations(patched_model(name, **options))
 
 
 @pytest.mark.parametrize("seed", COMBINATIONS)
-def test_options_together_equal_the_equations(seed):
+def test_combined_options_match_the_equations(seed):
     model = patched_model(ARCHITECTURES[seed % 3], seed, **random_options(seed))
     start = adapter_of(model).empty_memory(1)
     generator = torch.Generator().manual_seed(seed)
     states = {layer: torch.randn(state.shape, generator=generator) for layer, state in start.layers.items()}
-    equals_the_equations(model, MemoryState(states, start.adapter, start.open_segments))
+    assert_matches_the_equations(model, MemoryState(states, start.adapter, start.open_segments))
 
 
-def test_the_combinations_hold_every_value():
+def test_the_combinations_cover_every_value():
     """Otherwise the comparison above would leave some out."""
     drawn = [random_options(seed) for seed in COMBINATIONS]
     for option, values in {
@@ -155,7 +155,7 @@ def test_the_combinations_hold_every_value():
     ],
     ids=str,
 )
-def test_the_equations_can_tell_options_apart(options, taken_for):
+def test_options_give_different_results(options, taken_for):
     model = patched_model(**options)
     ids = tokens(1, LENGTH)
     logits, _ = run(model, ids)
@@ -165,7 +165,7 @@ def test_the_equations_can_tell_options_apart(options, taken_for):
     assert (logits[0] - expected).abs().max() > 20 * EQUATION_TOLERANCE
 
 
-def test_the_equations_can_tell_segments_apart():
+def test_segments_give_different_results():
     model, ids = patched_model(granularity="message"), tokens(1, LENGTH)
     logits, cache = run(model, ids)
     for tags in ([2] * LENGTH, [0, 1, 1, 1, 1, 2, 0, 2, 1, 1, 2, 1], [1, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]):
@@ -176,16 +176,16 @@ def test_the_equations_can_tell_segments_apart():
 
 @pytest.mark.parametrize("state_heads", [1, 4])
 @pytest.mark.parametrize("granularity", ["token", "message"])
-def test_the_largest_rank(state_heads, granularity):
+def test_the_largest_rank_matches_the_equations(state_heads, granularity):
     model = tiny_model(hidden_size=64)
     options = DeltaMemConfig(rank=64, state_heads=state_heads, granularity=granularity, layers=(0,))
     randomise(attach(model, options))
-    equals_the_equations(model)
+    assert_matches_the_equations(model)
 
 
 @pytest.mark.parametrize("seed", COMBINATIONS)
 @torch.no_grad()
-def test_a_fresh_memory_changes_no_bit(seed):
+def test_a_fresh_memory_leaves_logits_bit_identical(seed):
     model, ids = tiny_model(ARCHITECTURES[seed % 3], seed), tokens(2, LENGTH)
     whole, first = model(ids).logits, model(ids[:, :5], use_cache=True)
     rest = model(ids[:, 5:], **{cache_argument(model.forward): cache_of(first)}).logits
@@ -219,7 +219,7 @@ def test_every_parameter_gets_a_gradient(seed):
 
 
 @pytest.mark.parametrize("state_heads", [1, 3])
-def test_a_gate_a_head_is_equal_gates_for_its_rows(state_heads):
+def test_a_gate_per_head_equals_equal_gates_per_row(state_heads):
     options = {"state_heads": state_heads, "couple_lambda": False}
     one, rows = patched_model(gates="head", **options), patched_model(gates="row", **options)
     weights = adapter_of(one).state_dict()
@@ -237,7 +237,7 @@ def test_a_gate_a_head_is_equal_gates_for_its_rows(state_heads):
 
 @pytest.mark.parametrize("rule", ["standard", "lambda_outside"])
 @pytest.mark.parametrize("gates", GATES)
-def test_an_own_decay_begins_as_one_minus_beta(rule, gates):
+def test_a_separate_decay_starts_as_one_minus_beta(rule, gates):
     options = {"update_rule": rule, "gates": gates, "beta_bias": -2.0, "delta_init": "random", "rank": 4}
     coupled, own = tiny_model(), tiny_model()
     weights = attach(coupled, DeltaMemConfig(**options)).state_dict()
@@ -251,7 +251,7 @@ def test_an_own_decay_begins_as_one_minus_beta(rule, gates):
         close(cache.memory.layers[layer], state, SUM_TOLERANCE)
 
 
-def test_heads_of_states_do_not_meet():
+def test_state_heads_are_independent():
     """Two heads are two memories side by side: what one has written changes nothing in the other."""
     model, ids = patched_model(state_heads=2, layers=(0,)), tokens(1, LENGTH)
     _, cache = run(model, ids)
@@ -272,7 +272,7 @@ def corrections(memory, seed=0):
 
 
 @pytest.mark.parametrize(("delta_scale", "count"), [("layer", 1), ("branch", 4)])
-def test_learned_scales_begin_where_they_are_told_and_are_bounded(delta_scale, count):
+def test_learned_scales_start_at_their_initial_value_and_are_bounded(delta_scale, count):
     options = {"rank": 4, "branches": ("q", "v", "o"), "delta_init": "random"}
     torch.manual_seed(0)
     fixed = attach(tiny_model(), DeltaMemConfig(**options)).layer(1)
@@ -296,7 +296,7 @@ def test_learned_scales_begin_where_they_are_told_and_are_bounded(delta_scale, c
     assert scales() == pytest.approx({"q": others, "v": others, "o": 1.7}, abs=1e-6)
 
 
-def test_the_norm_acts_on_o_alone():
+def test_o_norm_affects_only_the_o_branch():
     options = {"rank": 4, "branches": BRANCHES, "delta_init": "random"}
     plain, normed = (attach(tiny_model(), DeltaMemConfig(o_norm=on, **options)).layer(0) for on in (False, True))
     normed.load_state_dict(plain.state_dict(), strict=False)

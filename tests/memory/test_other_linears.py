@@ -1,4 +1,4 @@
-"""Linear layers that are not plain any more: quantised ones, and those that carry a PEFT adapter."""
+"""Linear layers that are quantised or carry a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def gptq_like(base: Path) -> Path:
         weights |= {f"{own}qweight": packed, f"{own}scales": torch.rand(1, out, generator=generator).half()}
         weights[f"{own}g_idx"] = torch.zeros(wide, dtype=torch.int32)
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    said = json.loads((base / "config.json").read_text())
-    said["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    (base / "config.json").write_text(json.dumps(said))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (base / "config.json").write_text(json.dumps(config))
     return base
 
 
@@ -56,7 +56,7 @@ def test_a_quantised_checkpoint_is_patched_without_its_library(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_bitsandbytes(tmp_path):
+def test_an_adapter_for_a_plain_checkpoint_fits_it_in_bitsandbytes(tmp_path):
     """A plain checkpoint that is quantised when it is loaded; the adapter is the plain one's."""
     base = save_checkpoint(tmp_path / "base")
     plain = load(patched(base, tmp_path / "adapter"))
@@ -80,7 +80,7 @@ def test_bitsandbytes(tmp_path):
         attach(model, CONFIG)
 
 
-def test_a_checkpoint_that_bitsandbytes_has_quantised(tmp_path):
+def test_a_checkpoint_saved_by_bitsandbytes_is_patched(tmp_path):
     plain = save_checkpoint(tmp_path / "plain")
     int8 = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=int8).eval()
@@ -112,7 +112,7 @@ def stir(model, seed: int = 3) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["injected", "PeftModel"])
-def test_a_lora_that_is_there_already(wrapped, tmp_path):
+def test_a_lora_attached_before_the_memory_is_kept(wrapped, tmp_path):
     base = save_checkpoint(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -139,10 +139,10 @@ def test_a_lora_that_is_there_already(wrapped, tmp_path):
         later = model(tokens(2, 9)[:, 4:], cache=cache)
     assert cache_of(later).memory is not None
     asked = {"input_ids": tokens(1, 4), "max_new_tokens": 3, "do_sample": False}
-    said = model.generate(**asked)
-    assert said.shape == (1, 7)
+    generated = model.generate(**asked)
+    assert generated.shape == (1, 7)
     if wrapped:
-        assert torch.equal(model.get_base_model().generate(**asked), said)
+        assert torch.equal(model.get_base_model().generate(**asked), generated)
 
     save_adapter(model, tmp_path / "adapter")
     assert read_adapter(tmp_path / "adapter").base.name == str(base)
@@ -157,7 +157,7 @@ def test_a_lora_that_is_there_already(wrapped, tmp_path):
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
 
 
-def test_a_lora_that_comes_later_is_left_alone(tmp_path):
+def test_a_lora_attached_after_the_memory_survives_detach(tmp_path):
     model = tiny_model()
     bare = logits(model)
     attach(model, DeltaMemConfig(rank=4))
@@ -170,13 +170,13 @@ def test_a_lora_that_comes_later_is_left_alone(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_learned_prompt_is_refused():
+def test_peft_prompt_tuning_raises():
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     with pytest.raises(ArchitectureError, match="PREFIX_TUNING"):
         attach(peft.get_peft_model(tiny_model(), config))
 
 
-def test_a_peft_adapter_is_no_checkpoint(tmp_path):
+def test_a_peft_adapter_folder_as_base_raises(tmp_path):
     peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
         tmp_path / "lora"
     )

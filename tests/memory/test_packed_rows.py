@@ -1,4 +1,4 @@
-"""Rows that are packed with several texts are refused: a row has one memory."""
+"""Rows packed with several texts raise: a row has one memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def flattened(texts, **options):
     ],
     ids=str,
 )
-def test_what_transformers_packs_is_refused(model, options):
+def test_packed_sequences_of_transformers_raise(model, options):
     with pytest.raises(MemoryStateError, match="packed with several texts"):
         model(**flattened(TEXTS, **options), use_cache=False)
     one = flattened(TEXTS[1:], **options)
@@ -52,12 +52,12 @@ def test_what_transformers_packs_is_refused(model, options):
     ],
     ids=["no cache", "a cache of its own", "a mask"],
 )
-def test_positions_that_start_again_are_refused(model, inputs):
+def test_positions_that_restart_within_a_row_raise(model, inputs):
     with pytest.raises(MemoryStateError, match="packed with several texts"):
         model(tokens(2, 8), position_ids=RESTARTING, **inputs)
 
 
-def test_a_refused_call_changes_nothing(model):
+def test_a_rejected_call_leaves_the_cache_unchanged(model):
     cache = MemoryCache(model)
     with torch.no_grad():
         model(tokens(1, 5), cache=cache)
@@ -68,7 +68,7 @@ def test_a_refused_call_changes_nothing(model):
 
 
 @torch.no_grad()
-def test_a_memory_that_nobody_writes_is_every_texts(model):
+def test_packed_rows_may_read_a_memory_that_is_not_written(model):
     start, texts = MemoryCache(model), tokens(1, 8)
     model(tokens(1, 9, seed=1), cache=start)
     read = [MemoryCache(model, memory=start.memory, write=False) for _ in range(3)]
@@ -79,7 +79,7 @@ def test_a_memory_that_nobody_writes_is_every_texts(model):
 
 
 @torch.no_grad()
-def test_positions_beside_padding_are_no_texts(model):
+def test_positions_of_padding_are_ignored(model):
     """As `generate` and data collators count them: padding has any position."""
     ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
     for padding in (slice(0, 3), slice(6, 8)):
@@ -92,7 +92,7 @@ def test_positions_beside_padding_are_no_texts(model):
 
 
 @torch.no_grad()
-def test_positions_may_begin_anywhere_and_leave_a_gap_where_the_base_does_not_mind(model):
+def test_positions_may_start_anywhere_and_have_gaps(model):
     model(tokens(1, 8), position_ids=torch.arange(5, 13)[None], use_cache=False)
     gap = torch.tensor([[0, 1, 2, 3, 10, 11, 12, 13]])
     model(tokens(1, 8), position_ids=gap)

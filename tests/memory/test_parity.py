@@ -49,7 +49,7 @@ def compare(model, calls, cut=None):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_reference(case, attention):
+def test_logits_and_states_match_the_reference(case, attention):
     model, calls = load_model(case, attention), load_calls(case)
     compare(model, calls)
     for index, call in enumerate(calls):
@@ -57,7 +57,7 @@ def test_equals_the_reference(case, attention):
             compare(model, calls, cut=(index, token))
 
 
-def test_the_numbers_can_tell(tmp_path):
+def test_perturbed_weights_fail_the_comparison(tmp_path):
     """A memory whose weights are a little off does not pass."""
     case = "tsw_fresh_kv_qwen3"
     model, calls = load_model(case, "eager"), load_calls(case)

@@ -36,7 +36,7 @@ APART = [[spread.FIRST], [spread.SECOND]]
 
 
 @pytest.mark.slow
-def test_each_layer_is_where_its_hidden_states_are():
+def test_each_memory_layer_is_on_the_device_of_its_hidden_states():
     seen = result_of(spread.seen)
     assert "same device" in seen["mixed"]  # that is what the calls of the others do not do
     for granularity in ("token", "message"):
@@ -86,7 +86,7 @@ OFFLOADED = {
 
 
 @pytest.mark.parametrize("kind", OFFLOADED)
-def test_an_offloaded_base_says_and_writes_what_it_says_at_hand(folder, tmp_path, kind):
+def test_an_offloaded_base_gives_the_same_logits_and_memory(folder, tmp_path, kind):
     plain, offloaded = load(folder / "adapter"), OFFLOADED[kind](folder, tmp_path / "weights")
     results = []
     for name, model in (("plain", plain), ("offloaded", offloaded)):
@@ -104,7 +104,7 @@ def test_an_offloaded_base_says_and_writes_what_it_says_at_hand(folder, tmp_path
     assert (kind == "auto") != any(weight.is_meta for weight in offloaded.parameters())  # auto: all of it fits
 
 
-def test_a_new_memory_starts_from_columns_that_are_on_disk(folder, tmp_path):
+def test_a_new_memory_can_start_from_offloaded_columns(folder, tmp_path):
     config = DeltaMemConfig(rank=4, delta_init="base_slice")
     plain, offloaded = (AutoModelForCausalLM.from_pretrained(folder / "base") for _ in range(2))
     disk_offload(offloaded, str(tmp_path))
@@ -116,7 +116,7 @@ def test_a_new_memory_starts_from_columns_that_are_on_disk(folder, tmp_path):
     assert expected["layers.0.delta.q.weight"].any()
 
 
-def test_what_cannot_be_done_with_offloaded_weights_is_refused(folder, tmp_path):
+def test_unsupported_operations_on_offloaded_weights_raise(folder, tmp_path):
     with pytest.raises(ExportError, match="spread over devices or processes, or offloaded"):
         export_onnx(by_a_map(folder, DISK), tiny_tokenizer(), tmp_path / "onnx")
     model = patched_model()

@@ -1,4 +1,4 @@
-"""The picture shows the numbers it is given: every state, in its place, on one symmetric scale."""
+"""The picture of a memory: every state in its panel, on one symmetric colour scale."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def place(image):
     ("layers", "heads", "rank"), [(1, 1, 1), (4, 4, 8), (36, 1, 8), (40, 4, 64), (1, 4, 64), (40, 1, 3), (7, 2, 33)]
 )
 def test_every_state_has_its_panel(layers, heads, rank):
-    given = states(range(layers), heads, rank)
-    figure = memory_figure(given, "Memory: mine\nits shape")
+    layer_states = states(range(layers), heads, rank)
+    figure = memory_figure(layer_states, "Memory: mine\nits shape")
     (axes,) = blocks(figure)
-    assert assert_shows(axes, given) == max(np.abs(state).max() for state in given.values())
+    assert assert_shows(axes, layer_states) == max(np.abs(state).max() for state in layer_states.values())
     assert_tidy(figure)
     words = words_of(figure)
     assert {"Memory: mine", "its shape", *(f"layer {layer}" for layer in range(layers))} <= set(words)
@@ -85,16 +85,16 @@ def test_every_state_has_its_panel(layers, heads, rank):
     assert [image.get_label() for image in sorted(axes.images, key=place)] == names
 
 
-def test_many_layers_make_a_grid():
+def test_many_layers_are_drawn_in_a_grid():
     width, height = memory_figure(states(range(36), 1, 8), "").get_size_inches()
     assert 0.7 < width / height < 2.5
 
 
-def test_panels_stand_where_their_names_are():
+def test_panels_are_next_to_their_labels():
     """Also where layers are left out, and given in another order."""
-    given = states([11, 2, 30], 1, 4)
-    (axes,) = blocks(memory_figure(given, ""))
-    assert_shows(axes, given)
+    layer_states = states([11, 2, 30], 1, 4)
+    (axes,) = blocks(memory_figure(layer_states, ""))
+    assert_shows(axes, layer_states)
     names = {text.get_text(): text.get_position() for text in axes.texts}
     for image in axes.images:
         left, right, _bottom, top = image.get_extent()
@@ -122,7 +122,7 @@ def test_a_difference_is_drawn_between_its_memories():
 
 
 @pytest.mark.parametrize(("layers", "blocks_drawn"), [(MOST_PANELS // 12, 3), (MOST_PANELS // 12 + 1, 1)])
-def test_a_large_difference_is_drawn_alone(layers, blocks_drawn):
+def test_a_large_difference_is_drawn_without_its_memories(layers, blocks_drawn):
     before, after = states(range(layers), 4, 2), states(range(layers), 4, 2, seed=1)
     figure = difference_figure(before, after, "Difference")
     drawn = blocks(figure)
@@ -131,7 +131,7 @@ def test_a_large_difference_is_drawn_alone(layers, blocks_drawn):
     assert_tidy(figure)
 
 
-def test_zeros_and_the_largest_numbers():
+def test_zeros_and_the_largest_numbers_can_be_drawn():
     zero = {0: np.zeros((1, 2, 2), dtype=np.float32)}
     (axes,) = blocks(memory_figure(zero, ""))
     assert assert_shows(axes, zero) == 1
@@ -158,11 +158,11 @@ def test_positive_is_red_negative_blue_and_rows_go_down():
     assert all(min(colour(row, 1)) > 240 for row in (0, 1))
 
 
-def test_a_name_is_drawn_as_it_is(tmp_path):
-    given = states([0], 1, 2)
+def test_a_title_is_drawn_literally(tmp_path):
+    layer_states = states([0], 1, 2)
     title = "Memory: $x_1^ 記憶.safetensors"
-    assert title in words_of(memory_figure(given, title))
-    plot_memory(given, tmp_path / "new" / "memory.png", title)
-    plot_difference(given, given, tmp_path / "new" / "difference.png", title)
+    assert title in words_of(memory_figure(layer_states, title))
+    plot_memory(layer_states, tmp_path / "new" / "memory.png", title)
+    plot_difference(layer_states, layer_states, tmp_path / "new" / "difference.png", title)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"memory.png", "difference.png"}
     assert (tmp_path / "new" / "memory.png").read_bytes().startswith(b"\x89PNG")

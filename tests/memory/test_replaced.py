@@ -1,4 +1,4 @@
-"""Modules that are replaced after a memory was attached: it is on those that stand in their place."""
+"""Modules that are replaced after `attach`: the memory moves to the new ones."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def run_bare(model, ids):
     ("name", "kind"), [("qwen3", "lora"), ("qwen3", "dora"), ("qwen3", "ia3"), ("gpt2", "lora"), ("gpt2", "ia3")]
 )
 @pytest.mark.parametrize("used", [False, True])
-def test_an_adapter_of_peft_that_goes(name, kind, change, used):
+def test_the_memory_stays_when_a_peft_adapter_is_removed(name, kind, change, used):
     model, ids = with_memory(tuned(name, kind)), tokens(2, 7)
     if used:
         logits(model)
@@ -113,7 +113,7 @@ def test_an_adapter_of_peft_that_goes(name, kind, change, used):
 
 @every_model
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_an_adapter_of_peft_that_comes_and_goes(name, kind):
+def test_the_memory_stays_when_a_peft_adapter_is_added_and_removed(name, kind):
     ids = tokens(2, 7)
     model = with_memory(MODELS[name]())
     bare = run(model, ids)[0]
@@ -126,14 +126,14 @@ def test_an_adapter_of_peft_that_comes_and_goes(name, kind):
 
 
 @pytest.mark.parametrize("change", [another_linear, another_attention, other_layers])
-def test_modules_that_a_user_replaces(change):
+def test_the_memory_follows_modules_that_a_user_replaces(change):
     model, ids = with_memory(tiny_model()), tokens(2, 7)
     run(model, ids)
     check(change(model), with_memory(change(tiny_model())), ids)
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
-def test_torch_s_dynamic_quantisation():
+def test_the_memory_follows_dynamic_quantisation():
     """It copies hooks to the modules that it puts in the place of others."""
     ids = tokens(2, 7)
 
@@ -147,7 +147,7 @@ def test_torch_s_dynamic_quantisation():
     close(run(model, ids)[0], run(with_memory(tiny_model()), ids)[0], CUT_TOLERANCE)
 
 
-def test_layers_that_are_gone_are_named():
+def test_removed_layers_are_named_in_the_error():
     model, ids = with_memory(tiny_model()), tokens(1, 5)
     layers = model.model.layers
     model.model.layers = layers[:1]
@@ -159,7 +159,7 @@ def test_layers_that_are_gone_are_named():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_follows():
+def test_a_compiled_model_follows_replaced_modules():
     model, ids = with_memory(tuned("qwen3")), tokens(1, 6)
     base = model.get_base_model()
     compiled = torch.compile(base, backend="eager")

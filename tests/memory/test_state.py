@@ -1,4 +1,4 @@
-"""A memory is a value: it is saved to the bit, forked, selected, and refused where it does not fit."""
+"""A memory is a value: saved bit for bit, forked, selected, stacked, and rejected where it does not fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def by_message():
 
 
 @pytest.fixture
-def half_said(by_message):
+def open_memory(by_message):
     """5 tokens of the first conversation are open, after a segment of 3; 8 of the second; 6 of the third, after 2 that
     belong to no segment."""
     cache = MemoryCache(by_message)
@@ -50,7 +50,7 @@ def same(memory, other):
         assert all(torch.equal(mine[layer], tensor) for layer, tensor in others.items())
 
 
-def test_saved_and_loaded_to_the_bit(memory, model, tmp_path):
+def test_a_memory_is_saved_and_loaded_bit_for_bit(memory, model, tmp_path):
     memory.save(tmp_path / "memory.safetensors")
     loaded = MemoryState.load(tmp_path / "memory.safetensors")
     same(loaded, memory)
@@ -76,8 +76,8 @@ def test_fork_repeats_rows_and_select_picks_them(memory):
         memory.select([3])
 
 
-def test_stacked_memories_are_rows_of_one_batch(memory, half_said):
-    for whole in (memory, half_said):
+def test_stacked_memories_are_rows_of_one_batch(memory, open_memory):
+    for whole in (memory, open_memory):
         parts = [whole.select([0]), whole.select([1, 2]), whole.select([0])]
         same(MemoryState.stack(parts), whole.select([0, 1, 2, 0]))
         assert all(torch.equal(part.layers[1], whole.select([0]).layers[1]) for part in parts[::2])
@@ -90,10 +90,10 @@ def test_stacked_memories_are_rows_of_one_batch(memory, half_said):
     with pytest.raises(MemoryStateError, match=r"(?s)does not fit.*layers are \[0\]"):
         MemoryState.stack([memory, MemoryState({0: memory.layers[0]}, memory.adapter)])
     with pytest.raises(MemoryStateError, match=r"(?s)does not fit.*numbers of an open segment"):
-        MemoryState.stack([half_said, MemoryState(half_said.layers, half_said.adapter)])
+        MemoryState.stack([open_memory, MemoryState(open_memory.layers, open_memory.adapter)])
 
 
-def test_norms_are_of_every_state(memory):
+def test_norms_cover_every_state(memory):
     norms = memory.norms()
     assert list(norms) == list(memory.layers)
     for layer, state in memory.layers.items():
@@ -105,26 +105,26 @@ def test_norms_are_of_every_state(memory):
     assert not MemoryState({4: torch.zeros(1, 1, 2, 2)}, "mark").norms()[4].any()
 
 
-def test_an_open_segment_goes_on_from_a_file(half_said, by_message, tmp_path):
-    half_said.save(tmp_path / "m")
+def test_an_open_segment_continues_from_a_file(open_memory, by_message, tmp_path):
+    open_memory.save(tmp_path / "m")
     loaded = MemoryState.load(tmp_path / "m")
-    same(loaded, half_said)
-    caches = [MemoryCache(by_message, memory=memory) for memory in (half_said, loaded)]
+    same(loaded, open_memory)
+    caches = [MemoryCache(by_message, memory=memory) for memory in (open_memory, loaded)]
     with torch.no_grad():
         for cache in caches:
             by_message(tokens(3, 2, seed=1), cache=cache)
             cache.end_segment()
     same(caches[0].memory, caches[1].memory)
-    assert not torch.equal(caches[0].memory.layers[0], half_said.layers[0])
+    assert not torch.equal(caches[0].memory.layers[0], open_memory.layers[0])
 
 
-def test_open_tokens_are_those_that_wait(memory, half_said, by_message):
-    assert half_said.open_tokens.tolist() == [5, 8, 6] and half_said.open_tokens.dtype == torch.int64
-    assert half_said.select([1, 0]).open_tokens.tolist() == [8, 5]
+def test_open_tokens_counts_tokens_of_open_segments(memory, open_memory, by_message):
+    assert open_memory.open_tokens.tolist() == [5, 8, 6] and open_memory.open_tokens.dtype == torch.int64
+    assert open_memory.select([1, 0]).open_tokens.tolist() == [8, 5]
     assert memory.open_tokens.tolist() == [0, 0, 0]
-    cache = MemoryCache(by_message, memory=half_said)
+    cache = MemoryCache(by_message, memory=open_memory)
     cache.end_segment()
-    assert cache.memory.open_tokens.tolist() == [0, 0, 0] and half_said.open_tokens.tolist() == [5, 8, 6]
+    assert cache.memory.open_tokens.tolist() == [0, 0, 0] and open_memory.open_tokens.tolist() == [5, 8, 6]
 
 
 def test_copies_are_independent(memory):
@@ -135,7 +135,7 @@ def test_copies_are_independent(memory):
         assert torch.equal(memory.layers[0], before)
 
 
-def test_clone_is_cut_off_from_autograd(memory):
+def test_clone_is_detached_from_autograd(memory):
     tracked = MemoryState({layer: state.clone().requires_grad_() * 2 for layer, state in memory.layers.items()}, "mark")
     assert tracked.layers[0].requires_grad and not tracked.clone().layers[0].requires_grad
     assert tracked.fork(2).layers[0].requires_grad  # training goes through the others
@@ -151,12 +151,12 @@ def test_clone_is_cut_off_from_autograd(memory):
         ({0: torch.zeros(1, 1, 4, 4).half()}, "float16"),
     ],
 )
-def test_what_is_no_memory_is_refused(layers, says):
+def test_invalid_layers_raise(layers, says):
     with pytest.raises(MemoryStateError, match=says):
         MemoryState(layers, "mark")
 
 
-def test_another_adapters_memory_is_refused(memory, tmp_path):
+def test_a_memory_of_another_adapter_raises(memory, tmp_path):
     other = patched_model(state_heads=2, seed=1)
     memory.save(tmp_path / "m")
     with pytest.raises(MemoryStateError, match="another adapter"):
@@ -166,10 +166,10 @@ def test_another_adapters_memory_is_refused(memory, tmp_path):
         MemoryCache(narrow, memory=MemoryState.load(tmp_path / "m"))
 
 
-def test_numbers_that_are_none_are_named(memory, half_said):
+def test_nan_and_infinity_are_named_in_the_error(memory, open_memory):
     memory.check_finite()
-    half_said.check_finite()
-    for whole, part in ((memory, "layers"), (half_said, "layers"), (half_said, "open_segments")):
+    open_memory.check_finite()
+    for whole, part in ((memory, "layers"), (open_memory, "layers"), (open_memory, "open_segments")):
         for value in (np.nan, -np.inf):
             broken = whole.clone()
             getattr(broken, part)[1].view(-1)[-1] = value
@@ -206,12 +206,12 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("change", "says"), MISFITS)
-def test_what_does_not_fit_is_named(model, memory, change, says):
+def test_a_memory_that_does_not_fit_the_model_raises(model, memory, change, says):
     with pytest.raises(MemoryStateError, match=f"(?s){says}"):
         MemoryCache(model, memory=change(memory))
 
 
-def test_a_memory_with_nan_starts_no_conversation(model, memory):
+def test_starting_from_a_memory_with_nan_raises(model, memory):
     broken = memory.clone()
     broken.layers[1][2, 0, 0, 0] = torch.nan
     with pytest.raises(MemoryStateError, match="memory of layer 1 contains NaN"):
@@ -221,7 +221,7 @@ def test_a_memory_with_nan_starts_no_conversation(model, memory):
 @pytest.mark.parametrize(
     ("change", "says"), [*MISFITS, (lambda m: m.select([0, 1]), "has 2 conversations, and the batch 3 rows")]
 )
-def test_a_conversation_goes_on_after_a_refusal(model, change, says):
+def test_a_conversation_continues_after_a_rejected_memory(model, change, says):
     """A foreign memory set in the middle of a conversation is refused before anything has changed."""
     cache, expected, more = MemoryCache(model), MemoryCache(model), tokens(3, 4, seed=1)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_a_conversation_goes_on_after_a_refusal(model, change, says):
     same(cache.memory, expected.memory)
 
 
-def test_a_batch_of_another_size_leaves_the_conversation(model, memory):
+def test_a_batch_of_another_size_raises_and_changes_nothing(model, memory):
     cache, copy = MemoryCache(model, memory=memory), memory.clone()
     with (
         torch.no_grad(),
@@ -263,7 +263,7 @@ def test_reordering_moves_memory_and_keys_together(model, memory):
         assert torch.equal(logits, model(more, cache=expected).logits)
 
 
-def test_what_has_ended_moves_with_its_row(model):
+def test_finished_rows_move_with_their_cache_row(model):
     cache = MemoryCache(model)
     cache.begin_generation(max_length=None, copies=1)
     for done, expected in (([1, 0, 0], [False, True, True]), ([0, 0, 0], [True, False, False])):
@@ -275,7 +275,7 @@ def test_what_has_ended_moves_with_its_row(model):
     assert cache.take_step() is None  # no step of `generate`
 
 
-def test_repeating_and_selecting_move_both(model, memory):
+def test_repeating_and_selecting_move_memory_and_keys(model, memory):
     cache = MemoryCache(model)
     with torch.no_grad():
         model(tokens(3, 8), cache=cache)
@@ -290,7 +290,7 @@ def test_repeating_and_selecting_move_both(model, memory):
     same(loaded.memory, memory.fork(3))
 
 
-def test_a_cache_cannot_take_tokens_back(model):
+def test_cropping_a_cache_raises(model):
     cache = MemoryCache(model)
     with torch.no_grad():
         model(tokens(1, 8), cache=cache)

@@ -1,4 +1,4 @@
-"""A static KV cache, whose room is taken at once, gives what the growing one gives: logits, words and memory."""
+"""A static KV cache gives the same logits, tokens and memory as a growing one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.running import cache_of, close, close_memory
 from helpers.tiny import ARCHITECTURES, END, patched_model, randomise, tiny_model, tokens
-from memory.test_generate import NEVER, UNSAID, continue_alone, left_padded, memory_of, settings
+from memory.test_generate import NEVER, SUPPRESSED, continue_alone, left_padded, memory_of, settings
 from transformers import GenerationConfig, StaticCache
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
@@ -30,7 +30,7 @@ def model_of(name):
     return model
 
 
-everywhere = pytest.mark.parametrize("name", [*ARCHITECTURES, "sliding", "slides first"])
+every_architecture = pytest.mark.parametrize("name", [*ARCHITECTURES, "sliding", "slides first"])
 kinds = pytest.mark.parametrize("name", ["qwen3", "slides first"])
 
 
@@ -47,9 +47,9 @@ def fed(model, cache, ids, cuts, mask=None):
     return torch.cat(pieces, dim=1)
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("cuts", [(), (4, 9), (1, 2, 12), tuple(range(1, 14))])
-def test_it_is_the_growing_cache(name, cuts):
+def test_a_static_cache_matches_a_growing_one(name, cuts):
     model, ids = model_of(name), tokens(2, 14)
     static, growing = both(model, memory=memory_of(model, tokens(2, 9, seed=3)))
     assert static.is_compileable and not growing.is_compileable
@@ -58,9 +58,9 @@ def test_it_is_the_growing_cache(name, cuts):
     assert int(static.get_seq_length()) == 14
 
 
-@everywhere
+@every_architecture
 @pytest.mark.parametrize("cuts", [(), (4, 9)])
-def test_padding_is_no_text(name, cuts):
+def test_padding_is_ignored(name, cuts):
     model = model_of(name)
     inputs = left_padded([tokens(1, 14), tokens(1, 8, seed=1)])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -98,7 +98,7 @@ def test_rows_move_with_their_memory(name):
 
 
 @kinds
-def test_a_reset_cache_is_a_new_one(name):
+def test_a_reset_cache_equals_a_new_one(name):
     model, ids = model_of(name), tokens(2, 5)
     static, growing = both(model)
     fed(model, static, tokens(2, 8, seed=1), ())
@@ -111,13 +111,13 @@ def test_a_reset_cache_is_a_new_one(name):
 # generate
 
 
-@everywhere
-@pytest.mark.parametrize("given", [False, True])
-def test_generate_says_the_same_to_a_batch(name, given):
+@every_architecture
+@pytest.mark.parametrize("options", [False, True])
+def test_generate_gives_a_batch_the_same_tokens(name, options):
     model = model_of(name)
     rows = [tokens(1, length, seed=length) for length in (7, 3, 5)]
-    static, growing = both(model, memory=memory_of(model, tokens(3, 9)) if given else None)
-    how = {"cache": static} if given else {"cache_implementation": "static"}
+    static, growing = both(model, memory=memory_of(model, tokens(3, 9)) if options else None)
+    how = {"cache": static} if options else {"cache_implementation": "static"}
     output = model.generate(**left_padded(rows), return_dict_in_generate=True, **how, **settings())
     expected = model.generate(**left_padded(rows), cache=growing, **settings())
     assert isinstance(cache_of(output), MemoryCache) and cache_of(output).is_compileable
@@ -126,7 +126,7 @@ def test_generate_says_the_same_to_a_batch(name, given):
 
 
 @kinds
-def test_a_row_that_ends_early_remembers_what_it_remembers_alone(name):
+def test_a_row_that_ends_early_has_the_memory_it_has_alone(name):
     model = model_of(name)
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
     said = [continue_alone(model, row)[0] for row in rows]
@@ -142,7 +142,7 @@ def test_a_row_that_ends_early_remembers_what_it_remembers_alone(name):
 @kinds
 @pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 3}])
 @pytest.mark.parametrize("given", [False, True])
-def test_beams_and_several_sequences(name, options, given):
+def test_beams_and_several_sequences_match_a_growing_cache(name, options, given):
     model = model_of(name)
     inputs = left_padded([tokens(1, 6), tokens(1, 4, seed=1)])
     start = memory_of(model, tokens(2, 9)) if given else None
@@ -161,13 +161,13 @@ def test_beams_and_several_sequences(name, options, given):
 
 @kinds
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_second_generation_goes_on(name, beams):
+def test_a_second_generation_continues_the_first(name, beams):
     """On the same cache, which then holds text already: the whole text, or what is new of it."""
     model, ids = model_of(name), tokens(2, 5)
     more = torch.cat([torch.full((2, 1), END), tokens(2, 2, seed=1)], dim=1)
     outputs = []
     for cache in both(model):
-        options = settings(max_new_tokens=4, eos_token_id=NEVER, suppress_tokens=[END, *UNSAID])
+        options = settings(max_new_tokens=4, eos_token_id=NEVER, suppress_tokens=[END, *SUPPRESSED])
         first = model.generate(ids, cache=cache, **options)
         text = torch.cat([first, more], dim=1)
         outputs.append(model.generate(text, cache=cache, num_beams=beams, **options))
@@ -182,7 +182,7 @@ def test_a_second_generation_goes_on(name, beams):
     close_memory(outputs[1], outputs[3])
 
 
-def test_a_prompt_in_pieces():
+def test_a_prompt_in_pieces_matches_the_whole():
     model = patched_model()
     inputs = left_padded([tokens(1, 10), tokens(1, 6, seed=1)])
     config = GenerationConfig(**settings(cache_implementation="static", return_dict_in_generate=True))
@@ -193,14 +193,14 @@ def test_a_prompt_in_pieces():
     close_memory(cache_of(pieces).memory, cache_of(whole).memory)
 
 
-def test_a_static_cache_without_a_memory_is_refused():
+def test_a_static_cache_without_a_memory_raises():
     model = patched_model()
     with pytest.raises(MemoryStateError, match="cannot hold the memory"):
         model.generate(tokens(1, 4), cache=StaticCache(config=model.config, max_cache_len=ROOM), **settings())
 
 
 @kinds
-def test_a_cache_that_is_too_small_says_so_and_goes_on(name):
+def test_a_cache_that_is_too_small_raises_and_stays_usable(name):
     model, ids = model_of(name), tokens(2, ROOM)
     static, growing = both(model)
     fed(model, static, ids[:, :20], (3,))
@@ -216,7 +216,7 @@ def test_a_cache_that_is_too_small_says_so_and_goes_on(name):
 
 @kinds
 @pytest.mark.parametrize("how", ["new", "same cache, whole text", "same cache, new tokens", "embeddings"])
-def test_a_generation_that_would_not_fit_feeds_nothing(name, how):
+def test_a_generation_that_would_not_fit_raises_before_feeding(name, how):
     model, ids = model_of(name), tokens(2, 10)
     cache, text, past, mask = MemoryCache(model, max_length=ROOM), ids, 0, None
     if how.startswith("same"):
@@ -234,7 +234,7 @@ def test_a_generation_that_would_not_fit_feeds_nothing(name, how):
     assert torch.equal(said[:, -fits:], expected[:, 10:])
 
 
-def test_layers_that_keep_a_window_have_room_for_any_text():
+def test_sliding_window_layers_accept_any_length():
     model = tiny_model("qwen3", use_sliding_window=True, sliding_window=WINDOW, layer_types=["sliding_attention"] * 2)
     randomise(attach(model, DeltaMemConfig(rank=4)))
     ids, growing = tokens(2, 14), MemoryCache(model)

@@ -1,4 +1,4 @@
-"""Rows that a stopping criterion of `generate` has ended: they remember what they remember alone."""
+"""Rows ended by a stopping criterion of `generate` have the memory that they have alone."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def say(model, ids, mask=None, **options):
     cache = MemoryCache(model)
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": NEVER, "suppress_tokens": SILENT}
     mask = torch.ones_like(ids) if mask is None else mask
-    said = model.generate(ids, attention_mask=mask, cache=cache, pad_token_id=0, **settings | options)
-    return said[:, ids.shape[1] :], cache.memory
+    generated = model.generate(ids, attention_mask=mask, cache=cache, pad_token_id=0, **settings | options)
+    return generated[:, ids.shape[1] :], cache.memory
 
 
 @pytest.mark.parametrize("how", ["stop string", "criterion", "criterion without a stop token", "either", "sampled"])
@@ -47,13 +47,13 @@ def test_a_row_that_has_ended_writes_nothing(model, how):
     tokenizer, rows = tiny_tokenizer(), [tokens(1, 5), tokens(1, 7, seed=1)]
     ids = torch.cat([torch.nn.functional.pad(rows[0], (2, 0)), rows[1]])
     mask = torch.tensor([[0, 0, *[1] * 5], [1] * 7])
-    said = [say(model, row)[0][0].tolist() for row in rows]
-    end = next(token for token in said[0][1:4] if token not in said[1])
+    answers = [say(model, row)[0][0].tolist() for row in rows]
+    end = next(token for token in answers[0][1:4] if token not in answers[1])
     options = {
         "stop string": {"stop_strings": [tokenizer.decode([end])], "tokenizer": tokenizer},
         "criterion": {"stopping_criteria": Criteria([Says(end)])},
         "criterion without a stop token": {"stopping_criteria": Criteria([Says(end)]), "eos_token_id": None},
-        "either": {"stopping_criteria": Criteria([Says(said[1][5])]), "eos_token_id": end},
+        "either": {"stopping_criteria": Criteria([Says(answers[1][5])]), "eos_token_id": end},
         "sampled": {"stopping_criteria": Criteria([Says(end)]), "do_sample": True, "top_k": 1},
     }[how]
     together, memory = say(model, ids, mask, **options)
@@ -64,7 +64,7 @@ def test_a_row_that_has_ended_writes_nothing(model, how):
     assert say(model, rows[0], **options)[0].shape[1] < together.shape[1], "no row is fed after its end"
 
 
-def test_the_next_generation_on_the_same_cache_begins_with_no_row_ended(model):
+def test_the_next_generation_on_the_same_cache_starts_all_rows(model):
     ids, cache = tokens(2, 6), MemoryCache(model)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": NEVER, "pad_token_id": 0}
     first = model.generate(

@@ -1,4 +1,4 @@
-"""A base whose weights two processes share, by transformers' own plan: both say and remember what one says."""
+"""A base sharded over two processes (transformers' tensor parallel plan) matches a single process."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_equal_one(folders, name):
+def test_two_processes_match_one(folders, name):
     one = results(folders[name], "cpu")
     two = [torch.load(folders[name] / f"rank-{number}.pt", weights_only=False) for number in range(PROCESSES)]
     alone, together = ((folders[name] / f"records-{device}" / RECORDS_FILE).read_bytes() for device in ("cpu", "tp"))
@@ -77,7 +77,7 @@ def test_two_processes_equal_one(folders, name):
         torch.testing.assert_close(two[0][kind], two[1][kind], atol=0, rtol=0)
 
 
-def test_heads_are_not_cut(tmp_path):
+def test_a_number_of_processes_that_would_split_heads_raises(tmp_path):
     together(3, refused, make(tmp_path, "qwen3"))
 
 

@@ -1,4 +1,4 @@
-"""Many conversations at once over one model: each is to the bit what it is by itself."""
+"""Many concurrent conversations over one model: each is bit-identical to the same one run alone."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def in_threads(model, talks: list[Conversation], seed: int) -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @examples(3)
 @given(st.data())
-def test_sixteen_conversations_in_eight_threads(granularity, data):
+def test_sixteen_conversations_in_eight_threads_match_each_one_alone(granularity, data):
     setup, seed = data.draw(setups(granularity=granularity), "setup"), data.draw(st.integers(0, 2**16), "seed")
     model = setup.model()
     alone, together = conversations(model, seed), conversations(model, seed)

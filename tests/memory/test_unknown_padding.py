@@ -1,4 +1,4 @@
-"""A tokenizer may pad with a token that was added to it, and not to the model."""
+"""Padding with a token that the tokenizer has and the model's embedding lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNKNOWN = 10_000
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
 @torch.no_grad()
-def test_padding_without_an_embedding_is_padding(granularity):
+def test_padding_without_an_embedding_is_ignored(granularity):
     model = patched_model(granularity=granularity)
     ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
     ids[1, :3], mask[1, :3] = UNKNOWN, 0
@@ -28,11 +28,11 @@ def test_padding_without_an_embedding_is_padding(granularity):
         model(ids, cache=MemoryCache(model))
 
 
-def test_rows_that_have_ended_are_padded_with_it():
+def test_finished_rows_are_padded_with_the_unknown_token():
     model = patched_model()
     rows = [tokens(1, 5), tokens(1, 5, seed=1)]
-    said = [continue_alone(model, row)[0] for row in rows]
-    end = next(token for token in said[0][1:4] if token not in said[1])
+    answers = [continue_alone(model, row)[0] for row in rows]
+    end = next(token for token in answers[0][1:4] if token not in answers[1])
     cache = MemoryCache(model)
     model.generate(torch.cat(rows), cache=cache, **settings(eos_token_id=end, pad_token_id=UNKNOWN))
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The table of shapes is what the modules have."""
+"""The table of weight shapes matches the modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltamem_tool.memory.weights import weight_shapes
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("couple_lambda", [False, True])
 @pytest.mark.parametrize("heads", [("q", "o"), ("q", "k", "v", "o"), ("o",)])
-def test_shapes(heads, couple_lambda, gates, delta_scale, o_norm):
+def test_the_table_of_shapes_matches_the_modules(heads, couple_lambda, gates, delta_scale, o_norm):
     options = {"couple_lambda": couple_lambda, "gates": gates, "delta_scale": delta_scale, "o_norm": o_norm}
     config = DeltaMemConfig(rank=4, state_heads=3, branches=heads, **options)
     widths = {branch: 100 + number for number, branch in enumerate(heads)}

@@ -39,7 +39,7 @@ SLOW = partial(pytest.param, marks=pytest.mark.slow)  # it compiles
 @pytest.mark.parametrize("wrap", [with_lora, SLOW(compiled), SLOW(lambda model: compiled(with_lora(model)))])
 @pytest.mark.parametrize("logits", ["last", "all"])
 @torch.no_grad()
-def test_a_padded_row_is_the_row_alone(wrap, logits):
+def test_a_padded_row_matches_the_row_alone(wrap, logits):
     base = gpt2()
     model = wrap(base)
     randomise(attach(base, DeltaMemConfig(rank=4)))

@@ -56,7 +56,7 @@ def double_loop(q, k, v, log_keep, erase, write, state):
 
 @pytest.mark.parametrize("implementation", ["naive", "recurrent", "chunked"])
 @pytest.mark.parametrize("rule", RULES)
-def test_equals_the_equation_on_single_numbers(rule, implementation):
+def test_matches_a_scalar_loop_over_the_equation(rule, implementation):
     inputs = make_inputs(7, rule, rank=3, masked=0.3, dtype=torch.float64)
     reads, state = delta_scan(*inputs, implementation=implementation)
     expected_reads, expected_state = double_loop(*(x.detach().numpy() for x in inputs))
@@ -67,19 +67,19 @@ def test_equals_the_equation_on_single_numbers(rule, implementation):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 63, 64, 100, 1000])
 @pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
-def test_equals_naive(tokens, rule, implementation):
+def test_matches_naive_scan(tokens, rule, implementation):
     inputs = make_inputs(tokens, rule, masked=0.3)
     assert_same(run_with_gradients(inputs, implementation), run_with_gradients(inputs, "naive"), TOLERANCE)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
-def test_equals_naive_in_float64(rule, implementation):
+def test_matches_naive_scan_in_float64(rule, implementation):
     inputs = make_inputs(100, rule, masked=0.3, dtype=torch.float64)
     assert_same(run_with_gradients(inputs, implementation), run_with_gradients(inputs, "naive"), FLOAT64_TOLERANCE)
 
 
-def test_a_scan_that_runs_again_is_the_same_and_keeps_less(monkeypatch):
+def test_recomputing_the_scan_changes_nothing_and_saves_memory(monkeypatch):
     inputs = make_inputs(tokens=200)
     usual = run_with_gradients(inputs, "chunked")
     monkeypatch.setattr(chunked, "RECOMPUTED", 0)
@@ -91,7 +91,7 @@ def test_a_scan_that_runs_again_is_the_same_and_keeps_less(monkeypatch):
     assert sum(kept) == sum(x.numel() for x in inputs), "what it starts from, and nothing else"
 
 
-def test_states_pass_in_parallel_as_in_turn(monkeypatch):
+def test_parallel_and_sequential_state_passing_agree(monkeypatch):
     inputs = make_inputs(1000, "lambda_outside", masked=0.3)
     expected = run_with_gradients(inputs, "chunked")
     monkeypatch.setattr(chunked, "_sequential_states", chunked._parallel_states)
@@ -145,7 +145,7 @@ def test_low_precision_inputs_are_computed_in_float32(dtype, implementation):
 
 
 @pytest.mark.parametrize("implementation", [None, "naive", "recurrent", "chunked"])
-def test_no_tokens(implementation):
+def test_a_call_without_tokens_returns_the_initial_state(implementation):
     inputs = make_inputs(0)
     reads, state = delta_scan(*inputs, implementation=implementation)
     assert reads.shape == (2, 0, 2, 8)
@@ -153,14 +153,14 @@ def test_no_tokens(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["naive", "recurrent", "chunked"])
-def test_a_masked_token_leaves_the_state_alone(implementation):
+def test_masked_tokens_leave_the_state_unchanged(implementation):
     inputs = make_inputs(50, masked=1.0)
     _, state = delta_scan(*inputs, implementation=implementation)
     assert torch.equal(state, inputs[-1])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_splitting_a_call_cannot_matter(seed):
+def test_splitting_a_call_changes_nothing(seed):
     *tokens, state = (x.detach() for x in make_inputs(300, masked=0.2, seed=seed))
     expected_reads, expected_state = delta_scan(*tokens, state)
     cuts = torch.randint(0, 301, (6,), generator=torch.Generator().manual_seed(seed)).sort().values.tolist()
@@ -173,7 +173,7 @@ def test_splitting_a_call_cannot_matter(seed):
 
 
 @pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
-def test_the_inputs_are_not_changed(implementation):
+def test_the_inputs_are_not_modified(implementation):
     inputs = make_inputs(100)
     copies = [x.detach().clone() for x in inputs]
     run_with_gradients(inputs, implementation)
@@ -181,14 +181,14 @@ def test_the_inputs_are_not_changed(implementation):
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_a_wrong_shape_raises_and_is_named(name):
+def test_a_wrong_shape_is_named_in_the_error(name):
     inputs = dict(zip(NAMES, make_inputs(5), strict=True))
     inputs[name] = inputs[name][..., :1]
     with pytest.raises(ValueError, match=rf"^{name} must"):
         delta_scan(**inputs)
 
 
-def test_wrong_dimensions_and_names_raise():
+def test_wrong_dimensions_and_unknown_implementations_raise():
     inputs = make_inputs(5)
     with pytest.raises(ValueError, match=r"q must be \[B, T, H, R\]"):
         delta_scan(*(x[0] for x in inputs))

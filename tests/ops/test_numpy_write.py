@@ -1,4 +1,4 @@
-"""An open segment ends in numpy as it ends in PyTorch."""
+"""Ending an open segment in numpy gives the same state as in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_write_is_that_of_pytorch(options):
+def test_the_numpy_write_matches_pytorch(options):
     config = DeltaMemConfig(rank=4, state_heads=2, granularity="message", **options)
     random = np.random.default_rng(0)
     states = {i: random.normal(size=(3, 2, 4, 4)).astype(np.float32) for i in (0, 5)}
@@ -38,7 +38,7 @@ def test_the_write_is_that_of_pytorch(options):
         assert np.array_equal(ended.open_segments[layer], empty)
 
 
-def test_without_segments_nothing_ends():
+def test_without_segments_ending_one_changes_nothing():
     memory = StoredMemory({0: np.ones((1, 1, 4, 4), np.float32)}, {}, "adapter")
     ended = memory.end_segment(DeltaMemConfig(rank=4))
     assert np.array_equal(ended.states[0], memory.states[0]) and ended.open_segments == {}

@@ -1,4 +1,4 @@
-"""ONNX Runtime's LinearAttention, as we feed it, against the token loop."""
+"""ONNX Runtime's LinearAttention operator, with the inputs that the export gives it, against `naive_scan`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def session(graph):
     return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
-def test_the_scan_is_one_operator_of_onnx_runtime(graph):
+def test_the_scan_exports_to_one_onnx_runtime_operator(graph):
     operators = [(node.domain, node.op_type) for node in onnx.load(graph).graph.node]
     assert operators.count(("com.microsoft", "LinearAttention")) == 1
     assert not {"Loop", "Scan"} & {name for _, name in operators}
@@ -69,7 +69,7 @@ def test_the_scan_is_one_operator_of_onnx_runtime(graph):
 @pytest.mark.parametrize("scale", [2.0, 200.0])  # 200: λ underflows, and e^z overflows
 @pytest.mark.parametrize("tokens", [1, 5, 64, 130])
 @pytest.mark.parametrize("rule", ["standard", "lambda_outside", "no_lambda"])
-def test_it_computes_what_the_token_loop_computes(session, rule, tokens, scale):
+def test_the_exported_scan_matches_naive_scan(session, rule, tokens, scale):
     inputs = arguments(rule, 3, tokens, scale)
     reads, state = run(session, inputs)
     expected_reads, expected_state = naive_scan(*inputs)
@@ -77,21 +77,21 @@ def test_it_computes_what_the_token_loop_computes(session, rule, tokens, scale):
     torch.testing.assert_close(state, expected_state, rtol=0, atol=TOLERANCE)
 
 
-def test_masked_tokens_leave_the_state_bit_for_bit(session):
+def test_masked_tokens_leave_the_state_bit_identical(session):
     *tokens, state = arguments("standard", 2, 5)
     state[0, 0, 0] = 0.0
     tokens[3:] = [torch.zeros_like(gate) for gate in tokens[3:]]
     assert torch.equal(run(session, [*tokens, state])[1], state)
 
 
-def test_a_row_can_be_written_without_being_erased(session):
+def test_a_key_can_be_written_without_erasing(session):
     *tokens, state = arguments("no_lambda", 2, 5)
     tokens[4] = torch.zeros_like(tokens[4])
     expected = naive_scan(*tokens, state)[1]
     torch.testing.assert_close(run(session, [*tokens, state])[1], expected, rtol=0, atol=TOLERANCE)
 
 
-def test_the_choice_ends_with_its_block(monkeypatch):
+def test_the_scan_implementation_is_restored_after_the_block(monkeypatch):
     inputs = arguments("standard", 1, 3)
     expected = naive_scan(*inputs)[1]
     with use_implementation("onnx"):

@@ -1,4 +1,4 @@
-"""Running sums that begin anew after every segment, against two loops over single numbers."""
+"""Running sums that restart after every segment, against two scalar loops."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def close(actual, expected, tolerance=FLOAT64_TOLERANCE):
 @pytest.mark.parametrize("ends", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 12])
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_two_loops(tokens, ends, seed):
+def test_matches_two_scalar_loops(tokens, ends, seed):
     inputs = make_inputs(tokens=tokens, ends=ends, seed=seed)
     close(segment_sums(*inputs), two_loops(*inputs))
 
@@ -71,13 +71,13 @@ def test_the_token_that_ends_a_segment_belongs_to_it(at):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 12])
-def test_without_ends_there_is_one_segment(tokens):
+def test_without_segment_ends_there_is_one_segment(tokens):
     x, last, carried = make_inputs(tokens=tokens, ends=0.0)
     assert not last.any()
     close(segment_sums(x, None, carried), two_loops(x, last, carried))
 
 
-def test_rows_do_not_meet():
+def test_rows_are_independent():
     x, last, carried = make_inputs()
     sums, opened = segment_sums(x, last, carried)
     for row in range(3):
@@ -86,7 +86,7 @@ def test_rows_do_not_meet():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cuts_do_not_matter(dtype):
+def test_splitting_a_call_changes_nothing(dtype):
     x, last, carried = make_inputs(dtype=dtype)
     whole = segment_sums(x, last, carried)
     assert whole[0].dtype == whole[1].dtype == dtype
@@ -99,7 +99,7 @@ def test_cuts_do_not_matter(dtype):
 
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("ends", [0.0, 0.4])
-def test_gradients(tokens, ends):
+def test_gradients_match_finite_differences(tokens, ends):
     x, last, carried = make_inputs(2, tokens, ends=ends, seed=4)
     assert ends == 0 or tokens == 1 or last.any()
     assert gradcheck(lambda x, carried: segment_sums(x, last, carried), (x.requires_grad_(), carried.requires_grad_()))
@@ -138,7 +138,7 @@ def test_a_long_segment_token_by_token_is_precise():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_inputs_are_not_changed(tokens):
+def test_the_inputs_are_not_modified(tokens):
     inputs = make_inputs(tokens=tokens)
     copies = [tensor.clone() for tensor in inputs]
     segment_sums(*inputs)

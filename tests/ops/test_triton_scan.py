@@ -74,18 +74,18 @@ def assert_same(actual, expected, tolerance):
         (100, "lambda_outside", {"rank": 8}),
     ],
 )
-def test_equals_naive(run, tokens, rule, size):
+def test_matches_naive_scan(run, tokens, rule, size):
     inputs, weights = make_inputs(tokens, rule, **size)
     assert_same(run(vjp, triton_scan, inputs, weights), vjp(naive_scan, inputs, weights), TOLERANCE)
 
 
 @pytest.mark.parametrize("rule", ["standard", "lambda_outside", "no_lambda"])
-def test_equals_naive_in_float64(run, rule):
+def test_matches_naive_scan_in_float64(run, rule):
     inputs, weights = make_inputs(5, rule, batch=2, heads=2, rank=3, dtype=torch.float64)
     assert_same(run(vjp, triton_scan, inputs, weights), vjp(naive_scan, inputs, weights), FLOAT64_TOLERANCE)
 
 
-def test_any_strides(run):
+def test_inputs_and_gradients_may_have_any_strides(run):
     """Of the inputs and of the gradients that come in: other orders in memory, slices, and one number for all."""
     inputs, weights = make_inputs(3, batch=2, heads=2, rank=4)
     inputs, weights = (tuple(x.transpose(1, -1).contiguous().transpose(1, -1) for x in p) for p in (inputs, weights))
@@ -96,14 +96,14 @@ def test_any_strides(run):
     assert_same(run(vjp, triton_scan, inputs, weights), vjp(naive_scan, inputs, weights), TOLERANCE)
 
 
-def test_without_gradients(run):
+def test_the_kernel_without_gradients_matches_naive_scan(run):
     """The kernel that keeps no states."""
     inputs, _ = make_inputs(4, batch=2, heads=2, rank=3)
     for actual, expected in zip(run(triton_scan, *inputs), naive_scan(*inputs), strict=True):
         torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_a_masked_token_leaves_the_state_alone(run):
+def test_masked_tokens_leave_the_state_unchanged(run):
     inputs, _ = make_inputs(4, masked=1.0)
     _, state = run(triton_scan, *inputs)
     assert torch.equal(state, inputs[-1])

@@ -1,4 +1,4 @@
-"""A batch of chats is its conversations with padding."""
+"""A batch of chats equals its conversations, padded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltamem_tool.segments.tags import SegmentTag
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
-def test_a_batch_is_its_conversations_with_padding(special, side, granularity):
+def test_a_batch_equals_its_padded_conversations(special, side, granularity):
     tokenizer = with_template(special, CHATML)
     conversations = [TALK, TALK[:1], [SYSTEM, *TALK]]
     batch = encode_chat(tokenizer, conversations, granularity, add_generation_prompt=True, padding_side=side)
@@ -39,7 +39,7 @@ def test_a_batch_is_its_conversations_with_padding(special, side, granularity):
         assert batch.segment_tags.shape == (3, width) and batch.segment_tags.dtype == torch.int8
 
 
-def test_one_conversation_is_a_batch_of_one(special):
+def test_one_conversation_gives_a_batch_of_one(special):
     tokenizer = with_template(special, CHATML)
     one, same = encode_chat(tokenizer, TALK), encode_chat(tokenizer, [TALK])
     assert torch.equal(one.input_ids, same.input_ids) and torch.equal(one.segment_tags, same.segment_tags)
@@ -48,7 +48,7 @@ def test_one_conversation_is_a_batch_of_one(special):
     assert torch.equal(one.input_ids, chatted["input_ids"])
 
 
-def test_the_end_token_pads_where_there_is_no_other(special):
+def test_the_end_token_is_used_where_there_is_no_padding_token(special):
     tokenizer = deepcopy(with_template(special, CHATML))  # a copy shares the special tokens
     tokenizer.pad_token = None
     batch = encode_chat(tokenizer, [TALK, TALK[:1]])

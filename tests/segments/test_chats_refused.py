@@ -1,4 +1,4 @@
-"""Chats that cannot be tagged are refused: templates whose boundaries cannot be told, messages without a token."""
+"""Chats that cannot be tagged raise: templates without clear message boundaries, messages without tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltamem_tool.segments.tags import SegmentTag
 
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
-def test_a_template_whose_boundaries_cannot_be_told_is_refused(special, granularity):
+def test_a_template_without_clear_message_boundaries_raises(special, granularity):
     tokenizer = with_template(special, COUNTING, "some/model")
     assert tag_chat(tokenizer, TALK[:1], granularity).tags.count(SegmentTag.LAST) == (
         1 if granularity == "message" else 2
@@ -45,7 +45,7 @@ def test_a_template_whose_boundaries_cannot_be_told_is_refused(special, granular
         "{{ '\n' }}{% endif %}> {% elif m.role == 'assistant' and loop.last %}: {% endif %}{{ m.content }}{% endfor %}",
     ],
 )
-def test_other_templates_that_are_refused(special, template):
+def test_unsupported_templates_raise(special, template):
     with pytest.raises(DataError, match=r"The chat template of its/name does not show where message"):
         tag_chat(with_template(special, template), TALK, "message")
 
@@ -63,12 +63,12 @@ def test_other_templates_that_are_refused(special, template):
          r"message 2 \(assistant\)\.\nThe rendered text does not contain its tool_calls"),
     ],
 )  # fmt: skip
-def test_what_a_template_leaves_out_is_said(special, template, messages, says, granularity):
+def test_parts_that_a_template_drops_are_named(special, template, messages, says, granularity):
     with pytest.raises(DataError, match="chat template of its/name leaves out " + says):
         tag_chat(with_template(special, template), messages, granularity)
 
 
-def test_a_template_that_writes_other_sentences_than_were_said(special):
+def test_a_template_that_changes_sentences_raises(special):
     for template in (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",
         "{% for m in messages %}<{{ m.role }}>{{ m.content }} ({{ m.content | length }}){% endfor %}",
@@ -81,7 +81,7 @@ def test_a_template_that_writes_other_sentences_than_were_said(special):
                 tag_chat(tokenizer, messages, "sentence")
 
 
-def test_a_message_without_a_token_is_named(special):
+def test_a_message_without_tokens_is_named(special):
     tokenizer = with_template(special, PLAIN)
     with pytest.raises(DataError, match=r"(?s)Message 3 \(assistant\) has no token of its own.*writes nothing"):
         tag_chat(tokenizer, [SYSTEM, user("a"), assistant(""), user("b")], "message")
@@ -91,14 +91,14 @@ def test_a_message_without_a_token_is_named(special):
     assert tag_chat(tokenizer, [silent, user("a"), silent], "message").tags == [SegmentTag.LAST]
 
 
-def test_a_generation_prompt_that_changes_what_is_before_it(special):
+def test_a_generation_prompt_that_changes_earlier_text_raises(special):
     tokenizer = with_template(special, "{% if add_generation_prompt %}<think>{% endif %}" + CHAT_TEMPLATE, "a/b")
     assert tag_chat(tokenizer, TALK, "message")
     with pytest.raises(DataError, match="a/b renders the messages differently before a generation prompt"):
         tag_chat(tokenizer, TALK, "message", add_generation_prompt=True)
 
 
-def test_what_the_template_refuses_is_said(special):
+def test_errors_raised_by_the_template_are_reported(special):
     tokenizer = with_template(special, MISTRAL)
     with pytest.raises(DataError, match=r"(?s)of its/name refuses the conversation.*Roles must alternate"):
         tag_chat(tokenizer, [*TALK, *TALK[1:]], "message")
@@ -107,7 +107,7 @@ def test_what_the_template_refuses_is_said(special):
         tag_chat(tokenizer, TALK, "message")
 
 
-def test_options_and_conversations_that_cannot_be(special):
+def test_invalid_options_and_conversations_raise(special):
     tokenizer = with_template(special, CHATML)
     with pytest.raises(ConfigError, match=r"(?s)Unknown granularity 'word'.*token, message, sentence"):
         encode_chat(tokenizer, TALK, "word")
@@ -129,7 +129,7 @@ def test_options_and_conversations_that_cannot_be(special):
         encode_chat(with_template(special, None), TALK)
 
 
-def test_a_slow_tokenizer_is_refused_where_tags_are_needed():
+def test_a_slow_tokenizer_raises_where_tags_are_needed():
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template, tokenizer.name_or_path = PLAIN, "google/byt5"
     with pytest.raises(

@@ -19,7 +19,7 @@ NEVER = 95  # a stop token that `settings` forbids
 ROWS = [tokens(1, 6), tokens(1, 4, seed=1)]
 TAGS = [torch.tensor([[0, 1, 1, 2, 1, 1]]), torch.tensor([[1, 2, 0, 1]])]
 
-everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 started = pytest.mark.parametrize("started", [False, True], ids=["empty", "started"])
 
 
@@ -57,9 +57,9 @@ def fed(model, said, row, memory=None):
     return run(model, ids, torch.cat([TAGS[row], joined], dim=1), memory=memory)[1].memory
 
 
-@everywhere
+@every_architecture
 @started
-def test_the_answer_joins_the_segment_that_its_prompt_opened(name, started):
+def test_the_answer_continues_the_segment_opened_by_its_prompt(name, started):
     model = patched_model(name, granularity="message", couple_lambda=False)
     start = start_of(model).select([0]) if started else None
     cache = MemoryCache(model, memory=start)
@@ -71,19 +71,19 @@ def test_the_answer_joins_the_segment_that_its_prompt_opened(name, started):
 
 
 @started
-def test_the_tags_decide_what_is_said(model, started):
+def test_the_tags_change_the_generated_tokens(model, started):
     """Otherwise the tests here would pass without them."""
     start = start_of(model).select([0]) if started else None
-    said = []
+    generated = []
     for tags in (TAGS[0], torch.tensor([[2, 2, 2, 2, 2, 2]]), None):
         cache = MemoryCache(model, memory=start)
         cache.segment_tags = tags
-        said.append(model.generate(ROWS[0], cache=cache, **settings(max_new_tokens=12)).tolist())
-    assert said[0] != said[1] and said[0] != said[2]
+        generated.append(model.generate(ROWS[0], cache=cache, **settings(max_new_tokens=12)).tolist())
+    assert generated[0] != generated[1] and generated[0] != generated[2]
 
 
 @started
-def test_a_batch_is_its_rows(model, started):
+def test_a_batch_matches_its_rows_run_alone(model, started):
     start = start_of(model) if started else None
     prompts, tags = batch()
     cache = MemoryCache(model, memory=start)
@@ -97,7 +97,7 @@ def test_a_batch_is_its_rows(model, started):
         close_memory(cache.memory.select([row]), alone.memory)
 
 
-def test_a_prompt_in_pieces(model):
+def test_a_prompt_in_pieces_matches_the_whole(model):
     config = GenerationConfig(**settings())
     prompts, tags = batch()
     whole, pieces = MemoryCache(model), MemoryCache(model)
@@ -112,20 +112,20 @@ def test_a_row_that_ends_early_writes_no_padding(model):
     prompts, tags = batch()
     plain = MemoryCache(model)
     plain.segment_tags = tags
-    said = model.generate(**prompts, cache=plain, **settings())[:, 6:].tolist()
-    end = next(token for token in said[0][1:3] if token not in said[1])
-    count = said[0].index(end)
+    generated = model.generate(**prompts, cache=plain, **settings())[:, 6:].tolist()
+    end = next(token for token in generated[0][1:3] if token not in generated[1])
+    count = generated[0].index(end)
     cache = MemoryCache(model)
     cache.segment_tags = tags
     output = model.generate(**prompts, cache=cache, **settings(eos_token_id=end))
-    assert output[0, 6 : 6 + count + 2].tolist() == [*said[0][:count], end, PAD]
+    assert output[0, 6 : 6 + count + 2].tolist() == [*generated[0][:count], end, PAD]
     assert cache.memory.open_tokens.tolist() == [2 + count, 1 + NEW - 1]
     close_memory(cache.memory.select([0]), fed(model, output[0, : 6 + count + 1], 0))
     close_memory(cache.memory.select([1]), fed(model, output[1], 1))
 
 
 @started
-def test_a_second_turn(model, started):
+def test_a_second_turn_ends_the_answer_segment_and_continues(model, started):
     """The answer's segment ends with its last token, which the second turn feeds; then a question, then an answer."""
     start = start_of(model).select([0]) if started else None
     cache = MemoryCache(model, memory=start)
@@ -157,7 +157,7 @@ def test_a_generation_without_writing_keeps_memory_and_open_segment(model):
 
 @started
 @pytest.mark.parametrize("returned", [1, 2])
-def test_beams_carry_their_own_open_segment(model, started, returned):
+def test_each_beam_carries_its_own_open_segment(model, started, returned):
     start = start_of(model) if started else None
 
     prompts, tags = batch()
@@ -167,9 +167,9 @@ def test_beams_carry_their_own_open_segment(model, started, returned):
     output = model.generate(**prompts, cache=cache, **options)
     assert any(beams != sorted(set(beams)) for beams in cache.taken), "no beam ever replaced another"
     assert output.sequences.shape == (2 * returned, 6 + NEW)
-    for n, said in enumerate(output.sequences):
+    for n, sequence in enumerate(output.sequences):
         row, beam = n // returned, int(output.beam_indices[n, -1])
-        expected = fed(model, said, row, start.select([row]) if started else None)
+        expected = fed(model, sequence, row, start.select([row]) if started else None)
         close_memory(cache.memories[-1].select([beam]), expected)
     assert not torch.equal(cache.memories[-1].open_segments[1][0], cache.memories[-1].open_segments[1][1]), (
         "both beams say the same"
@@ -186,22 +186,22 @@ def test_every_returned_sequence_has_its_own_open_segment(model, started):
     options = settings(do_sample=True, temperature=2.0, num_return_sequences=3)
     output = model.generate(**prompts, cache=cache, **options)
     assert cache.memory.batch_size == 6 and len({tuple(row) for row in output.tolist()}) == 6
-    for n, said in enumerate(output):
-        expected = fed(model, said, n // 3, start.select([n // 3]) if started else None)
+    for n, sequence in enumerate(output):
+        expected = fed(model, sequence, n // 3, start.select([n // 3]) if started else None)
         close_memory(cache.memory.select([n]), expected)
 
 
 # What does not fit raises.
 
 
-def test_without_a_cache_nothing_says_where_a_segment_ends(model):
+def test_generating_without_a_cache_raises_since_there_are_no_tags(model):
     for options in ({}, {"use_cache": False}):
         with pytest.raises(MemoryStateError, match="writes by message"):
             model.generate(ROWS[0], **settings(**options))
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_tags_of_another_prompt_are_refused(model, beams):
+def test_tags_of_a_different_prompt_raise(model, beams):
     start = start_of(model).select([0])
     cache = MemoryCache(model, memory=start)
     cache.segment_tags = TAGS[1]

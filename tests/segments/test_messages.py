@@ -48,7 +48,7 @@ def test_every_message_is_a_segment(special, case, conversation, prompt):
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "hybrid"])
-def test_marks_of_a_beginning_are_a_beginning_of_the_tags(special, words, case, granularity):
+def test_tags_of_the_first_messages_are_a_prefix_of_the_whole(special, words, case, granularity):
     tokenizer = with_template(special if granularity == "message" else words, CASES[case][0])
     for messages in ([SYSTEM, *TALK, TALK[0]], [*TALK, TALK[0]]):
         whole = tag_chat(tokenizer, messages, granularity)
@@ -63,7 +63,7 @@ def test_marks_of_a_beginning_are_a_beginning_of_the_tags(special, words, case, 
         assert whole.tags.count(SegmentTag.LAST) == (5 if granularity == "message" else 7)
 
 
-def test_a_template_that_writes_earlier_turns_differently(special):
+def test_a_template_that_rewrites_earlier_turns_is_tagged(special):
     """The last answer has a block for thinking until another question follows."""
     tokenizer = with_template(special, HYBRID)
     thought = assistant("<think>\nA dog, then.\n</think>\n\nRex.")
@@ -76,7 +76,7 @@ def test_a_template_that_writes_earlier_turns_differently(special):
     assert earlier == expected(tokenizer, pieces)
 
 
-def test_a_template_that_ends_a_conversation(special):
+def test_a_template_with_text_after_the_last_message_is_tagged(special):
     """No rendering is the beginning of another, but every header is known from a message alone."""
     message = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     tokenizer = with_template(special, "{% for message in messages %}" + message + "{% endfor %}{{ eos_token }}")
@@ -84,14 +84,14 @@ def test_a_template_that_ends_a_conversation(special):
     assert tag_chat(tokenizer, [SYSTEM, *TALK], "message") == expected(tokenizer, [*pieces, (last + "<|end|>", kind)])
 
 
-def test_what_is_before_the_first_message_and_changes_with_it_is_a_part_of_it(special):
+def test_text_before_the_first_message_that_depends_on_it_belongs_to_it(special):
     tokenizer = with_template(special, "[{{ messages[0].content | length }}]" + CHAT_TEMPLATE)
     pieces = [("[10]<|user|>One and 10<|end|>", SEGMENT), ("<|assistant|>Two<|end|>", SEGMENT)]
     messages = [user("One and 10"), assistant("Two")]
     assert tag_chat(tokenizer, messages, "message") == expected(tokenizer, pieces)
 
 
-def test_messages_in_a_row_and_system_messages_between(special):
+def test_consecutive_and_system_messages_are_tagged(special):
     tokenizer = with_template(special, CHATML)
     messages = [
         *TALK[:1],
@@ -110,7 +110,7 @@ def test_messages_in_a_row_and_system_messages_between(special):
 
 
 @pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
-def test_a_list_of_texts_is_one_text_for_a_template_that_knows_no_lists(special, granularity):
+def test_a_list_of_texts_is_joined_for_a_template_without_lists(special, granularity):
     tokenizer = with_template(special, CHATML)
     parts = {"role": "user", "content": [{"type": "text", "text": "A dog."}, {"type": "text", "text": " A cat"}]}
     tagged = tag_chat(tokenizer, [parts, *TALK[1:]], granularity)
@@ -122,7 +122,7 @@ def test_a_list_of_texts_is_one_text_for_a_template_that_knows_no_lists(special,
         tag_chat(tokenizer, [user("half \ud83d")], granularity)
 
 
-def test_contents_that_are_no_strings(special):
+def test_contents_that_are_lists_of_parts_are_tagged(special):
     parts = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
         "{{ part.text if part.type == 'text' else '[INST]' }}{% endfor %}<|im_end|>\n{% endfor %}"

@@ -1,4 +1,4 @@
-"""Writing by segments: how a text is cut does not matter, who reads and writes what, and where an open segment goes."""
+"""Writing by segments: splitting changes nothing, which tokens read and write, and where an open segment is kept."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.segments.tags import SegmentTag
 
-everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
-variously = pytest.mark.parametrize(
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+both_option_sets = pytest.mark.parametrize(
     "options",
     [
         {"granularity": "message"},
@@ -25,9 +25,9 @@ variously = pytest.mark.parametrize(
 )
 
 
-@everywhere
-@variously
-def test_one_call_is_many_calls(name, options):
+@every_architecture
+@both_option_sets
+def test_splitting_a_call_changes_nothing(name, options):
     model, ids = patched_model(name, **options), tokens(2, LENGTH)
     whole, cache = run(model, ids, TAGS)
     assert cache.memory.open_tokens.tolist() == OPEN
@@ -37,7 +37,7 @@ def test_one_call_is_many_calls(name, options):
         close_memory(other.memory, cache.memory)
 
 
-def test_every_row_equals_the_equations():
+def test_every_row_matches_the_equations():
     model, ids = patched_model(granularity="message", state_heads=2), tokens(2, LENGTH)
     logits, cache = run(model, ids, TAGS)
     for row in range(2):
@@ -47,7 +47,7 @@ def test_every_row_equals_the_equations():
             close(cache.memory.layers[layer][row], state, EQUATION_TOLERANCE)
 
 
-def test_tags_are_used_up_with_their_tokens(model):
+def test_tags_are_consumed_with_their_tokens(model):
     ids, cache = tokens(2, LENGTH), MemoryCache(model)
     cache.segment_tags = TAGS
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_token_reads_the_state_from_before_its_segment():
         assert (before - after).abs().max() > DIFFERENT
 
 
-def test_a_segment_changes_what_is_said_only_after_its_end(model):
+def test_a_segment_affects_logits_only_after_its_end(model):
     ids = tokens(1, 8)
     unwritten, _ = run(model, ids, torch.zeros(1, 8))
     logits, _ = run(model, ids, torch.tensor([[1, 1, 1, 1, 2, 0, 0, 0]]))
@@ -91,16 +91,16 @@ def test_a_segment_changes_what_is_said_only_after_its_end(model):
 
 
 def test_outside_tokens_read_and_do_not_write(model):
-    _, told = run(model, tokens(2, LENGTH, seed=1), TAGS)
+    _, start = run(model, tokens(2, LENGTH, seed=1), TAGS)
     ids, outside = tokens(2, 6), torch.full((2, 6), SegmentTag.OUTSIDE)
-    logits, cache = run(model, ids, outside, memory=told.memory)
-    same_memory(cache.memory, told.memory)
+    logits, cache = run(model, ids, outside, memory=start.memory)
+    same_memory(cache.memory, start.memory)
     empty, _ = run(model, ids, outside)
     assert (logits - empty).abs().max() > DIFFERENT
 
 
 @torch.no_grad()
-def test_an_outside_token_amid_a_segment_is_no_part_of_it():
+def test_an_outside_token_within_a_segment_is_not_part_of_it():
     memory = adapter_of(patched_model(granularity="message")).layer(0)
     torch.manual_seed(0)
     hidden, state, empty = torch.randn(1, 5, 32), torch.randn(1, 1, 4, 4), torch.zeros(1, memory.config.segment_width)
@@ -115,7 +115,7 @@ def test_an_outside_token_amid_a_segment_is_no_part_of_it():
 
 
 @torch.no_grad()
-def test_a_segment_of_one_token_is_a_token_that_writes():
+def test_segments_of_one_token_equal_writing_by_token():
     segments, single = patched_model(granularity="message"), patched_model()
     adapter_of(single).load_state_dict(adapter_of(segments).state_dict())
     ids = tokens(2, 7)
@@ -126,7 +126,7 @@ def test_a_segment_of_one_token_is_a_token_that_writes():
         close(cache.memory.layers[layer], state)
 
 
-def test_unmarked_tokens_join_the_open_segment(model):
+def test_untagged_tokens_join_the_open_segment(model):
     """The prompt of an answer opens one, and what is generated is unmarked."""
     ids = tokens(1, 8)
     tags = torch.tensor([[1, 2, 1, 1, 1, 1, 1, 1]])
@@ -141,8 +141,8 @@ def test_unmarked_tokens_join_the_open_segment(model):
     assert cache.memory.open_tokens.tolist() == [6]
 
 
-@variously
-def test_ending_a_segment_is_a_last_token(options):
+@both_option_sets
+def test_end_segment_equals_a_last_tag(options):
     model, ids = patched_model(**options), tokens(2, LENGTH)
     ended = TAGS.clone()
     ended[0, -1] = SegmentTag.LAST
@@ -166,16 +166,16 @@ def test_ending_a_segment_is_a_last_token(options):
 
 
 @pytest.mark.parametrize("tagged", [False, True])
-def test_without_writing_states_and_open_segments_stay(model, tagged):
-    _, told = run(model, tokens(2, LENGTH, seed=1), TAGS)
+def test_without_writing_states_and_open_segments_do_not_change(model, tagged):
+    _, start = run(model, tokens(2, LENGTH, seed=1), TAGS)
     ids = tokens(2, LENGTH)
-    logits, cache = run(model, ids, TAGS if tagged else None, memory=told.memory, write=False)
-    same_memory(cache.memory, told.memory)
-    outside, _ = run(model, ids, torch.zeros_like(TAGS), memory=told.memory)
+    logits, cache = run(model, ids, TAGS if tagged else None, memory=start.memory, write=False)
+    same_memory(cache.memory, start.memory)
+    outside, _ = run(model, ids, torch.zeros_like(TAGS), memory=start.memory)
     close(logits, outside)
 
 
-def test_a_token_that_does_not_write_is_not_in_the_mean(model):
+def test_tokens_that_do_not_write_are_not_in_the_mean(model):
     ids, write = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.bool)
     write[0, [0, 3, 5, 10]] = False
     write[1, [2, 3]] = False
@@ -190,10 +190,10 @@ def test_a_token_that_does_not_write_is_not_in_the_mean(model):
 # Batches.
 
 
-@everywhere
-@variously
+@every_architecture
+@both_option_sets
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_matter(name, options, side):
+def test_padding_changes_no_result(name, options, side):
     model = patched_model(name, **options)
     rows = [tokens(1, length, seed=length) for length in (9, 4, 6)]
     said = [torch.tensor([row]) for row in ([0, 1, 1, 2, 1, 1, 2, 1, 1], [1, 2, 0, 2], [1, 1, 1, 1, 1, 1])]
@@ -222,7 +222,7 @@ def test_padding_does_not_matter(name, options, side):
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @torch.no_grad()
-def test_padding_cannot_poison_a_segment(value):
+def test_nan_in_padding_does_not_reach_a_segment(value):
     memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).layer(0)
     torch.manual_seed(0)
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
@@ -244,9 +244,9 @@ def test_open_segments_of_a_bfloat16_model_are_float32():
 # A value among values.
 
 
-def test_an_open_segment_goes_where_its_memory_goes(model, tmp_path):
-    _, told = run(model, tokens(2, LENGTH, seed=1), TAGS)
-    memory = told.memory
+def test_an_open_segment_is_copied_with_its_memory(model, tmp_path):
+    _, start = run(model, tokens(2, LENGTH, seed=1), TAGS)
+    memory = start.memory
     memory.save(tmp_path / "memory")
     halves = [memory.select([0]), memory.select([1])]
     for other in (
@@ -273,14 +273,14 @@ def test_an_open_segment_goes_where_its_memory_goes(model, tmp_path):
 
 
 def test_copies_of_an_open_segment_are_independent(model):
-    _, told = run(model, tokens(2, LENGTH), TAGS)
-    before = told.memory.open_segments[0].clone()
-    for copy in (told.memory.clone(), told.memory.fork(1), told.memory.select([0, 1])):
+    _, start = run(model, tokens(2, LENGTH), TAGS)
+    before = start.memory.open_segments[0].clone()
+    for copy in (start.memory.clone(), start.memory.fork(1), start.memory.select([0, 1])):
         copy.open_segments[0].add_(1)
-        assert torch.equal(told.memory.open_segments[0], before)
+        assert torch.equal(start.memory.open_segments[0], before)
 
 
-def test_rows_of_a_cache_take_their_tags_and_open_segments_along(model):
+def test_reordered_rows_keep_their_tags_and_open_segments(model):
     ids = tokens(2, LENGTH)
     picked = torch.tensor([1, 0, 1])
     _, expected = run(model, ids[picked], TAGS[picked])

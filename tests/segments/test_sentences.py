@@ -1,4 +1,4 @@
-"""Sentences as segments: where a message is cut, and cuts of one's own that do not fit."""
+"""Sentences as segments: where a message is split, and user-defined splits that do not fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.segments.encode import tag_chat
 
 
-def test_sentences_of_a_message(words):
+def test_a_message_is_split_into_sentences(words):
     tokenizer = with_template(words, CHATML)
     said = "\n\nDr. Smith paid $3.5 million, i.e. all.  Is it so? 🐕 好的。是吗？\n\nNew 'paragraph'…\n- item\n"
     messages = [SYSTEM, user(said), assistant("Yes. No.\n\n"), user(""), assistant(" \n")]
@@ -46,7 +46,7 @@ def test_sentences_of_a_message(words):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sentences_in_every_template(words, case):
+def test_sentences_are_tagged_in_every_template(words, case):
     template, pieces_of, _ = CASES[case]
     tokenizer, messages = with_template(words, template), [SYSTEM, *TALK, *TALK]
     pieces = []
@@ -57,7 +57,7 @@ def test_sentences_in_every_template(words, case):
     assert tag_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
 
 
-def test_a_template_that_strips_contents(words):
+def test_a_template_that_strips_contents_is_tagged(words):
     tokenizer = with_template(words, LLAMA)
     messages = [user("  One. Two. \n"), assistant("\n\nThree.\n")]
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -66,7 +66,7 @@ def test_a_template_that_strips_contents(words):
     assert tag_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
 
 
-def test_thinking_that_the_template_takes_out_is_no_sentence(words):
+def test_thinking_removed_by_the_template_is_not_a_sentence(words):
     tokenizer = with_template(words, HYBRID)
     thought = assistant("<think>\nHm. Hm.\n</think>\n\nRex. No.")
     tagged = tag_chat(tokenizer, [TALK[2], thought, user("Ok.")], "sentence")
@@ -78,7 +78,7 @@ def test_thinking_that_the_template_takes_out_is_no_sentence(words):
         tag_chat(tokenizer, [TALK[2], thought], "sentence")
 
 
-def test_a_split_of_ones_own(words):
+def test_a_user_defined_split_is_used(words):
     tokenizer, messages = with_template(words, CHATML), [SYSTEM, user("One. It; It was.  is"), assistant("a")]
     asked = []
 
@@ -111,12 +111,12 @@ def test_a_split_of_ones_own(words):
         ("One. Two.", "is a string, not a list"),
     ],
 )
-def test_a_split_that_does_not_fit_is_named(words, pieces, says):
+def test_a_user_defined_split_that_does_not_fit_raises(words, pieces, says):
     with pytest.raises(DataError, match=f"(?s)message 2 .user.*{says}"):
         tag_chat(with_template(words, CHATML), [SYSTEM, user("One. Two.")], "sentence", split=lambda text: pieces)
 
 
-def test_a_sentence_without_a_token_is_named(words):
+def test_a_sentence_without_tokens_is_named(words):
     tokenizer = with_template(words, PLAIN)
     assert len(tokenizer("Remember")["input_ids"]) == 1
     with pytest.raises(DataError, match=r"(?s)Sentence 'ber' of message 2 \(user\) has no token of its own.*merge it"):

@@ -1,4 +1,4 @@
-"""Tags and segments that do not fit are refused, and change neither the memory nor the tags of a cache."""
+"""Invalid tags and segments raise, and change neither the memory nor the tags of a cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Broken(nn.Module):
         raise RuntimeError("broken on purpose")
 
 
-def test_an_exception_in_the_decoder_leaves_memory_and_tags(model):
+def test_an_exception_in_the_decoder_leaves_memory_and_tags_unchanged(model):
     ids = tokens(2, LENGTH)
     _, cache = run(model, ids[:, :5], TAGS[:, :5])
     before, copy, tags = cache.memory, cache.memory.clone(), TAGS[:, 5:].clone()
@@ -34,7 +34,7 @@ def test_an_exception_in_the_decoder_leaves_memory_and_tags(model):
     same_memory(before, copy)
 
 
-def test_without_a_cache_nothing_says_where_a_segment_ends(model):
+def test_calling_without_a_cache_raises_since_there_are_no_tags(model):
     with pytest.raises(MemoryStateError, match=r"(?s)writes by message.*MemoryCache"):
         model(tokens(1, 3))
     with pytest.raises(MemoryStateError, match="writes by message"):
@@ -53,7 +53,7 @@ def test_without_a_cache_nothing_says_where_a_segment_ends(model):
         ([[1, 1, 2], [1, 1, 2]], "puts padding into a segment"),
     ],
 )
-def test_tags_that_do_not_fit_are_refused(model, tags, says):
+def test_invalid_tags_raise(model, tags, says):
     _, cache = run(model, tokens(2, 5, seed=1), TAGS[:, :5])
     before, copy = cache.memory, cache.memory.clone()
     cache.segment_tags = given = torch.tensor(tags)
@@ -67,7 +67,7 @@ def test_tags_that_do_not_fit_are_refused(model, tags, says):
         same_memory(before, copy)
 
 
-def test_tags_that_are_no_tensor_are_refused(model):
+def test_tags_that_are_not_a_tensor_raise(model):
     cache = MemoryCache(model)
     cache.segment_tags = [[1, 1, 2]]
     with pytest.raises(MemoryStateError, match=r"cache.segment_tags is a list"):
@@ -75,35 +75,35 @@ def test_tags_that_are_no_tensor_are_refused(model):
     assert cache.memory is None
 
 
-def test_tags_are_refused_where_every_token_writes():
+def test_tags_raise_for_an_adapter_that_writes_by_token():
     model = patched_model()
     cache = MemoryCache(model)
     with torch.no_grad():
         model(tokens(1, 3), cache=cache)
     before = cache.memory
-    cache.segment_tags = given = torch.full((1, 3), SegmentTag.INSIDE)
+    cache.segment_tags = tags = torch.full((1, 3), SegmentTag.INSIDE)
     with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Do not set cache.segment_tags"):
         model(tokens(1, 3), cache=cache)
     with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Do not call end_segment\(\)"):
         cache.end_segment()
-    assert cache.memory is before and cache.segment_tags is given
+    assert cache.memory is before and cache.segment_tags is tags
 
 
-def test_an_empty_segment_does_not_end(model):
+def test_ending_an_empty_segment_raises(model):
     cache = MemoryCache(model)
     with pytest.raises(MemoryStateError, match="open segment is empty"):
         cache.end_segment()
     assert cache.memory is None
     _, cache = run(model, tokens(1, 4), torch.tensor([[1, 1, 2, 0]]))
     before, copy = cache.memory, cache.memory.clone()
-    cache.segment_tags = given = torch.tensor([[1, 2]])
+    cache.segment_tags = tags = torch.tensor([[1, 2]])
     with pytest.raises(MemoryStateError, match="open segment is empty"):
         cache.end_segment()
-    assert cache.memory is before and cache.segment_tags is given
+    assert cache.memory is before and cache.segment_tags is tags
     same_memory(before, copy)
 
 
-def test_a_memory_without_open_segments_is_refused(model):
+def test_a_memory_without_open_segments_raises(model):
     _, cache = run(model, tokens(1, 4), TAGS[:1, :4])
     bare = MemoryState(cache.memory.layers, cache.memory.adapter)
     with pytest.raises(MemoryStateError, match="keeps 0 numbers of an open segment, the adapter 13"):

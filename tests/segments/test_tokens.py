@@ -41,7 +41,7 @@ def test_tokens_that_share_a_character_stay_together():
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_a_space_before_a_word_is_the_words(trim):
+def test_a_space_before_a_word_belongs_to_the_word(trim):
     byte_level = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     byte_level.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
     metaspace = trained(pre_tokenizers.Metaspace())
@@ -59,7 +59,7 @@ def test_a_space_before_a_word_is_the_words(trim):
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_a_space_in_a_token_of_its_own_stays_behind(trim):
+def test_a_space_in_its_own_token_belongs_to_the_previous_segment(trim):
     tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
     tagged = tag_chat(tokenizer, [user("One. ¿")], "sentence", split=str.split)
@@ -74,7 +74,7 @@ class Backwards(PreTrainedTokenizerFast):
         return encoded
 
 
-def test_tokens_that_are_not_in_the_order_of_the_text_are_refused(special):
+def test_tokens_out_of_text_order_raise(special):
     tokenizer = Backwards(tokenizer_object=special.backend_tokenizer, chat_template=CHAT_TEMPLATE)
     with pytest.raises(DataError, match="not in the order of the text"):
         tag_chat(tokenizer, TALK, "message")

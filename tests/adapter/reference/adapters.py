@@ -40,10 +40,10 @@ def change_tensors(folder: Path, change) -> None:
 
 
 def change_config(folder: Path, **changes) -> dict:
-    said = {**json.loads((folder / REFERENCE_CONFIG).read_text()), **changes}
-    said = {name: value for name, value in said.items() if value is not ...}
-    (folder / REFERENCE_CONFIG).write_text(json.dumps(said, indent=2))
-    return said
+    config = {**json.loads((folder / REFERENCE_CONFIG).read_text()), **changes}
+    config = {name: value for name, value in config.items() if value is not ...}
+    (folder / REFERENCE_CONFIG).write_text(json.dumps(config, indent=2))
+    return config
 
 
 def assert_same_adapter(found: Path, expected: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hostile and damaged pickles are refused, and nothing of them is run."""
+"""Hostile and damaged pickles raise, and no code in them runs."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-def plain_pickle(what, file):
-    file.write_bytes(pickle.dumps(what))
+def plain_pickle(content, file):
+    file.write_bytes(pickle.dumps(content))
 
 
-def old_torch(what, file):
-    torch.save(what, file, _use_new_zipfile_serialization=False)
+def old_torch(content, file):
+    torch.save(content, file, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize("write", [plain_pickle, torch.save, old_torch])
 @pytest.mark.parametrize("place", ["whole", "beside", "key", "deep"])
-def test_a_hostile_pickle_runs_nothing(write, place, reference, tmp_path):
+def test_a_hostile_pickle_runs_no_code(write, place, reference, tmp_path):
     trap = tmp_path / "trap"
     hostile, tensors = Hostile(trap), read_tensors(reference)
-    what = {
+    contents = {
         "whole": hostile,
         "beside": {**tensors, "more": hostile},
         "key": {**tensors, hostile: tensors[QUERY]},
         "deep": {**tensors, QUERY: [[{"x": (hostile,)}]]},
     }[place]
-    write(what, reference / REFERENCE_WEIGHTS)
+    write(contents, reference / REFERENCE_WEIGHTS)
     assert_refused(reference, tmp_path, "was not loaded", "no code in it was run")
     assert not trap.exists()
     file = reference / REFERENCE_WEIGHTS  # the trap is one
@@ -54,7 +54,7 @@ def test_a_hostile_pickle_runs_nothing(write, place, reference, tmp_path):
     assert trap.is_dir()
 
 
-def test_a_refusal_does_not_tell_how_to_run_it(reference, tmp_path):
+def test_the_error_does_not_suggest_loading_the_pickle(reference, tmp_path):
     torch.save({"a": Hostile(tmp_path / "trap")}, reference / REFERENCE_WEIGHTS)
     with pytest.raises(AdapterError) as caught:
         convert(reference, tmp_path / "out", base=BASE)
@@ -62,13 +62,13 @@ def test_a_refusal_does_not_tell_how_to_run_it(reference, tmp_path):
     assert len(str(caught.value).splitlines()) == 3
 
 
-def test_a_pickle_that_a_variable_would_open(reference, tmp_path, monkeypatch):
+def test_an_environment_variable_does_not_allow_pickles(reference, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"a": Hostile(tmp_path / "trap")}, reference / REFERENCE_WEIGHTS)
     assert_refused(reference, tmp_path, "was not loaded")
 
 
-def test_damaged_files(reference, tmp_path):
+def test_damaged_files_raise(reference, tmp_path):
     weights, config = reference / REFERENCE_WEIGHTS, reference / REFERENCE_CONFIG
     whole = weights.read_bytes()
     for damaged in (

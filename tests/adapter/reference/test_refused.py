@@ -1,4 +1,4 @@
-"""What would be lost in a conversion is refused by name, and a refusal leaves every folder as it was."""
+"""A conversion that would lose something raises, names it, and leaves every folder unchanged."""
 
 from __future__ import annotations
 
@@ -68,28 +68,28 @@ from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, D
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_config_that_is_not_ours_to_run(changes, says, reference, tmp_path):
+def test_an_unsupported_config_raises(changes, says, reference, tmp_path):
     change_config(reference, **changes)
     assert_refused(reference, tmp_path, says, REFERENCE_CONFIG)
 
 
-def test_every_archived_field_is_held_to_its_only_value(tmp_path):
+def test_another_value_of_any_fixed_field_raises(tmp_path):
     """A field that nothing looks at would be a mechanism that is silently lost."""
-    said = json.loads((CASE / "adapter" / REFERENCE_CONFIG).read_text())
+    config = json.loads((CASE / "adapter" / REFERENCE_CONFIG).read_text())
     kept = {"base_slice_ref_width", "online_gain"}
-    for name, value in said.items():
+    for name, value in config.items():
         other = {bool: lambda v: not v, str: lambda v: v + "x", list: lambda v: [*v, 7]}.get(
             type(value), lambda v: v + 9
         )
         try:
-            changed = mechanism_of({**said, name: other(value)}, tmp_path)
+            changed = mechanism_of({**config, name: other(value)}, tmp_path)
         except AdapterError as error:
             assert name in str(error)
         else:
-            assert name in kept or changed != mechanism_of(said, tmp_path), name
+            assert name in kept or changed != mechanism_of(config, tmp_path), name
 
 
-def test_all_that_is_wrong_with_a_config_is_named(reference, tmp_path):
+def test_the_error_names_every_problem_of_a_config(reference, tmp_path):
     change_config(reference, slot_read_top_k=3, num_memory_partitions=4, hello=1)
     assert_refused(reference, tmp_path, "slot_read_top_k", "num_memory_partitions", "'hello' is not known")
 
@@ -122,20 +122,20 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_weights_that_do_not_fit(name, reference, tmp_path):
+def test_invalid_weights_raise(name, reference, tmp_path):
     change, says = CHANGES[name]
     change_tensors(reference, change)
     assert_refused(reference, tmp_path, REFERENCE_WEIGHTS, *says)
 
 
-def test_config_and_weights_must_be_of_one_adapter(reference, tmp_path):
+def test_weights_that_do_not_match_the_config_raise(reference, tmp_path):
     for changes in ({"rank": 4}, {"couple_lambda": False}, {"num_state_heads": 2}, {"target_layers": [0]}):
         (reference / REFERENCE_CONFIG).write_bytes((CASE / "adapter" / REFERENCE_CONFIG).read_bytes())
         change_config(reference, **changes)
         assert_refused(reference, tmp_path, "does not fit its config")
 
 
-def test_the_base_must_fit(reference, bases, tmp_path):
+def test_a_base_that_does_not_fit_raises(reference, bases, tmp_path):
     assert_refused(reference, tmp_path, "do not record it", "--base", base=None)
     assert_refused(reference, tmp_path, QUERY, "is [8, 48], not [8, 32]", base=str(bases["qwen3"]))
     assert_refused(reference, tmp_path, "no/where", base="./no/where", error=HubError)
@@ -143,7 +143,7 @@ def test_the_base_must_fit(reference, bases, tmp_path):
     assert_refused(reference, tmp_path, "[7]", error=ArchitectureError)
 
 
-def test_back_needs_the_base_that_was_recorded(tmp_path):
+def test_converting_back_needs_the_recorded_base(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     base.chmod(0o755)
@@ -157,11 +157,11 @@ def test_back_needs_the_base_that_was_recorded(tmp_path):
     assert_refused(tmp_path / "ours", tmp_path, "another base model", base=other, to="reference")
 
 
-def test_what_was_kept_must_be_whole(reference, tmp_path):
+def test_damaged_reference_fields_raise(reference, tmp_path):
     convert(reference, tmp_path / "ours", base=BASE)
     file = tmp_path / "ours" / CONFIG_FILE
-    said = json.loads(file.read_text())
-    kept = said["reference"]
+    config = json.loads(file.read_text())
+    kept = config["reference"]
     for damage in (
         {},
         {**kept, "dtype": "int8"},
@@ -170,16 +170,16 @@ def test_what_was_kept_must_be_whole(reference, tmp_path):
         {**kept, "other_dtypes": {QUERY: "complex64"}},
         {**kept, "other_dtypes": []},
     ):
-        file.write_text(json.dumps({**said, "reference": damage}))
+        file.write_text(json.dumps({**config, "reference": damage}))
         assert_refused(tmp_path / "ours", tmp_path, "ours", to="reference")
-    file.write_text(json.dumps({**said, "reference": 7}))
+    file.write_text(json.dumps({**config, "reference": 7}))
     assert_refused(tmp_path / "ours", tmp_path, "reference", to="reference")
-    del said["reference"]
-    file.write_text(json.dumps(said))
+    del config["reference"]
+    file.write_text(json.dumps(config))
     convert(tmp_path / "ours", tmp_path / "back", to="reference")
 
 
-def test_the_other_format_is_told_apart(reference, tmp_path):
+def test_an_adapter_of_the_wrong_format_raises(reference, tmp_path):
     convert(reference, tmp_path / "ours", base=BASE)
     assert_refused(tmp_path / "ours", tmp_path, "not an adapter of the reference", "--to reference")
     assert_refused(reference, tmp_path, "already", "--to", to="reference")
@@ -190,7 +190,7 @@ def test_the_other_format_is_told_apart(reference, tmp_path):
     assert_refused(reference, tmp_path, REFERENCE_WEIGHTS)
 
 
-def test_attention_of_another_name(tmp_path, monkeypatch):
+def test_attention_modules_of_another_name_raise(tmp_path, monkeypatch):
     """The reference's tensors are called after its modules: another model's would be nobody's."""
     from deltamem_tool.base_model import checkpoint as room
 
@@ -205,7 +205,7 @@ def test_attention_of_another_name(tmp_path, monkeypatch):
     assert_refused(CASE / "adapter", tmp_path, "decoder.0.attn", error=ArchitectureError)
 
 
-def test_nothing_is_replaced_unasked(reference, tmp_path):
+def test_an_existing_folder_is_not_replaced(reference, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("")
@@ -224,7 +224,7 @@ def test_nothing_is_replaced_unasked(reference, tmp_path):
     assert_same_adapter(reference, CASE / "adapter")
 
 
-def test_nothing_is_left_of_a_conversion_that_fails(reference, tmp_path, monkeypatch):
+def test_a_failed_conversion_leaves_nothing(reference, tmp_path, monkeypatch):
     convert(reference, tmp_path / "ours", base=BASE)
     before = listing(tmp_path)
     monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)

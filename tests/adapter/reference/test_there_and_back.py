@@ -1,4 +1,4 @@
-"""Adapters of the reference implementation: the same bits there and back."""
+"""Adapters of the reference implementation: conversion to our format and back is bit-identical."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TYPES = [*((case, dtype) for case in CASES for dtype in (torch.float32, torch.bf
 
 
 @pytest.mark.parametrize(("case", "dtype"), TYPES, ids=str)
-def test_every_reference_adapter_comes_back(case, dtype, tmp_path):
+def test_every_reference_adapter_round_trips(case, dtype, tmp_path):
     source = writable(FOLDER / case / "adapter", tmp_path / "source")
     change_tensors(source, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     done = convert(source, tmp_path / "ours", base=str(FOLDER / case / "base"))
@@ -54,7 +54,7 @@ def test_every_reference_adapter_comes_back(case, dtype, tmp_path):
     assert back.parameters == sum(tensor.numel() for tensor in theirs.values())
 
 
-def test_weights_of_several_types_come_back(reference, tmp_path):
+def test_weights_of_several_dtypes_round_trip(reference, tmp_path):
     def mixed(tensors):
         return {name: tensor.bfloat16() if "proj" in name else tensor for name, tensor in tensors.items()}
 
@@ -72,12 +72,12 @@ def test_weights_in_any_order_and_shape_of_storage_are_read(reference, tmp_path)
     assert (tmp_path / "a" / WEIGHTS_FILE).read_bytes() == (tmp_path / "b" / WEIGHTS_FILE).read_bytes()
 
 
-def test_fields_that_we_do_not_use_come_back(reference, tmp_path):
+def test_fields_that_we_do_not_use_round_trip(reference, tmp_path):
     """What says how a fresh Δ starts, the order of fields, and a shorter config of an older version."""
-    said = change_config(
+    config = change_config(
         reference, online_gain=0.1, base_slice_ref_width=4, output_init="base_slice", alpha=16, latent_gate_init=...
     )
-    (reference / REFERENCE_CONFIG).write_text(json.dumps(dict(reversed(said.items())), indent=2))
+    (reference / REFERENCE_CONFIG).write_text(json.dumps(dict(reversed(config.items())), indent=2))
     convert(reference, tmp_path / "ours", base=BASE)
     convert(tmp_path / "ours", tmp_path / "back", to="reference")
     assert_same_adapter(tmp_path / "back", reference)
@@ -112,7 +112,7 @@ OURS = [
 @pytest.mark.parametrize(
     ("name", "options"), [*(("qwen3", options) for options in OURS), ("smollm3", OURS[1])], ids=str
 )
-def test_every_adapter_of_ours_comes_back(name, options, bases, tmp_path):
+def test_every_adapter_of_our_format_round_trips(name, options, bases, tmp_path):
     base = bases[name]
     model = AutoModelForCausalLM.from_pretrained(base)
     config = DeltaMemConfig(**{"rank": 4, **options})
@@ -146,18 +146,18 @@ def test_fresh_adapters_are_the_same_in_both_formats(bases, tmp_path):
     torch.manual_seed(0)
     create_adapter(str(bases["qwen3"]), DeltaMemConfig.preset("tsw"), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "reference", to="reference")
-    said = json.loads((tmp_path / "reference" / REFERENCE_CONFIG).read_text())
-    assert said == {**DEFAULTS, "delta_heads": ["q", "o"], "output_init": "base_slice_fixed"}
+    config = json.loads((tmp_path / "reference" / REFERENCE_CONFIG).read_text())
+    assert config == {**DEFAULTS, "delta_heads": ["q", "o"], "output_init": "base_slice_fixed"}
     for name, tensor in read_tensors(tmp_path / "reference").items():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name  # the file holds no more than it says
 
 
-def test_our_config_wins_over_what_was_kept(reference, tmp_path):
+def test_our_config_takes_precedence_over_the_kept_fields(reference, tmp_path):
     change_config(reference, online_gain=0.1)
     convert(reference, tmp_path / "ours", base=BASE)
-    said = json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())
-    said["mechanism"] |= {"alpha": 4.0, "update_rule": "no_lambda", "granularity": "message", "layers": [0, 1]}
-    (tmp_path / "ours" / CONFIG_FILE).write_text(json.dumps(said))
+    config = json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())
+    config["mechanism"] |= {"alpha": 4.0, "update_rule": "no_lambda", "granularity": "message", "layers": [0, 1]}
+    (tmp_path / "ours" / CONFIG_FILE).write_text(json.dumps(config))
     convert(tmp_path / "ours", tmp_path / "back", to="reference")
     expected = change_config(
         reference,
@@ -170,7 +170,7 @@ def test_our_config_wins_over_what_was_kept(reference, tmp_path):
     assert expected["online_gain"] == 0.1
 
 
-def test_weights_that_were_trained_on_are_not_rounded(reference, tmp_path):
+def test_weights_trained_after_conversion_are_not_rounded(reference, tmp_path):
     change_tensors(reference, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
     convert(reference, tmp_path / "ours", base=BASE)
     tensors = load_file(tmp_path / "ours" / WEIGHTS_FILE)
@@ -181,7 +181,7 @@ def test_weights_that_were_trained_on_are_not_rounded(reference, tmp_path):
     assert torch.equal(read_tensors(tmp_path / "back")[QUERY], tensors["layers.1.query.weight"])
 
 
-def test_a_loaded_adapter_saves_without_what_was_kept(reference, tmp_path):
+def test_saving_a_loaded_adapter_drops_the_kept_fields(reference, tmp_path):
     convert(reference, tmp_path / "ours", base=BASE)
     save_adapter(load(tmp_path / "ours"), tmp_path / "again")
     assert read_adapter(tmp_path / "again").reference is None
@@ -189,7 +189,7 @@ def test_a_loaded_adapter_saves_without_what_was_kept(reference, tmp_path):
     assert_same_adapter(tmp_path / "back", reference)  # all of its fields are usual ones
 
 
-def test_the_random_state_is_left_alone(reference, tmp_path):
+def test_the_random_state_is_unchanged(reference, tmp_path):
     before = torch.get_rng_state()
     convert(reference, tmp_path / "ours", base=BASE)
     convert(tmp_path / "ours", tmp_path / "back", to="reference")
