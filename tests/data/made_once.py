@@ -1,4 +1,4 @@
-"""Encoding in a process of its own, for tests that have several."""
+"""Encoding in a separate process, for tests with several of them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def encode(pipe: Connection, cache: str) -> None:
     encoder = Encoder(tiny_tokenizer(), 100, 100)
     pipe.send("ready")
     pipe.recv()
-    said: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
 
     def report(*parts: int) -> None:
-        said.append(parts)
+        reports.append(parts)
         time.sleep(0.2)  # so that the other one comes while this one is at it
 
     kept = encode_cached(list(DialogueEpisodes(EPISODES, 8, 0, 1, 3, 0.5)), encoder, report=report)
-    pipe.send((said, kept.lengths))
+    pipe.send((reports, kept.lengths))

@@ -1,4 +1,4 @@
-"""Conversations of the data tests."""
+"""Conversations for the tests of data."""
 
 from __future__ import annotations
 

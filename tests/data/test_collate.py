@@ -1,4 +1,4 @@
-"""Episodes become tensors, and what a loss needs of them is what a plain loop finds."""
+"""Collating episodes into tensors, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_rows_are_padded_on_the_right(tokenizer, granularity):
     assert batch["rows"].tolist() == [0, 0, 1]
 
 
-def test_scored_places_are_those_before_the_labels(tokenizer):
+def test_scored_positions_are_those_before_the_labels(tokenizer):
     """By a loop over the encoded exchanges, not over the tensors."""
     encoder = Encoder(tokenizer, 1000, 1000, recent_turns=1, full_context=True)
     episodes = [*EPISODES, *(DialogueEpisodes(20, 4, 0, 1, 4, 0.5)[n] for n in range(20))]
@@ -72,19 +72,19 @@ def test_scored_places_are_those_before_the_labels(tokenizer):
     assert batch["scored"].dtype == batch["targets"].dtype == torch.int64
 
 
-def test_without_full_views_there_are_none(tokenizer):
+def test_without_full_context_there_are_no_full_views(tokenizer):
     batch = collate(Encoder(tokenizer, 100, 1000)(EPISODES), 0, segments=False)
     assert set(batch) == KEYS
 
 
-def test_episodes_are_encoded_on_the_way(tokenizer):
+def test_collating_encodes_episodes(tokenizer):
     encoder = Encoder(tokenizer, 30, 1000, "message")
     alone, encoded = (EpisodeCollator(encoder)(episodes) for episodes in (EPISODES, encoder(EPISODES)))
     assert set(alone) == set(encoded) and alone.pop("sources") == encoded.pop("sources")
     assert all(torch.equal(alone[name], encoded[name]) for name in alone)
 
 
-def test_what_pads(tokenizer):
+def test_the_padding_token_is_chosen_in_order(tokenizer):
     """Short of a padding token the end token, short of that any: a mask hides it."""
     other = deepcopy(tokenizer)  # a copy shares its special tokens
     other.pad_token = None
@@ -98,7 +98,7 @@ def test_what_pads(tokenizer):
 OTHERS = [[user("What is rain?"), assistant("Water.")], [SYSTEM, user("Hello."), assistant("Hello to you.")]]
 
 
-def test_what_needs_no_memory_is_read_beside_each_episode(tokenizer):
+def test_unrelated_exchanges_are_added_to_each_episode(tokenizer):
     encoder = Encoder(tokenizer, 1000, 1000)
     exchanges = encoder.exchanges([(f"others:{n}", talk) for n, talk in enumerate(OTHERS, start=1)])
     for exchange, talk in zip(exchanges, OTHERS, strict=True):
@@ -121,7 +121,7 @@ def test_what_needs_no_memory_is_read_beside_each_episode(tokenizer):
     assert set(EpisodeCollator(encoder)(EPISODES)) == set(batch) - {f"unrelated_{n}" for n in ("ids", "mask", "scored")}
 
 
-def test_what_is_drawn_depends_on_what_is_written_and_on_the_seed(tokenizer):
+def test_unrelated_exchanges_depend_only_on_episode_and_seed(tokenizer):
     encoder = Encoder(tokenizer, 1000, 1000)
     exchanges = encoder.exchanges([("", [user("Hello."), assistant(f"{n}.")]) for n in "12345"])
     episodes = encoder([DialogueEpisodes(40, 4, 0, 1, 4, 0.5)[n] for n in range(40)])
@@ -136,7 +136,7 @@ def test_what_is_drawn_depends_on_what_is_written_and_on_the_seed(tokenizer):
     assert set(drawn(0)) == set(range(len(exchanges)))
 
 
-def test_a_conversation_that_cannot_be_read_is_named(tokenizer, tmp_path):
+def test_an_unrelated_conversation_that_cannot_be_encoded_is_named(tokenizer, tmp_path):
     encoder, file = Encoder(tokenizer, 1000, 20), tmp_path / "others.jsonl"
     long = [user("Hello. " * 20), assistant("Hello.")]
     with pytest.raises(DataError, match=r"^others:1: An exchange has \d+ tokens, more than max_read_tokens = 20"):

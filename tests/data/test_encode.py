@@ -1,4 +1,4 @@
-"""Episodes become tokens: every token where it belongs, every view scored alike, every refusal with its place."""
+"""Encoding episodes: every token in its place, all views scored alike, every error with the row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pairs(encoded, name="exchanges"):
         yield from zip(episode.exchanges, getattr(each, name), strict=True)
 
 
-def test_labels_are_the_answers_and_nothing_else(tokenizer):
+def test_only_answers_are_labelled(tokenizer):
     encoded = Encoder(tokenizer, 1000, 1000)(EPISODES)
     for said, exchange in pairs(encoded):
         assert tokenizer.decode(exchange.ids) == render(tokenizer, said)
@@ -52,7 +52,7 @@ def test_labels_are_the_answers_and_nothing_else(tokenizer):
     assert all(each.recent == each.full == [] for each in encoded)
 
 
-def test_what_is_written_is_the_history_cut_from_the_left(tokenizer):
+def test_the_written_text_is_the_history_truncated_on_the_left(tokenizer):
     whole = Encoder(tokenizer, 1000, 1000)(EPISODES)
     cut = Encoder(tokenizer, 20, 1000)(EPISODES)
     for episode, each, short in zip(EPISODES, whole, cut, strict=True):
@@ -64,7 +64,7 @@ def test_what_is_written_is_the_history_cut_from_the_left(tokenizer):
 
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
-def test_segments_are_those_of_the_chat(tokenizer, granularity):
+def test_segments_match_encode_chat(tokenizer, granularity):
     histories = [[SYSTEM, *TALK], [user("I moved. My dog too."), assistant("Good. Where?"), user("To Oslo.")]]
     encoder = Encoder(tokenizer, 20, 100, granularity)
     for history, each in zip(histories, encoder([Episode(h, [TALK[2:]]) for h in histories]), strict=True):
@@ -74,7 +74,7 @@ def test_segments_are_those_of_the_chat(tokenizer, granularity):
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
-def test_together_is_as_alone(tokenizer, granularity):
+def test_encoding_many_episodes_equals_encoding_each(tokenizer, granularity):
     """More episodes than go through the tokenizer at once."""
     episodes = [DialogueEpisodes(150, 8, 0, 1, 5, 0.5)[n] for n in range(150)]
     encoder = Encoder(tokenizer, 60, 100, granularity, recent_turns=2, full_context=True)
@@ -83,19 +83,19 @@ def test_together_is_as_alone(tokenizer, granularity):
 
 
 @pytest.mark.parametrize("turns", [1, 2, 5])
-def test_recent_turns_stand_before_the_question(tokenizer, turns):
+def test_recent_turns_precede_the_question(tokenizer, turns):
     encoded = Encoder(tokenizer, 1000, 1000, recent_turns=turns)(EPISODES)
     assert encoded[0].exchanges == Encoder(tokenizer, 1000, 1000)(EPISODES)[0].exchanges
     for episode, each in zip(EPISODES, encoded, strict=True):
         history = [message for message in episode.history if message["role"] != "system"]
         shown = history[-2 * turns :]
-        for said, alone, recent in zip(episode.exchanges, each.exchanges, each.recent, strict=True):
-            system = [message for message in said if message["role"] == "system"]
-            assert tokenizer.decode(recent.ids) == render(tokenizer, [*system, *shown, *said[len(system) :]])
+        for exchange, alone, recent in zip(episode.exchanges, each.exchanges, each.recent, strict=True):
+            system = [message for message in exchange if message["role"] == "system"]
+            assert tokenizer.decode(recent.ids) == render(tokenizer, [*system, *shown, *exchange[len(system) :]])
             assert scored(recent) == scored(alone)
 
 
-def test_as_many_recent_turns_as_fit(tokenizer):
+def test_recent_turns_are_limited_to_those_that_fit(tokenizer):
     history = [user("a" * 30), assistant("b"), user("c" * 5), assistant("d"), user("e"), assistant("f")]
     asked = [[user("g"), assistant("h")], [user("i" * 9), assistant("j")]]
     views = [[*history[first:], *asked[0]] for first in (0, 2, 4, 6)]
@@ -126,7 +126,7 @@ def test_the_full_view_is_one_conversation(tokenizer):
     assert any(len(exchange.ids) > 70 for exchange in full)
 
 
-def test_tool_calls_are_written_and_asked(tokenizer):
+def test_tool_calls_are_written_and_scored(tokenizer):
     other = with_template(tokenizer, TOOL_TEMPLATE)
     call = '[look {"where": "shed", "deep": null}]'
     episodes = [Episode(TOOLS, [TALK[2:]]), Episode(TOOLS[:2], [TOOLS[2:]]), Episode(TOOLS[:2], [TOOLS[2:4]])]
@@ -141,10 +141,10 @@ GIVEN = "{% if tools %}{{ tools | tojson }}{% endif %}{{ '/no_think' if enable_t
 LOOK = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}
 
 
-def test_what_a_row_gives_the_template_is_in_every_text(tokenizer):
+def test_template_options_of_a_row_apply_to_every_text(tokenizer):
     other = with_template(tokenizer, GIVEN + tokenizer.chat_template)
-    given = {"tools": [LOOK], "enable_thinking": False}
-    episodes = [Episode(TALK, [TALK[2:]], "a:1", kwargs) for kwargs in (given, {}, {"tools": [LOOK]})]
+    template_options = {"tools": [LOOK], "enable_thinking": False}
+    episodes = [Episode(TALK, [TALK[2:]], "a:1", kwargs) for kwargs in (template_options, {}, {"tools": [LOOK]})]
     for granularity in ("token", "message"):
         encoded = Encoder(other, 1000, 1000, granularity, 1, True)(episodes)
         for episode, each in zip(episodes, encoded, strict=True):
@@ -153,12 +153,12 @@ def test_what_a_row_gives_the_template_is_in_every_text(tokenizer):
             for views, messages in ((each.exchanges, TALK[2:]), (each.recent, [*TALK[2:], *TALK[2:]])):
                 assert tokenizer.decode(views[0].ids) == render(other, messages, **seen)
             assert tokenizer.decode(each.full[0].ids) == render(other, [*TALK, *TALK[2:]], **seen)
-        chat = encode_chat(other, TALK, granularity, template_kwargs=given)
+        chat = encode_chat(other, TALK, granularity, template_kwargs=template_options)
         assert chat.input_ids[0].tolist() == encoded[0].write_ids
 
 
 @pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
-def test_a_content_that_is_none_is_no_word(tokenizer, granularity):
+def test_a_content_of_none_is_not_rendered(tokenizer, granularity):
     """Whether the template prints it, asks for it, or would say something else in its place."""
     calls = "{% for call in message.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}"
     for content in (
@@ -168,8 +168,8 @@ def test_a_content_that_is_none_is_no_word(tokenizer, granularity):
         "{% if message.content is none %}{% else %}{{ message.content }}{% endif %}",
     ):
         source = tokenizer.chat_template.replace("{{ message.content }}", content + calls)
-        said = [user("None?"), CALLING, {"role": "tool", "content": "None"}, assistant("None."), *TALK[2:]]
-        chat = encode_chat(with_template(tokenizer, source), said, granularity)
+        messages = [user("None?"), CALLING, {"role": "tool", "content": "None"}, assistant("None."), *TALK[2:]]
+        chat = encode_chat(with_template(tokenizer, source), messages, granularity)
         expected = "<|user|>None?<|end|><|assistant|>[look]<|end|><|tool|>None<|end|><|assistant|>None.<|end|>"
         assert tokenizer.decode(chat.input_ids[0]) == expected + render(tokenizer, TALK[2:])
 
@@ -186,7 +186,7 @@ def test_a_content_that_is_none_is_no_word(tokenizer, granularity):
         (GIVEN, {"tools": [LOOK], "enable_thinkin": False}, "does not use enable_thinkin"),
     ],
 )
-def test_what_the_template_would_ignore_is_named(tokenizer, template, given, says, granularity):
+def test_template_options_without_effect_are_named(tokenizer, template, given, says, granularity):
     other = with_template(tokenizer, template + tokenizer.chat_template)
     with pytest.raises(DataError, match=f"a:7: The chat template of .* {says}"):
         Encoder(other, 100, 100, granularity)([Episode(TALK[:2], [TALK[2:]], "a:7", given)])
@@ -212,7 +212,7 @@ NO_RECENT = "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% e
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
 @pytest.mark.parametrize("where", ["history", "exchange"])
-def test_a_template_that_refuses_is_named(tokenizer, granularity, where):
+def test_a_template_that_raises_is_named(tokenizer, granularity, where):
     parts = {"history": TALK[:2], "exchange": TALK[2:]}
     parts[where] = [user("Why?"), assistant("because " * 40)]
     encoder = Encoder(with_template(tokenizer, REFUSE + tokenizer.chat_template), 1000, 1000, granularity)
@@ -229,7 +229,7 @@ def test_a_view_that_cannot_be_rendered_is_named(tokenizer):
             Encoder(other, 100, 100, **options)([episode])
 
 
-def test_templates_that_do_not_fit_are_named(tokenizer):
+def test_unsupported_templates_are_named(tokenizer):
     episode = Episode(TALK[:2], [TALK[2:]], "a:1")
     with pytest.raises(DataError, match="no chat template"):
         Encoder(with_template(tokenizer, None), 10, 10)
@@ -249,7 +249,7 @@ def test_templates_that_do_not_fit_are_named(tokenizer):
         Encoder(with_template(tokenizer, silent), 100, 100)([Episode([user("a")], [TALK[2:]], "a:1")])
 
 
-def test_contents_that_are_lists_of_texts_are_their_texts(tokenizer, tmp_path):
+def test_contents_that_are_lists_of_texts_are_joined(tokenizer, tmp_path):
     def parts(message):
         half = len(message["content"]) // 2
         texts = message["content"][:half], message["content"][half:]
@@ -268,7 +268,7 @@ def test_contents_that_are_lists_of_texts_are_their_texts(tokenizer, tmp_path):
     [("", "<think>"), ("{{ messages | length }}", ""), ("{{ messages | length }}", "<think>")],
     ids=["thinking that is opened and then dropped", "a count of messages", "both"],
 )
-def test_a_template_that_rewrites_the_prompt_is_read_as_a_chat_has_it(tokenizer, before, opening):
+def test_a_template_that_rewrites_the_prompt_is_encoded_as_in_a_chat(tokenizer, before, opening):
     """The prompt as it asks for the answer, and then the answer as it is."""
     source = before + tokenizer.chat_template.replace(
         "<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"
@@ -284,7 +284,7 @@ def test_a_template_that_rewrites_the_prompt_is_read_as_a_chat_has_it(tokenizer,
 
 
 @pytest.mark.parametrize("opening", ["", "<think>"])
-def test_an_answer_that_the_template_cuts_is_named(tokenizer, opening):
+def test_an_answer_shortened_by_the_template_is_named(tokenizer, opening):
     """As templates do that drop the thinking of every answer, the last one's too."""
     source = tokenizer.chat_template.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
     other = with_template(tokenizer, source.replace("<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"))
@@ -297,7 +297,7 @@ def test_an_answer_that_the_template_cuts_is_named(tokenizer, opening):
     assert Encoder(with_template(tokenizer, spaced), 100, 100)([Episode(TALK[:2], [TALK[2:]])])
 
 
-def test_what_no_encoder_can_be_made_of(tokenizer, monkeypatch):
+def test_invalid_arguments_of_an_encoder_raise(tokenizer, monkeypatch):
     with pytest.raises(ConfigError, match="granularity 'word'"):
         Encoder(tokenizer, 10, 10, "word")
     with pytest.raises(DataError, match="no history"):
@@ -307,7 +307,7 @@ def test_what_no_encoder_can_be_made_of(tokenizer, monkeypatch):
         Encoder(tokenizer, 10, 10)
 
 
-def test_texts_end_where_the_positions_of_the_model_do(tokenizer):
+def test_texts_are_limited_to_the_positions_of_the_model(tokenizer):
     talk = [user("my cat is Bella"), assistant("fine"), *TALK[:2]]
     episode = Episode(talk, [TALK[2:]])
     free = Encoder(tokenizer, 1000, 1000, recent_turns=2, full_context=True)([episode])[0]
@@ -323,7 +323,7 @@ def test_texts_end_where_the_positions_of_the_model_do(tokenizer):
 
 
 @pytest.mark.parametrize("place", ["history", "exchange"])
-def test_a_token_that_the_model_does_not_know_is_named(tokenizer, place):
+def test_a_token_unknown_to_the_model_is_named(tokenizer, place):
     other = deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
     limits = Limits(vocabulary=len(tokenizer))

@@ -1,4 +1,4 @@
-"""Rows become episodes: every form of a row, every turn that can be asked, every bad row named."""
+"""Converting rows to episodes: every form of a row, every turn that can be scored, every bad row named."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from deltamem_tool.data.episode import Episode, episodes_of, used_columns
 from deltamem_tool.errors import ConfigError, DataError
 
 
-def of(messages, supervise="last"):
+def episodes_from(messages, supervise="last"):
     return episodes_of({"messages": messages}, "here", supervise)
 
 
-def test_the_last_turn_is_asked_and_the_rest_is_history():
+def test_the_last_turn_is_scored_and_the_rest_is_history():
     tool = {"role": "tool", "content": "found"}
     longer = [SYSTEM, *TALK, user("And now?"), assistant("Wait."), tool, assistant("Rex still.")]
-    assert of(TALK) == [Episode(TALK[:2], [TALK[2:]])]
-    assert of([SYSTEM, *TALK]) == [Episode([SYSTEM, *TALK[:2]], [[SYSTEM, *TALK[2:]]])]
-    assert of(longer) == [Episode([SYSTEM, *TALK], [[SYSTEM, *longer[5:]]])]
-    assert of(longer)[0].where == "here"
-    assert of([assistant("Hello."), *TALK[2:]]) == [Episode([assistant("Hello.")], [TALK[2:]])]
+    assert episodes_from(TALK) == [Episode(TALK[:2], [TALK[2:]])]
+    assert episodes_from([SYSTEM, *TALK]) == [Episode([SYSTEM, *TALK[:2]], [[SYSTEM, *TALK[2:]]])]
+    assert episodes_from(longer) == [Episode([SYSTEM, *TALK], [[SYSTEM, *longer[5:]]])]
+    assert episodes_from(longer)[0].where == "here"
+    assert episodes_from([assistant("Hello."), *TALK[2:]]) == [Episode([assistant("Hello.")], [TALK[2:]])]
 
 
-def test_every_turn_with_a_history_and_an_answer_is_asked():
+def test_every_turn_with_a_history_and_an_answer_is_scored():
     turns = [*TALK, user("Sure?"), user("I ask again."), CALLING, FOUND, assistant("Yes."), FOUND, user("Thanks.")]
-    assert of([SYSTEM, *turns], "all") == [
+    assert episodes_from([SYSTEM, *turns], "all") == [
         Episode([SYSTEM, *TALK[:2]], [[SYSTEM, *TALK[2:]]]),
         Episode([SYSTEM, *turns[:5]], [[SYSTEM, *turns[5:9]]]),  # up to its last assistant message
     ]
-    assert of(TALK, "all") == of(TALK)
-    assert of([assistant("Hello."), *TALK], "all") == [
+    assert episodes_from(TALK, "all") == episodes_from(TALK)
+    assert episodes_from([assistant("Hello."), *TALK], "all") == [
         Episode([assistant("Hello.")], [TALK[:2]]),
         Episode([assistant("Hello."), *TALK[:2]], [TALK[2:]]),
     ]
 
 
 @pytest.mark.parametrize("nothing", [None, "", "absent"])
-def test_tool_turns_are_kept_as_they_are(nothing):
+def test_tool_turns_are_kept_unchanged(nothing):
     calling = {"role": "assistant", "tool_calls": [CALL]} | ({} if nothing == "absent" else {"content": nothing})
     messages = [*TALK[:2], user("Where is it?"), calling, FOUND, assistant("In the shed.")]
-    (episode,) = of(messages)
+    (episode,) = episodes_from(messages)
     assert episode.exchanges == [messages[2:]]
     assert episode.exchanges[0][1:3] == [calling, FOUND]
-    (called,) = of(messages[:4])  # a call can be the answer
+    (called,) = episodes_from(messages[:4])  # a call can be the answer
     assert called.exchanges == [messages[2:4]]
 
 
-def test_prompts_and_responses():
+def test_rows_of_prompts_and_responses():
     expected = [Episode(TALK[:2], [TALK[2:]])]
     for row in (
         {"prompt": TALK[:3], "response": "Rex."},
@@ -117,7 +117,7 @@ BAD = [  # a row as JSON, and what is said of it
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {}}}
 
 
-def test_what_a_row_gives_the_template():
+def test_tools_and_template_options_of_a_row_are_kept():
     for tools in ([LOOK], json.dumps([LOOK])):
         for kwargs in ({"enable_thinking": False}, '{"enable_thinking": false}'):
             row = {"messages": TALK, "tools": tools, "chat_template_kwargs": kwargs}
@@ -129,7 +129,7 @@ def test_what_a_row_gives_the_template():
     assert episodes_of(row, "here")[0].template_kwargs == {}
 
 
-def test_the_columns_that_are_used():
+def test_used_columns_returns_the_columns_that_are_read():
     assert used_columns({"messages": TALK, "prompt": "a"}) == {"messages", "tools", "chat_template_kwargs"}
     asked = {"prompt": "a", "completion": "b", "response": None}
     assert used_columns(asked) == {"prompt", "history", "completion", "tools", "chat_template_kwargs"}
@@ -144,12 +144,12 @@ def test_the_columns_that_are_used():
         ([user("a"), assistant("b"), user("c")], "no history"),
     ],
 )
-def test_what_cannot_be_asked_at_any_turn(messages, says):
+def test_rows_without_a_turn_to_score_raise(messages, says):
     with pytest.raises(DataError, match=says) as refusal:
-        of(messages, "all")
+        episodes_from(messages, "all")
     assert refusal.value.what.startswith("here ")
 
 
-def test_an_unknown_choice_is_named():
+def test_an_unknown_choice_of_turns_is_named():
     with pytest.raises(ConfigError, match=r"some.*\n.*last, all"):
-        of(TALK, "some")
+        episodes_from(TALK, "some")

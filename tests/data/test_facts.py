@@ -1,4 +1,4 @@
-"""Episodes of natural facts: read back by their sentences alone, and compared with what should be in them."""
+"""Episodes of natural facts: parsed from their sentences alone and compared with the rules that generate them."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def read(episode):
     history = [message for message in episode.history if message["role"] != "system"]
     for number, message in enumerate(history):
         if message["role"] == "user" and message["content"] not in REMARKS:
-            said = statements_in(message["content"])
-            if said is None:
+            statements = statements_in(message["content"])
+            if statements is None:
                 question, answer = question_in(message["content"]), answer_in(history[number + 1]["content"])
                 before = [fact.value for fact in stated if fact[:2] == question[:2]]
                 assert answer[:3] == (*question[:2], before[-1] if before else None), message
             else:
-                stated += said
+                stated += statements
         elif message["role"] == "assistant":
-            said = message["content"]
-            assert said in ACKNOWLEDGEMENTS or said in REPLIES or answer_in(said) is not None
+            statements = message["content"]
+            assert statements in ACKNOWLEDGEMENTS or statements in REPLIES or answer_in(statements) is not None
     for exchange in episode.exchanges:
         question, answer = (
             read_in(message["content"])
@@ -72,7 +72,7 @@ def read(episode):
     return stated, asked
 
 
-def test_an_episode_depends_on_seed_and_number_alone():
+def test_an_episode_depends_only_on_seed_and_number():
     first, again, other = generated(), generated(), generated(seed=1)
     backwards = [again[index] for index in reversed(range(50))][::-1]
     random.seed(3)
@@ -107,7 +107,7 @@ def test_numbers_grow_and_never_shrink():
     assert sum(lengths[:200]) * 5 < sum(lengths[-200:])
 
 
-def test_every_fact_that_is_told_is_asked_for_and_answered_with_what_is_true_in_the_end():
+def test_every_stated_fact_is_asked_for_and_answered_with_its_final_value():
     corrected = not_known = open_questions = 0
     for episode in generated(1500):
         stated, asked = read(episode)
@@ -131,29 +131,29 @@ def test_every_fact_that_is_told_is_asked_for_and_answered_with_what_is_true_in_
     assert 0.17 < open_questions / (open_questions + 4 * 1500) < 0.23
 
 
-def test_a_correction_says_so_and_comes_after_what_it_corrects():
+def test_a_correction_is_marked_and_follows_the_statement():
     rng, forms = random.Random(0), set(both(CORRECTIONS))
     for _ in range(200):
         facts = sample_facts(rng, 3, NOTHING, third_person=0.3)
         messages = fact_history(rng, facts, "chat", NOTHING, changed=1.0)
-        said = [spoken for message in messages[::2] for spoken in statements_in(message["content"]) or []]
-        (twice,) = [key for key, count in Counter(spoken[:2] for spoken in said).items() if count == 2]
-        stale, true = [spoken for spoken in said if spoken[:2] == twice]
+        statements = [spoken for message in messages[::2] for spoken in statements_in(message["content"]) or []]
+        (twice,) = [key for key, count in Counter(spoken[:2] for spoken in statements).items() if count == 2]
+        stale, true = [spoken for spoken in statements if spoken[:2] == twice]
         assert true.frame in forms and stale.frame not in forms and true.value != stale.value
         assert true.value in [fact.value for fact in facts] and stale.value not in [fact.value for fact in facts]
 
 
 @pytest.mark.slow
-def test_nothing_held_out_is_ever_trained():
+def test_held_out_words_never_occur_in_training():
     options = FactOptions(Growth(1, 4), Growth(0.5, 0.5), Growth(0.2, 0.2), Growth(0.5, 0.2), 0.0, 0.3, 0.1)
     attributes, values, frames, owners = set(), set(), set(), set()
     for episode in generated(20_000, options=options):
         stated, asked = read(episode)
-        said = [*stated, *(spoken for pair in asked for spoken in pair)]
-        attributes |= {spoken.attribute for spoken in said}
-        values |= {spoken.value for spoken in said if spoken.value is not None}
+        sentences = [*stated, *(spoken for pair in asked for spoken in pair)]
+        attributes |= {spoken.attribute for spoken in sentences}
+        values |= {spoken.value for spoken in sentences if spoken.value is not None}
         frames |= {spoken.frame for spoken in (*stated, *(question for question, _ in asked))}
-        owners |= {spoken.owner for spoken in said} - {"my", "the"}
+        owners |= {spoken.owner for spoken in sentences} - {"my", "the"}
     assert not any(map(is_held_out, (*attributes, *values, *frames, *owners)))
     assert len(attributes) == len({text for _, text in ATTRIBUTES[False]}), "and all of the rest is seen"
     assert frames == {
@@ -163,18 +163,18 @@ def test_nothing_held_out_is_ever_trained():
 
 
 @pytest.mark.parametrize("part", ["attributes", "values", "phrasings"])
-def test_each_part_is_held_out_by_itself(part):
+def test_each_kind_of_words_is_held_out_separately(part):
     held_out = replace(NOTHING, **{part: True})
     for episode in generated(150, options=replace(STEADY, bare=Growth(0.3, 0.3)), held_out=held_out):
         stated, asked = read(episode)
-        said = [*stated, *(answer for _, answer in asked)]
-        assert {is_held_out(spoken.attribute) for spoken in said} == {held_out.attributes}
-        assert {is_held_out(spoken.value) for spoken in said if spoken.value is not None} == {held_out.values}
+        sentences = [*stated, *(answer for _, answer in asked)]
+        assert {is_held_out(spoken.attribute) for spoken in sentences} == {held_out.attributes}
+        assert {is_held_out(spoken.value) for spoken in sentences if spoken.value is not None} == {held_out.values}
         spoken_frames = [spoken.frame for spoken in (*stated, *(question for question, _ in asked))]
         assert set(map(is_held_out, spoken_frames)) == {held_out.phrasings}
 
 
-def test_values_can_be_told_apart():
+def test_no_value_occurs_in_another_fact():
     """No value occurs in what is said about another fact, which is what answers are scored by."""
     for episode in generated(
         500, options=replace(STEADY, facts=Growth(8, 8), bare=Growth(0.3, 0.3)), held_out=EVERYTHING
@@ -187,7 +187,7 @@ def test_values_can_be_told_apart():
             assert answer.value is None or answer.value in text
 
 
-def test_what_was_never_told_is_half_of_the_time_like_what_was():
+def test_half_of_the_untold_facts_resemble_stated_ones():
     rng, kin = random.Random(0), 0
     for _ in range(1000):
         facts = sample_facts(rng, 2, EVERYTHING, third_person=0.3)
@@ -197,14 +197,14 @@ def test_what_was_never_told_is_half_of_the_time_like_what_was():
     assert 450 < kin < 650
 
 
-def test_the_share_of_bare_words_is_that_of_the_options():
+def test_the_share_of_bare_words_matches_the_options():
     facts = [fact for n in range(300) for fact in sample_facts(random.Random(n), 4, NOTHING, bare=0.4)]
     words = set(WORDS[False])
     assert 0.35 < sum(fact.value in words for fact in facts) / len(facts) < 0.45
     assert len({fact.value for fact in facts if fact.value in words}) > 400, "out of thousands"
 
 
-def test_there_are_many_attributes_and_of_every_kind_many_values():
+def test_there_are_many_attributes_and_many_values_of_every_kind():
     assert len(ATTRIBUTES[False]) + len(ATTRIBUTES[True]) >= ATTRIBUTES_AT_LEAST
     assert 0.1 < len(ATTRIBUTES[True]) / len(ATTRIBUTES[False]) < 0.3
     for kind in KINDS:
@@ -228,7 +228,7 @@ def test_sentences_read_as_sentences():
         assert "Your" not in text or text.count("your") + text.count("Your") >= 1
 
 
-def test_replies_that_need_no_memory_are_a_batch_s():
+def test_unrelated_replies_occur_in_whole_batches():
     options = replace(STEADY, unanswerable=0.0, replies=0.3)
     trains = []
     for episode in generated(800, options=options, batch_size=4):
@@ -238,14 +238,14 @@ def test_replies_that_need_no_memory_are_a_batch_s():
     assert all(len(set(trains[n : n + 4])) == 1 for n in range(0, 800, 4)) and 0.2 < sum(trains) / 800 < 0.4
 
 
-def test_where_phrasings_are_held_out_answers_are_the_usual_ones():
+def test_held_out_phrasings_use_the_default_answers():
     answers = Counter(answer.frame for episode in generated(50, held_out=EVERYTHING) for _, answer in read(episode)[1])
     assert set(answers) == {"{Fact}.", "You have not told me {clause}."}
     varied = Counter(answer.frame for episode in generated(200) for _, answer in read(episode)[1])
     assert len(varied) == len({*CHAT.answers, *CHAT.unknown}) and varied.most_common(1)[0][0] == "{Fact}."
 
 
-def test_the_system_prompt_of_a_chat_is_in_view_of_its_questions():
+def test_questions_see_the_system_prompt_of_their_chat():
     for episode in generated(200):
         system = [message for message in episode.history if message["role"] == "system"]
         assert all(
@@ -256,5 +256,5 @@ def test_the_system_prompt_of_a_chat_is_in_view_of_its_questions():
     assert given.history[0] == {"role": "system", "content": ""}
 
 
-def test_words_are_held_out_whatever_their_case():
+def test_holding_out_words_ignores_case():
     assert is_held_out("Rex Harper") == is_held_out("rex harper") and HeldOut() == NOTHING

@@ -42,8 +42,8 @@ configs:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """What one process reads of the Hub, one try after the other; and which files it asked for."""
+def results(tmp_path_factory):
+    """Results of a process that reads datasets of the Hub sequentially, and the files that it requested."""
     root = tmp_path_factory.mktemp("hub")
     first, second = root / "first" / "data", root / "second"
     first.mkdir(parents=True)
@@ -95,8 +95,8 @@ def said(tmp_path_factory):
     return dict(zip(tries, lines, strict=True)), server.fetched()
 
 
-def test_rows_of_a_split(said):
-    read, asked = said
+def test_rows_of_a_split(results):
+    read, asked = results
     first, second = read["train"]
     assert first == ["someone/talks[train] row 1", TALK[:2], [TALK[2:]]]
     assert second[0] == "someone/talks[train] row 2" and second[1] == TOOLS[:2]
@@ -105,20 +105,20 @@ def test_rows_of_a_split(said):
     assert asked.count("someone/talks/data/train-00000.parquet") == 1
 
 
-def test_rows_of_a_revision(said):
-    read, _ = said
+def test_rows_of_a_revision(results):
+    read, _ = results
     assert [len(history) for _, history, _ in read["revision"]] == [2, 4, 6]
 
 
-def test_bad_rows_are_named(said):
-    read, _ = said
+def test_bad_rows_are_named(results):
+    read, _ = results
     what, why, after = read["bad row"]
     assert what == "someone/talks[test] row 1 has no history." and why and after
     assert [where for where, _, _ in read["skipped"]] == ["someone/talks[test] row 2"]
 
 
-def test_what_is_not_there_is_named(said):
-    read, _ = said
+def test_missing_splits_and_datasets_are_named(results):
+    read, _ = results
     what, why, after = read["no split"]
     assert what == "The dataset someone/talks has no split 'validation'." and after
     assert "train" in why and "test" in why
@@ -127,8 +127,8 @@ def test_what_is_not_there_is_named(said):
         assert "no such dataset" in what and missing in why and after
 
 
-def test_rows_of_what_is_asked(said):
-    read, _ = said
+def test_rows_are_read_with_their_place(results):
+    read, _ = results
     first, second = {"id": "0", "prompt": "Who?", "answer": "Ann"}, {"id": "1", "prompt": "Who?"}
     assert read["rows"] == [
         ["someone/asked[validation] question 1", first],

@@ -1,4 +1,4 @@
-"""Generated episodes among a user's own: how many, in which order, and the same every time."""
+"""Mixing generated episodes with a user's own: the share, the order, and reproducibility."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mixed(encoder, mix, count=40, seed=0, dropout=0.0):
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.1, 0.3, 0.5, 0.75])
-def test_of_any_beginning_a_share_is_generated_and_the_own_come_epoch_after_epoch(encoder, mix):
+def test_any_prefix_has_the_generated_share_and_own_episodes_repeat_by_epoch(encoder, mix):
     where = [episode.where for episode in mixed(encoder, mix)]
     is_generated = [name.startswith("generated") for name in where]
     assert all(sum(is_generated[:n]) == math.floor(n * mix) for n in range(41))
@@ -39,7 +39,7 @@ def test_of_any_beginning_a_share_is_generated_and_the_own_come_epoch_after_epoc
     assert len(epochs) < 2 or epochs[0] != epochs[1]
 
 
-def test_an_episode_depends_on_seed_and_number_alone(encoder):
+def test_an_episode_depends_only_on_seed_and_number(encoder):
     first, again, other = mixed(encoder, 0.3), mixed(encoder, 0.3), mixed(encoder, 0.3, seed=1)
     backwards = [again[index] for index in reversed(range(40))][::-1]
     assert [first[index] for index in range(40)] == backwards != [other[index] for index in range(40)]
@@ -47,7 +47,7 @@ def test_an_episode_depends_on_seed_and_number_alone(encoder):
         first[40]
 
 
-def test_each_epoch_draws_anew_which_conversations_lose_their_recent_turns(encoder):
+def test_each_epoch_redraws_which_conversations_lose_their_recent_turns(encoder):
     episodes = list(mixed(encoder, 0.0, count=280, dropout=0.5))
     alone = {episode.where: encoder([own])[0].exchanges for own in OWN for episode in [own]}
     lost = [

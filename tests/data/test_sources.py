@@ -1,4 +1,4 @@
-"""Files become episodes, and every bad row is named, or skipped and said so."""
+"""Reading files into episodes: every bad row is named, or skipped and reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_parquet(path, rows):
     return path
 
 
-def test_json_lines(tmp_path):
+def test_json_lines_are_read(tmp_path):
     path = write_jsonl(tmp_path / "chats.jsonl", [TALK, [SYSTEM, *TALK], TOOLS])
     loaded = read_episodes(path)
     assert [episode.where for episode in loaded.episodes] == [f"{path}:{n}" for n in (1, 2, 3)]
@@ -37,18 +37,18 @@ def test_json_lines(tmp_path):
     assert [len(episode.history) for episode in read_episodes(str(talks), supervise="all").episodes] == [2, 4, 6, 8, 10]
 
 
-def test_a_line_is_what_ends_with_a_line_feed(tmp_path):
+def test_only_a_line_feed_ends_a_line(tmp_path):
     """Other separators of Unicode are text inside of a JSON string."""
-    said = "one\u2028two\u0085three\x0cfour"
+    text = "one\u2028two\u0085three\x0cfour"
     path = tmp_path / "chats.jsonl"
     with path.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Windows writes it
         file.write(json.dumps({"messages": [*TALK[:3], assistant("a\u2028b\u0085c")]}, ensure_ascii=False) + "\r\n")
         file.write("\n  \n\ufeff")  # and in the middle, where two files were put together
-        file.write(json.dumps({"messages": [user(said), *TALK[1:]]}, ensure_ascii=False))
+        file.write(json.dumps({"messages": [user(text), *TALK[1:]]}, ensure_ascii=False))
     loaded = read_episodes(path)
     assert loaded.rows == 2
     assert loaded.episodes[0].exchanges[0][-1]["content"] == "a\u2028b\u0085c"
-    assert loaded.episodes[1].history[0]["content"] == said
+    assert loaded.episodes[1].history[0]["content"] == text
     assert loaded.episodes[1].where == f"{path}:4"
 
 
@@ -68,7 +68,7 @@ def test_a_bad_line_is_named(tmp_path, line, says):
     assert [str(error) for error in loaded.skipped] == [str(refusal.value)]
 
 
-def test_a_line_that_is_no_text_is_named(tmp_path):
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
     path = write_jsonl(tmp_path / "latin.jsonl", [TALK])
     path.write_bytes(path.read_bytes() + b'{"messages": "caf\xe9"}\n')
     with pytest.raises(DataError, match=f"(?s){path}:2 is not UTF-8"):
@@ -76,7 +76,7 @@ def test_a_line_that_is_no_text_is_named(tmp_path):
     assert len(read_episodes(path, skip_bad_rows=True).skipped) == 1
 
 
-def test_parquet(tmp_path):
+def test_parquet_is_read(tmp_path):
     """A table gives every message the keys of all: what is null there was not said."""
     (tmp_path / "odd [1] *?").mkdir()
     path = write_parquet(tmp_path / "odd [1] *?" / "chats.parquet", [{"messages": TALK}, {"messages": TOOLS}])
@@ -90,7 +90,7 @@ def test_parquet(tmp_path):
     assert loaded.episodes[1].exchanges == [turn]
 
 
-def test_columns_that_are_not_used_are_named(tmp_path, caplog):
+def test_unused_columns_are_named(tmp_path, caplog):
     rows = [{"messages": TALK, "id": 1}, {"messages": TALK, "prompt": "a?", "mesages": []}]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_parquet(tmp_path / "chats.parquet", [{"id": 1, "messages": TALK, "tools": None, "source": "a"}])
@@ -104,7 +104,7 @@ def test_columns_that_are_not_used_are_named(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_parquet_with_tools(tmp_path):
+def test_parquet_with_tools_is_read(tmp_path):
     """A table gives every tool and every row the keys of all."""
     look = {
         "type": "function",
@@ -114,16 +114,16 @@ def test_parquet_with_tools(tmp_path):
         "type": "function",
         "function": {"name": "find", "parameters": {"type": "object", "properties": {"b": {"type": "string"}}}},
     }
-    given = [
+    rows = [
         {"tools": [look, find], "chat_template_kwargs": {"a": 1}},
         {"tools": [find], "chat_template_kwargs": {"b": [2]}},
     ]
-    path = write_parquet(tmp_path / "chats.parquet", [{"messages": TALK, **each} for each in given])
+    path = write_parquet(tmp_path / "chats.parquet", [{"messages": TALK, **each} for each in rows])
     episodes = read_episodes(path).episodes
     assert [each.template_kwargs for each in episodes] == [{"a": 1, "tools": [look, find]}, {"b": [2], "tools": [find]}]
 
 
-def test_parquet_with_prompts(tmp_path):
+def test_parquet_with_prompts_is_read(tmp_path):
     rows = [
         {"prompt": "a?", "response": "b", "history": "h", "messages": None, "id": 1},
         {"prompt": None, "response": None, "history": None, "messages": TALK, "id": 2},
@@ -132,7 +132,7 @@ def test_parquet_with_prompts(tmp_path):
     assert loaded.episodes == [Episode([user("h")], [[user("a?"), assistant("b")]]), Episode(TALK[:2], [TALK[2:]])]
 
 
-def test_parquet_with_columns_of_json(tmp_path):
+def test_parquet_with_json_columns_is_read(tmp_path):
     """As `datasets` writes arguments of tools that have different ones."""
     message = {"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}
     plain = [{**message, "tool_calls": None} for message in (*TALK[:2], user("Where?"))]
@@ -177,14 +177,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
             read_episodes(other)
 
 
-def test_a_file_has_no_split_and_no_revision(tmp_path):
+def test_a_split_or_revision_of_a_file_raises(tmp_path):
     path = write_jsonl(tmp_path / "chats.jsonl", [TALK])
     for options in ({"split": "test"}, {"revision": "v2"}):
         with pytest.raises(DataError, match="no split and no revision"):
             read_episodes(path, **options)
 
 
-def test_without_a_network_a_dataset_cannot_be_loaded(tmp_path, monkeypatch):
+def test_a_dataset_without_a_network_raises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"(?s)someone/talks cannot be loaded.*Hub.*jsonl"):
         read_episodes("someone/talks")

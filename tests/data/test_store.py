@@ -1,4 +1,4 @@
-"""What is kept on disk is what was encoded; which of its views is read depends on seed, epoch and index alone."""
+"""Encoded episodes on disk equal the encoder's output; which view is read depends only on seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONG = Episode(TALK[:2], [[user("Why?"), assistant("because " * 90)]], "a:9")
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
-def test_what_is_kept_is_what_was_encoded(tokenizer, granularity):
+def test_stored_episodes_equal_the_encoded_ones(tokenizer, granularity):
     encoder = Encoder(tokenizer, 30, 100, granularity, full_context=True)
     kept = encode_cached(EPISODES, encoder)
     expected = encoder(EPISODES)
@@ -45,20 +45,20 @@ def test_what_is_kept_is_what_was_encoded(tokenizer, granularity):
     assert list(pickle.loads(pickle.dumps(kept))) == expected
 
 
-def test_statistics_are_what_a_loop_counts(tokenizer):
+def test_statistics_match_a_plain_loop(tokenizer):
     kept = encode_cached(EPISODES, Encoder(tokenizer, 30, 100, recent_turns=1))
-    said = kept.statistics()
+    statistics = kept.statistics()
     expected = Encoder(tokenizer, 30, 100)(EPISODES)
     written = [len(each.write_ids) for each in expected]
     exchanges = [exchange for each in expected for exchange in each.exchanges]
     read = [len(exchange.ids) for exchange in exchanges]
-    assert (said.episodes, said.exchanges) == (len(expected), len(exchanges))
-    for counts, lengths in ((said.write_tokens, written), (said.read_tokens, read)):
+    assert (statistics.episodes, statistics.exchanges) == (len(expected), len(exchanges))
+    for counts, lengths in ((statistics.write_tokens, written), (statistics.read_tokens, read)):
         assert (counts.max, counts.total) == (max(lengths), sum(lengths))
         assert counts.mean == pytest.approx(sum(lengths) / len(lengths))
-    assert said.scored_tokens == sum(label != IGNORED for exchange in exchanges for label in exchange.labels)
-    assert said.cut == sum(each.cut > 0 for each in expected)
-    assert 0 < said.cut < said.episodes
+    assert statistics.scored_tokens == sum(label != IGNORED for exchange in exchanges for label in exchange.labels)
+    assert statistics.cut == sum(each.cut > 0 for each in expected)
+    assert 0 < statistics.cut < statistics.episodes
 
 
 def test_recent_turns_are_hidden_with_a_probability(tokenizer):
@@ -100,14 +100,14 @@ def test_episodes_that_cannot_be_encoded_are_named_or_skipped(tokenizer, cache):
             encode_cached(nothing, encoder, skip_bad_rows=True)
 
 
-def test_progress_is_reported_while_there_is_some(tokenizer):
-    said = []
+def test_progress_is_reported_only_while_encoding(tokenizer):
+    reports = []
     for _ in ("made", "found"):
-        encode_cached(EPISODES, Encoder(tokenizer, 100, 100), report=lambda *parts: said.append(parts))
-    assert said == [(256, 301), (301, 301)]
+        encode_cached(EPISODES, Encoder(tokenizer, 100, 100), report=lambda *parts: reports.append(parts))
+    assert reports == [(256, 301), (301, 301)]
 
 
-def test_a_loader_with_workers_reads_the_same(tokenizer):
+def test_a_loader_with_workers_reads_the_same_batches(tokenizer):
     encoder = Encoder(tokenizer, 100, 100)
     kept = encode_cached(EPISODES[:20], encoder)
     loader = DataLoader(kept, batch_size=5, collate_fn=EpisodeCollator(encoder), num_workers=1)

@@ -1,4 +1,4 @@
-"""The cache knows all that decides an encoding, is whole or absent, and is made again when it cannot be read."""
+"""The cache key covers all that affects an encoding; a cache is complete or absent; damaged ones are rebuilt."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def tables(folder: Path) -> list[Path]:
 
 def is_made(episodes, encoder) -> bool:
     """Whether it was encoded, rather than found."""
-    said = []
-    encode_cached(episodes, encoder, report=lambda *parts: said.append(parts))
-    return bool(said)
+    reports = []
+    encode_cached(episodes, encoder, report=lambda *parts: reports.append(parts))
+    return bool(reports)
 
 
-def test_the_same_is_found_again(folder):
+def test_the_same_episodes_are_found_in_the_cache(folder):
     assert is_made(EPISODES, Encoder(tiny_tokenizer(), **OPTIONS))
     again = tiny_tokenizer()
     again(["a", "bcd"], padding=True, truncation=True, max_length=2)  # which the tokenizer remembers
@@ -63,24 +63,24 @@ def test_the_same_is_found_again(folder):
     ],
     ids=str,
 )
-def test_every_option_counts(tokenizer, option):
+def test_every_option_changes_the_fingerprint(tokenizer, option):
     keys = [encoding_fingerprint(EPISODES, Encoder(tokenizer, **OPTIONS | change)) for change in ({}, option)]
     assert keys[0] != keys[1]
     assert is_made(EPISODES, Encoder(tokenizer, **OPTIONS))
     assert is_made(EPISODES, Encoder(tokenizer, **OPTIONS | option))
 
 
-def test_every_option_of_the_encoder_is_among_them(tokenizer):
+def test_options_returns_every_argument_of_the_encoder(tokenizer):
     import inspect
 
     names = set(inspect.signature(Encoder).parameters) - {"tokenizer"}
     assert set(Encoder(tokenizer, **OPTIONS).options()) == names
 
 
-def test_what_a_row_gives_the_template_counts(tokenizer):
+def test_template_options_of_a_row_change_the_fingerprint(tokenizer):
     encoder = Encoder(tokenizer, **OPTIONS)
-    given = [replace(episode, template_kwargs={"enable_thinking": False}) for episode in EPISODES]
-    assert encoding_fingerprint(given, encoder) != encoding_fingerprint(EPISODES, encoder)
+    changed = [replace(episode, template_kwargs={"enable_thinking": False}) for episode in EPISODES]
+    assert encoding_fingerprint(changed, encoder) != encoding_fingerprint(EPISODES, encoder)
 
 
 def one_word_more(tokenizer):
@@ -102,14 +102,14 @@ def lower_case(tokenizer):
 
 
 @pytest.mark.parametrize("change", [one_word_more, another_template, another_end, lower_case])
-def test_all_of_the_tokenizer_counts(change):
+def test_any_change_of_the_tokenizer_changes_the_fingerprint(change):
     other = tiny_tokenizer()
     change(other)
     assert is_made(EPISODES, Encoder(tiny_tokenizer(), **OPTIONS))
     assert is_made(EPISODES, Encoder(other, **OPTIONS))
 
 
-def test_the_class_of_the_tokenizer_counts():
+def test_the_class_of_the_tokenizer_changes_the_fingerprint():
     other = tiny_tokenizer()
     other.__class__ = type("Other", (type(other),), {})
     encoders = [Encoder(tokenizer, **OPTIONS) for tokenizer in (tiny_tokenizer(), other)]
@@ -129,13 +129,13 @@ def test_the_class_of_the_tokenizer_counts():
     ],
     ids=["fewer", "order", "where", "answer", "exchange", "history", "key"],
 )
-def test_all_of_the_episodes_counts(tokenizer, episodes):
+def test_any_change_of_the_episodes_changes_the_fingerprint(tokenizer, episodes):
     encoder = Encoder(tokenizer, **OPTIONS)
     assert is_made(EPISODES, encoder)
     assert is_made(episodes, encoder)
 
 
-def test_the_version_of_the_encoding_counts(tokenizer, monkeypatch):
+def test_the_version_of_the_encoding_changes_the_fingerprint(tokenizer, monkeypatch):
     encoder = Encoder(tokenizer, **OPTIONS)
     assert is_made(EPISODES, encoder)
     monkeypatch.setattr(store, "ENCODING_VERSION", store.ENCODING_VERSION + 1)
@@ -155,7 +155,7 @@ def lose_the_description(table: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, lose_the_table, lose_the_description])
-def test_a_damaged_cache_is_made_again(tokenizer, folder, damage, caplog):
+def test_a_damaged_cache_is_rebuilt(tokenizer, folder, damage, caplog):
     encoder = Encoder(tokenizer, **OPTIONS)
     encode_cached(EPISODES, encoder)
     (table,) = tables(folder)
@@ -178,7 +178,7 @@ def test_a_failure_leaves_nothing(tokenizer, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_make_it_once(tmp_path):
+def test_two_processes_encode_once(tmp_path):
     """And in the directory that HF_DATASETS_CACHE names."""
     pipes, both = [], []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Generated episodes: of seed and number alone, growing, and never with a pair that is held out."""
+"""Generated episodes: determined by seed and number, growing, and never with a held-out pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def generated(episodes=400, seed=0, **options):
     return DialogueEpisodes(episodes, seed=seed, **usual | options)
 
 
-def test_an_episode_depends_on_seed_and_number_alone():
+def test_an_episode_depends_only_on_seed_and_number():
     first, again, other = generated(), generated(), generated(seed=1)
     backwards = [again[index] for index in reversed(range(50))][::-1]
     random.seed(3)
@@ -50,18 +50,20 @@ def stated_in(messages):
 
 
 @pytest.fixture(scope="module")
-def said_in_training():
+def training_facts():
     """What 1,500 episodes say: (facts stated in order, facts asked for)."""
     answers = {Fact(a, v).answer: Fact(a, v) for a, kind in KIND_OF.items() for v in kind.values}
-    said = []
+    conversations = []
     for episode in generated(1500):
-        said.append((stated_in(episode.history), [answers[exchange[-1]["content"]] for exchange in episode.exchanges]))
-    return said
+        conversations.append(
+            (stated_in(episode.history), [answers[exchange[-1]["content"]] for exchange in episode.exchanges])
+        )
+    return conversations
 
 
-def test_held_out_pairs_are_never_seen_in_training(said_in_training):
+def test_held_out_pairs_never_occur_in_training(training_facts):
     held_out = {fact for _, facts in SPLITS.values() for fact in facts}
-    seen = {fact for stated, asked in said_in_training for fact in (*stated, *asked)}
+    seen = {fact for stated, asked in training_facts for fact in (*stated, *asked)}
     assert not seen & held_out
     assert len(seen) > 0.8 * sum(len(facts) for facts, _ in SPLITS.values())  # and it is no small corner of the rest
     rng = random.Random(0)
@@ -72,16 +74,16 @@ def test_held_out_pairs_are_never_seen_in_training(said_in_training):
         assert {fact.value for fact in (*training, *kept)} == set(KIND_OF[attribute].values)
 
 
-def test_what_is_asked_is_what_is_true_at_the_end(said_in_training):
+def test_questions_ask_for_the_final_values(training_facts):
     changed = 0
-    for stated, asked in said_in_training:
+    for stated, asked in training_facts:
         at_the_end = {fact.attribute: fact for fact in stated}
         assert sorted(at_the_end.values(), key=str) == sorted(asked, key=str)
         changed += len(stated) > len(asked)
-    assert 0.05 < changed / len(said_in_training) < 0.15
+    assert 0.05 < changed / len(training_facts) < 0.15
 
 
-def test_a_change_follows_what_it_changes():
+def test_a_change_follows_the_fact_that_it_changes():
     rng = random.Random(1)
     for held_out in (False, True):
         for _ in range(200):
@@ -103,19 +105,19 @@ def unknown_in(messages):
     return [(place, UNKNOWN[answer]) for place, answer in answers if answer in UNKNOWN]
 
 
-def test_unanswerable_questions_are_of_the_share_that_was_asked_for():
+def test_the_share_of_unanswerable_questions_matches_the_option():
     share, episodes = 0.25, 1500
     assert not any(unknown_in(episode.history) for episode in generated(200))
     answerable = unanswerable = alike = in_history = before_all = 0
     for episode in generated(episodes, unanswerable=share):
-        told = {fact.attribute for fact in stated_in(episode.history)}
-        kinds = {KIND_OF[attribute].question for attribute in told}
+        stated = {fact.attribute for fact in stated_in(episode.history)}
+        kinds = {KIND_OF[attribute].question for attribute in stated}
         unknown = [exchange for exchange in episode.exchanges if unknown_in(exchange)]
         asked = [exchange for exchange in episode.exchanges if exchange not in unknown]
-        assert len(asked) == len(told)
+        assert len(asked) == len(stated)
         for question, answer in unknown:
             attribute = UNKNOWN[answer["content"]]
-            assert attribute not in told and attribute in question["content"]
+            assert attribute not in stated and attribute in question["content"]
             alike += KIND_OF[attribute].question in kinds
         answerable, unanswerable = answerable + len(asked), unanswerable + len(unknown)
         for place, attribute in unknown_in(episode.history):

@@ -1,4 +1,4 @@
-"""Batches of training steps, made by hand."""
+"""Hand-made batches of training steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training that halts in the middle of writing a checkpoint, where a kill finds it."""
+"""Training that stops in the middle of writing a checkpoint, so that a test can kill it there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of a launch run: functions that a forked process can import."""
+"""Training functions run by the processes of a launch; a forked process can import them."""
 
 from __future__ import annotations
 

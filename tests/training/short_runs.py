@@ -1,4 +1,4 @@
-"""A short run with evaluations, and what it leaves."""
+"""A short training run with evaluations, and the files that it writes."""
 
 from __future__ import annotations
 

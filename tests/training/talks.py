@@ -1,4 +1,4 @@
-"""Conversations of unlike lengths, for runs."""
+"""Conversations of different lengths, as training data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def write_talks(path: Path, count: int = 24) -> Path:
     talks = []
     for number in range(count):
         facts = [dialogues.Fact(*PAIRS[(number + i) % len(PAIRS)]) for i in range(1 + number % 3)]
-        told = [
+        turns = [
             turn for fact in facts for turn in (user(fact.say(dialogues.STATEMENTS[number % 2])), assistant("Okay."))
         ]
-        talks.append([*told, user(facts[0].say(dialogues.QUESTIONS[0])), assistant(facts[0].answer)])
+        talks.append([*turns, user(facts[0].say(dialogues.QUESTIONS[0])), assistant(facts[0].answer)])
     return write_jsonl(path, talks)

@@ -1,4 +1,4 @@
-"""The loss that teaches addresses, held against a loop over its definition."""
+"""The addressing loss, compared with a loop over its definition."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TOLERANCE = 1e-5  # float32 against float64; the loss is about 3
 def telling_batch():
     """Of four tokens one is told twice, one once, one in the other conversation alone, one once and in padding."""
     batch = episode_batch()
-    told, read, targets = batch["write_ids"], batch["read_ids"], batch["targets"]
-    told[0, 1] = told[0, 5] = targets[0]
-    told[0, 3] = targets[1]
-    told[1, 2] = targets[2]
-    told[1, 1] = told[1, 6] = targets[3]
-    read[0, 0] = told[0, 0]
+    written, read, targets = batch["write_ids"], batch["read_ids"], batch["targets"]
+    written[0, 1] = written[0, 5] = targets[0]
+    written[0, 3] = targets[1]
+    written[1, 2] = targets[2]
+    written[1, 1] = written[1, 6] = targets[3]
+    read[0, 0] = written[0, 0]
     return batch
 
 
@@ -55,7 +55,7 @@ def naive_loss(model, batch):
         read_cache.memory = cache.memory.select(batch["rows"])
         model(batch["read_ids"], attention_mask=batch["read_mask"], cache=read_cache)
         read = hidden.take()
-    wanted = sorted({(row, column) for _, row, columns in addresses for column in columns})
+    pairs = sorted({(row, column) for _, row, columns in addresses for column in columns})
     by_row = {row: [] for row in range(len(batch["write_ids"]))}
     for (exchange, place), row, columns in addresses:
         losses = []
@@ -70,7 +70,7 @@ def naive_loss(model, batch):
 
                 query = unit(layer.query.weight, read[index][exchange, place])
                 places = [(row, w) for w in range(batch["write_ids"].shape[1]) if batch["write_mask"][row, w]]
-                places += [each for each in wanted if each[0] != row]
+                places += [each for each in pairs if each[0] != row]
                 scores = {
                     each: math.exp(query @ unit(layer.key.weight, written[index][each]) / TEMPERATURE)
                     for each in places
@@ -82,7 +82,7 @@ def naive_loss(model, batch):
 
 
 @torch.no_grad()
-def test_it_is_what_its_definition_says():
+def test_the_addressing_loss_matches_its_definition():
     model, batch = patched_model(state_heads=2), telling_batch()
     assert [columns for _, _, columns in naive_addresses(batch)] == [[1, 5], [3], [1]]
     parts = EpisodeModel(model, ObjectiveOptions(addressing=2.0))(**batch)
@@ -91,7 +91,7 @@ def test_it_is_what_its_definition_says():
     torch.testing.assert_close(parts["loss"], plain + 2.0 * parts["addressing"])
 
 
-def test_a_token_that_the_exchange_shows_is_not_looked_for():
+def test_tokens_visible_in_the_exchange_are_not_scored():
     batch = telling_batch()
     place = batch["scored"][0].item()
     batch["read_ids"].view(-1)[place - 1] = batch["targets"][0]
@@ -101,7 +101,7 @@ def test_a_token_that_the_exchange_shows_is_not_looked_for():
     assert len(addresses.query_places) == len(naive_addresses(batch)) == 2
 
 
-def test_it_teaches_queries_and_keys_alone():
+def test_the_addressing_loss_trains_only_queries_and_keys():
     model, batch = patched_model(state_heads=2), telling_batch()
     adapter, gradients = adapter_of(model), []
     for weight in (0.0, 1.0):
@@ -123,7 +123,7 @@ def test_recomputed_layers_and_chunks_change_nothing():
         parts["loss"].backward()
 
 
-def test_nothing_to_find_is_no_loss():
+def test_the_loss_is_zero_when_no_token_has_to_be_found():
     model, batch = patched_model(), episode_batch()
     batch["write_ids"].fill_(0)
     batch["targets"].fill_(1)
@@ -135,6 +135,6 @@ def test_nothing_to_find_is_no_loss():
 @pytest.mark.parametrize(
     "options", [{"memory": {"granularity": "message"}}, {"training": {"bptt": 1, "write_chunk": 8}}]
 )
-def test_what_it_cannot_be_combined_with(options):
+def test_unsupported_combinations_with_addressing_raise(options):
     with pytest.raises(ConfigError, match="addressing"):
         Recipe(base="b", out="o", objective={"addressing": 1.0}, **options)

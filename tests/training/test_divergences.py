@@ -1,4 +1,4 @@
-"""What is added to the answers' cross-entropy, each by its definition: gates, and divergences from the base model."""
+"""Terms added to the answers' cross-entropy, each against its definition: gate penalties, divergences from the base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltamem_tool.training.loss import EpisodeModel
 
 
 @pytest.mark.parametrize("segments", [False, True])
-def test_sparsity_looks_at_what_was_written(segments):
+def test_write_sparsity_matches_its_definition(segments):
     """(mean β − target)² by conversation and layer, over the tokens of the write pass, or the ends of its segments."""
     model = patched_model(granularity="message" if segments else "token")
     batch = episode_batch(lengths=(9, 5), segments=segments)
@@ -52,7 +52,7 @@ def test_sparsity_looks_at_what_was_written(segments):
     assert output["answer"].item() == plain["answer"].item()
 
 
-def test_the_penalty_opens_or_closes_gates():
+def test_the_write_sparsity_penalty_opens_or_closes_gates():
     model = patched_model()
     batch = episode_batch()
     for target, sign in ((0.0, 1), (1.0, -1)):
@@ -62,7 +62,7 @@ def test_the_penalty_opens_or_closes_gates():
         assert ((pushed[name] - bare[name]) * sign > 0).all()
 
 
-def test_divergence_is_from_the_base_with_everything_in_view():
+def test_full_context_divergence_matches_its_definition():
     """By its definition, from logits of the base alone and of the memory alone."""
     model = patched_model()
     batch = with_full_context(episode_batch())
@@ -82,7 +82,7 @@ def test_divergence_is_from_the_base_with_everything_in_view():
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_the_history_diverges_from_the_base_while_it_is_written(chunk):
+def test_history_divergence_matches_the_equations(chunk):
     """Each history by itself, by the equations: with the memory that it writes, and with none that is written."""
     model = patched_model(state_heads=2)
     batch, means = episode_batch(lengths=(12, 5)), []
@@ -97,7 +97,7 @@ def test_the_history_diverges_from_the_base_while_it_is_written(chunk):
     assert abs(output["loss"].item() - output["answer"].item() - 0.5 * expected) < LOSS_TOLERANCE
 
 
-def test_what_needs_no_memory_diverges_from_the_base():
+def test_unrelated_divergence_matches_the_equations():
     """By the equations: each exchange with the memory of its conversation, and with none; the mean of their means."""
     model = patched_model(state_heads=2)
     batch, means = with_unrelated(episode_batch()), []
@@ -114,7 +114,7 @@ def test_what_needs_no_memory_diverges_from_the_base():
     assert abs(output["loss"].item() - output["answer"].item() - 0.5 * expected) < LOSS_TOLERANCE
 
 
-def test_the_divergence_of_what_needs_no_memory_is_learned():
+def test_unrelated_divergence_can_be_reduced_by_training():
     """Steps against its gradients alone make it less."""
     model = patched_model()
     batch, objective = with_unrelated(episode_batch()), ObjectiveOptions(unrelated_kl=1.0)
@@ -140,7 +140,7 @@ def test_the_teacher_gets_no_gradient_and_writes_nothing():
     same(gradients(model, batch, objective=objective), gradients(model, episode_batch()))
 
 
-def test_a_step_in_parts_is_a_step():
+def test_a_step_in_micro_batches_equals_one_step():
     """Losses that were divided by what the whole batch scores add up to the whole batch's."""
     model = patched_model()
     objective = ObjectiveOptions(write_sparsity=0.7, full_context_kl=0.3, history_kl=0.4, unrelated_kl=0.6)

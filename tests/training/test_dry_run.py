@@ -1,4 +1,4 @@
-"""A dry run says what a real run then does: sizes, steps, tokens, memory. It writes nothing and needs no weights."""
+"""A dry run predicts sizes, steps, tokens and memory of the real run. It writes nothing and needs no weights."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ LAYERS = 5  # more than the two models that are run without numbers have
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     """Seven conversations of unlike length, one of them too long for the write pass."""
-    said = [[user(f"My lucky number is {n}. " * (n + 1)), assistant("Okay.")] for n in range(6)]
-    said.append([user("word " * 300), assistant("Okay.")])
-    rows = [[*talk, user("Which one is it?"), assistant(f"It is {n}.")] for n, talk in enumerate(said)]
+    conversations = [[user(f"My lucky number is {n}. " * (n + 1)), assistant("Okay.")] for n in range(6)]
+    conversations.append([user("word " * 300), assistant("Okay.")])
+    rows = [[*talk, user("Which one is it?"), assistant(f"It is {n}.")] for n, talk in enumerate(conversations)]
     return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
 
 
@@ -89,32 +89,32 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
-def test_parameters_and_steps_are_those_of_the_run(quick, granularity, checkpoint, chats, tmp_path):
+def test_parameters_and_steps_match_the_real_run(quick, granularity, checkpoint, chats, tmp_path):
     memory = {"granularity": granularity, "delta_init": "base_slice"}
     recipe = make_recipe(checkpoint, tmp_path / "adapter", chats, epochs=2.0, gradient_accumulation=2, memory=memory)
-    said = dry_run(recipe)
+    plan = dry_run(recipe)
     assert listing(tmp_path) == {}
     result = train(recipe)
-    assert (said.trained_parameters, said.steps) == (result.parameters, result.steps) == (said.trained_parameters, 4)
+    assert (plan.trained_parameters, plan.steps) == (result.parameters, result.steps) == (plan.trained_parameters, 4)
     step, model, _ = step_model(recipe)
-    assert said.base_parameters == sum(weight.numel() for weight in base_parameters(model))
-    assert said.memory_bytes == step.adapter.empty_memory(1).nbytes
-    assert said.share == said.trained_parameters / said.base_parameters
-    assert said.epochs == 2 and said.notes == [] and not said.is_sample
+    assert plan.base_parameters == sum(weight.numel() for weight in base_parameters(model))
+    assert plan.memory_bytes == step.adapter.empty_memory(1).nbytes
+    assert plan.share == plan.trained_parameters / plan.base_parameters
+    assert plan.epochs == 2 and plan.notes == [] and not plan.is_sample
 
 
 @pytest.mark.parametrize("supervise", ["last", "all"])
-def test_figures_of_the_data_are_those_that_training_keeps(quick, supervise, checkpoint, chats, tokenizer):
+def test_data_statistics_match_the_real_run(quick, supervise, checkpoint, chats, tokenizer):
     recipe = make_recipe(checkpoint, path=chats, gradient_accumulation=2, data={"supervise": supervise})
-    said = dry_run(recipe)
+    plan = dry_run(recipe)
     data = run_data(recipe, tokenizer, "token", 1)
-    assert said.episodes == data.training.statistics() and said.episodes.cut == 1
+    assert plan.episodes == data.training.statistics() and plan.episodes.cut == 1
     batches = [[data.training[i] for i in range(len(data.training))][start : start + 4] for start in (0, 4)]
     tokens = [sum(data.collator(batch)[name].sum().item() for name in ("write_mask", "read_mask")) for batch in batches]
-    assert said.steps == 2 and said.tokens_per_step == pytest.approx(sum(tokens) / 2)
+    assert plan.steps == 2 and plan.tokens_per_step == pytest.approx(sum(tokens) / 2)
 
 
-def test_tokens_of_recent_turns_count_as_often_as_they_are_shown(quick, checkpoint, chats, tokenizer):
+def test_tokens_of_recent_turns_are_counted_by_their_probability(quick, checkpoint, chats, tokenizer):
     options = {"data": {"recent_turns": 1}, "objective": {"context_dropout": 0.25}}
     shown, hidden = (
         make_recipe(checkpoint, path=chats, **options | {"objective": {"context_dropout": p}}) for p in (0.0, 1.0)
@@ -133,9 +133,9 @@ def test_generated_dialogues_are_sampled_from_the_whole_run(quick, checkpoint, t
     seen = []
     own = DialogueEpisodes.__getitem__
     monkeypatch.setattr(DialogueEpisodes, "__getitem__", lambda self, index: seen.append(index) or own(self, index))
-    said = dry_run(recipe)
-    assert said.is_sample and said.episodes.episodes == len(seen) == 64 and min(seen) == 0 and max(seen) > 190
-    assert said.steps == 50 and said.epochs is None
+    plan = dry_run(recipe)
+    assert plan.is_sample and plan.episodes.episodes == len(seen) == 64 and min(seen) == 0 and max(seen) > 190
+    assert plan.steps == 50 and plan.epochs is None
     few = make_recipe(checkpoint, steps=3, batch_size=4)
     data = run_data(few, tokenizer, "token", 1)
     batch = data.collator([data.training[i] for i in range(12)])
@@ -143,15 +143,15 @@ def test_generated_dialogues_are_sampled_from_the_whole_run(quick, checkpoint, t
     assert dry_run(few).tokens_per_step == pytest.approx(tokens / 3)
 
 
-def test_of_mixed_episodes_both_parts_are_sampled(quick, checkpoint, chats):
+def test_both_parts_of_mixed_episodes_are_sampled(quick, checkpoint, chats):
     data = {"path": str(chats), "mix": 0.5, "facts_first": 8, "facts_last": 8, "fewest": 1.0}
-    said = dry_run(make_recipe(checkpoint, steps=64, batch_size=4, data=data))
-    assert said.is_sample and said.episodes.episodes == 64 and said.epochs is None
-    own = said.episodes.exchanges - 64  # the seven more of each generated one
+    plan = dry_run(make_recipe(checkpoint, steps=64, batch_size=4, data=data))
+    assert plan.is_sample and plan.episodes.episodes == 64 and plan.epochs is None
+    own = plan.episodes.exchanges - 64  # the seven more of each generated one
     assert own == 7 * 32
 
 
-def test_processes_share_the_work(quick, checkpoint, chats, monkeypatch):
+def test_steps_are_divided_among_processes(quick, checkpoint, chats, monkeypatch):
     alone = dry_run(make_recipe(checkpoint, path=chats))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -160,7 +160,7 @@ def test_processes_share_the_work(quick, checkpoint, chats, monkeypatch):
     assert both.tokens_per_step == pytest.approx(2 * alone.tokens_per_step)
 
 
-def test_processes_share_the_base(quick, deep):
+def test_sharded_base_memory_is_divided_among_processes(quick, deep):
     """Of the deep base eight processes hold an eighth each; what does not divide by eight is rounded up."""
     alone, shared = dry_run(make_recipe(deep)), dry_run(make_recipe(deep, shard="fsdp2"), processes=8)
     assert alone.peak.weights == alone.base_bytes == shared.base_bytes
@@ -173,22 +173,22 @@ def test_processes_share_the_base(quick, deep):
     assert shared.processes == 8 and shared.is_main
 
 
-def test_bad_rows_and_missing_files_are_what_they_are_in_training(quick, checkpoint, chats, tmp_path):
+def test_bad_rows_and_missing_files_raise_as_in_training(quick, checkpoint, chats, tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_text(chats.read_text() + '{"messages": 3}\n')
     with pytest.raises(DataError):
         dry_run(make_recipe(checkpoint, path=path))
-    said = dry_run(make_recipe(checkpoint, path=path, data={"skip_bad_rows": True}))
-    assert said.skipped_rows == 1 and said.episodes.episodes == 7
+    plan = dry_run(make_recipe(checkpoint, path=path, data={"skip_bad_rows": True}))
+    assert plan.skipped_rows == 1 and plan.episodes.episodes == 7
     with pytest.raises(DataError, match="no data file"):
         dry_run(make_recipe(checkpoint, path=tmp_path / "none.jsonl"))
 
 
-def test_a_run_that_starts_from_an_adapter_has_its_memory(quick, checkpoint, chats, tmp_path):
+def test_a_run_from_an_adapter_uses_its_memory_options(quick, checkpoint, chats, tmp_path):
     first = make_recipe(checkpoint, tmp_path / "first", chats, steps=1, memory={"granularity": "message"})
     parameters = train(first).parameters
-    said = dry_run(dataclasses.replace(first, adapter=str(tmp_path / "first"), memory=DeltaMemConfig()))
-    assert said.trained_parameters == parameters and said.memory_bytes == dry_run(first).memory_bytes
+    plan = dry_run(dataclasses.replace(first, adapter=str(tmp_path / "first"), memory=DeltaMemConfig()))
+    assert plan.trained_parameters == parameters and plan.memory_bytes == dry_run(first).memory_bytes
 
 
 # Without weights
@@ -197,16 +197,16 @@ def test_a_run_that_starts_from_an_adapter_has_its_memory(quick, checkpoint, cha
 @pytest.mark.slow
 def test_a_config_is_enough_for_parameters_and_memory(checkpoint, tokenizer, chats, tmp_path):
     alone = config_alone(tmp_path / "alone", vocab_size=len(tokenizer))
-    said, full = dry_run(make_recipe(alone, path=Path("nowhere.jsonl"))), dry_run(make_recipe(checkpoint, path=chats))
+    plan, full = dry_run(make_recipe(alone, path=Path("nowhere.jsonl"))), dry_run(make_recipe(checkpoint, path=chats))
     same = ("trained_parameters", "base_parameters", "memory_bytes")
-    assert [getattr(said, name) for name in same] == [getattr(full, name) for name in same]
-    assert said.peak.weights == full.peak.weights and said.peak.total > full.peak.total
-    assert said.episodes is said.steps is said.tokens_per_step is None and said.epochs == 1
-    assert len(said.notes) == 1 and "has no tokenizer" in said.notes[0]
+    assert [getattr(plan, name) for name in same] == [getattr(full, name) for name in same]
+    assert plan.peak.weights == full.peak.weights and plan.peak.total > full.peak.total
+    assert plan.episodes is plan.steps is plan.tokens_per_step is None and plan.epochs == 1
+    assert len(plan.notes) == 1 and "has no tokenizer" in plan.notes[0]
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("tokenizer*"))
 
 
-def test_a_tokenizer_without_a_template_is_refused_as_in_training(tokenizer, tmp_path):
+def test_a_tokenizer_without_a_template_raises_as_in_training(tokenizer, tmp_path):
     alone = config_alone(tmp_path)
     plain = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     plain.save_pretrained(alone)
@@ -217,7 +217,7 @@ def test_a_tokenizer_without_a_template_is_refused_as_in_training(tokenizer, tmp
 # Memory
 
 
-def test_live_bytes_follow_tensors():
+def test_live_bytes_counts_existing_tensors():
     live = LiveBytes()
     with live:
         live.enter("first")
@@ -251,7 +251,7 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_activations_are_those_of_a_real_step(variant, deep, tokenizer, monkeypatch):
+def test_activation_memory_matches_a_real_step(variant, deep, tokenizer, monkeypatch):
     """Of numbers, through all layers; the dry run computes with none, and runs three and four layers."""
     monkeypatch.setattr("deltamem_tool.training.run.read_tokenizer", lambda folder: tokenizer)
     recipe = make_recipe(deep, **VARIANTS[variant])
@@ -262,13 +262,13 @@ def test_activations_are_those_of_a_real_step(variant, deep, tokenizer, monkeypa
     counts = []
     own = peak_bytes.with_layers
     monkeypatch.setattr(peak_bytes, "with_layers", lambda config, n: counts.append(n) or own(config, n))
-    said = activation_bytes(recipe, BaseCheckpoint(str(deep)), recipe.memory, SHAPE)
+    estimated = activation_bytes(recipe, BaseCheckpoint(str(deep)), recipe.memory, SHAPE)
     assert counts == [3, 4]
-    assert said == pytest.approx(real, rel=0.02)
+    assert estimated == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.slow
-def test_what_lowers_memory_lowers_the_figure(tmp_path):
+def test_memory_saving_options_lower_the_estimate(tmp_path):
     base = config_alone(tmp_path, num_hidden_layers=3, intermediate_size=128)  # so few that one fake step is enough
 
     def total(**options):
@@ -280,7 +280,7 @@ def test_what_lowers_memory_lowers_the_figure(tmp_path):
 
 
 @pytest.mark.parametrize(("quantize", "width"), [("int8", 1.0), ("nf4", 0.5625)])
-def test_quantised_weights_take_what_they_are_packed_to(quick, quantize, width, deep):
+def test_quantised_weights_are_counted_at_their_packed_size(quick, quantize, width, deep):
     plain, packed = (dry_run(make_recipe(deep, dtype="bfloat16", quantize=kind)) for kind in ("none", quantize))
     assert plain.peak.weights == 2 * plain.base_parameters
     linear = plain.base_parameters - 2 * 96 * 32 - (2 * LAYERS + 1) * 32 - 2 * LAYERS * 16
@@ -290,29 +290,29 @@ def test_quantised_weights_take_what_they_are_packed_to(quick, quantize, width, 
 
 
 def test_the_total_is_the_sum_and_adam_has_two_moments(quick, deep):
-    said = dry_run(make_recipe(deep, optimizer="sgd"))
-    peak = said.peak
-    assert peak.adapter == peak.gradients == peak.optimizer // 2 == 4 * said.trained_parameters
+    plan = dry_run(make_recipe(deep, optimizer="sgd"))
+    peak = plan.peak
+    assert peak.adapter == peak.gradients == peak.optimizer // 2 == 4 * plan.trained_parameters
     assert peak.total == peak.weights + peak.adapter + peak.gradients + peak.optimizer + peak.activations
-    assert any("sgd is counted as AdamW" in note for note in said.notes)
+    assert any("sgd is counted as AdamW" in note for note in plan.notes)
 
 
-def test_a_step_that_cannot_run_without_numbers_is_said_and_not_zero(deep, monkeypatch):
+def test_an_unknown_activation_size_is_reported_and_not_zero(deep, monkeypatch):
     def data_dependent(*args, **kwargs):
         raise RuntimeError("the model looks at values\nand more")
 
     monkeypatch.setattr(peak_bytes, "step_peaks", data_dependent)
-    said = dry_run(make_recipe(deep))
-    assert said.peak.activations is None and said.peak.total is None and said.trained_parameters
-    assert "Activations: not computed (RuntimeError: the model looks at values)" in said.notes
+    plan = dry_run(make_recipe(deep))
+    assert plan.peak.activations is None and plan.peak.total is None and plan.trained_parameters
+    assert "Activations: not computed (RuntimeError: the model looks at values)" in plan.notes
 
 
-def test_what_training_refuses_is_refused(deep):
+def test_recipes_that_training_rejects_raise(deep):
     with pytest.raises(ConfigError, match="LoRA does not fit"):
         dry_run(make_recipe(deep, lora=LoraOptions(targets=("nothing",))))
 
 
-def test_layers_repeat_after_a_period():
+def test_layer_period_finds_the_repeating_pattern():
     def config(**changes):
         return tiny_config("smollm3", **{"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8, **changes})
 
@@ -324,10 +324,10 @@ def test_layers_repeat_after_a_period():
     assert BaseCheckpoint("builtin:backbone").from_config(tiny_config()).config.eos_token_id == END != PAD
 
 
-def test_a_memory_in_some_layers_is_counted_in_all(quick, deep):
-    said = dry_run(make_recipe(deep, memory={"layers": "back:2"}))
-    assert said.trained_parameters * LAYERS == dry_run(make_recipe(deep)).trained_parameters * 2
-    assert any("every layer" in note for note in said.notes)
+def test_activations_of_a_memory_in_some_layers_are_counted_for_all(quick, deep):
+    plan = dry_run(make_recipe(deep, memory={"layers": "back:2"}))
+    assert plan.trained_parameters * LAYERS == dry_run(make_recipe(deep)).trained_parameters * 2
+    assert any("every layer" in note for note in plan.notes)
 
 
 # The command
@@ -338,8 +338,8 @@ def test_the_command_prints_a_table_or_json(checkpoint, chats, tmp_path, monkeyp
     from deltamem_tool.cli.train import command
 
     monkeypatch.chdir(tmp_path)
-    said = {"base": str(checkpoint), "out": "adapter", "data": {"path": str(chats)}, "training": {"batch_size": 2}}
-    Path("recipe.yaml").write_text(json.dumps(said))
+    content = {"base": str(checkpoint), "out": "adapter", "data": {"path": str(chats)}, "training": {"batch_size": 2}}
+    Path("recipe.yaml").write_text(json.dumps(content))
     before = listing(tmp_path)
     command(["recipe.yaml", "--dry-run", "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""How long a run takes is said beforehand, and the run is the same as without."""
+"""The duration of a run is estimated beforehand, and the estimate does not change the run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def recipe(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_with_an_estimate(recipe, tmp_path):
-    said = []
-    train(recipe, expecting=lambda steps, seconds: said.append((steps, seconds)))
-    ((steps, seconds),) = said
+def test_an_estimate_does_not_change_the_run(recipe, tmp_path):
+    estimates = []
+    train(recipe, expecting=lambda steps, seconds: estimates.append((steps, seconds)))
+    ((steps, seconds),) = estimates
     assert steps == 4 and seconds > 0
     other = dataclasses.replace(recipe, out=str(tmp_path / "other"))
     train(other)
@@ -40,7 +40,7 @@ def test_a_run_is_the_same_with_an_estimate(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_dropout_draws_what_it_would_have_drawn(recipe, tmp_path):
+def test_an_estimate_does_not_change_dropout(recipe, tmp_path):
     lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(rank=4, dropout=0.5))
     other = dataclasses.replace(lora, out=str(tmp_path / "other"))
     assert train(lora, expecting=lambda steps, seconds: None).losses == train(other).losses

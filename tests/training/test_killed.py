@@ -1,4 +1,4 @@
-"""A run that is killed while it writes a checkpoint, and resumed, ends where it would have ended: to the bit."""
+"""A run killed while it writes a checkpoint and then resumed ends bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILES = (1, 6)  # of a run: half of it is written when the kill comes, in the fi
 
 def recipe(folder: Path, base: Path) -> Path:
     folder.mkdir()
-    said = {
+    content = {
         "base": str(base),
         "out": str(folder / "adapter"),
         "memory": {"rank": 4, "granularity": "message"},
@@ -48,11 +48,11 @@ def recipe(folder: Path, base: Path) -> Path:
         },
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(said))
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
-def test_killed_in_the_middle_of_a_checkpoint(checkpoint, tmp_path):
+def test_a_run_killed_while_writing_a_checkpoint_resumes_bit_for_bit(checkpoint, tmp_path):
     train(load_recipe(recipe(tmp_path / "whole", checkpoint)))
     killed, halted = recipe(tmp_path / "killed", checkpoint), tmp_path / "halted"
     run = tmp_path / "killed" / "adapter.run"
@@ -74,7 +74,7 @@ def test_killed_in_the_middle_of_a_checkpoint(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kept", ["model.safetensors", "optimizer.pt"])
-def test_a_checkpoint_without_its_end_is_none(kept, checkpoint, tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(kept, checkpoint, tmp_path):
     """The state of the Trainer is written last: without it, or with half of it, the checkpoint before counts."""
     for step in (3, 6):
         folder = tmp_path / f"checkpoint-{step}"

@@ -1,4 +1,4 @@
-"""What a step's loss is, held against the equations; and that how it is computed does not matter."""
+"""The loss of a step, compared with the equations, and that ways to compute it faster do not change it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def naive_loss(model, batch) -> float:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "smollm3"])
-def test_the_loss_is_what_the_equations_say(name):
+def test_the_loss_matches_the_equations(name):
     model = patched_model(name, state_heads=2)
     batch = episode_batch()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_loss_is_what_the_equations_say(name):
         assert abs(EpisodeModel(model)(**batch)["loss"].item() - loss.item()) > 100 * LOSS_TOLERANCE
 
 
-def test_gradients_are_the_slopes_of_the_equations():
+def test_gradients_match_finite_differences_of_the_equations():
     """Every tensor of the adapter, and its derivative: keys, values and gates act through the state alone."""
     model = patched_model(branches=("q", "k", "v", "o"))
     batch = episode_batch()
@@ -126,7 +126,7 @@ def other_model(name, **options):
 
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_logits_are_the_models_own(name):
+def test_logits_match_the_forward_pass_of_the_model(name):
     """Capped, scaled, behind a projection: whatever its own forward pass does to them."""
     model = other_model(name)
     batch = episode_batch()
@@ -141,7 +141,7 @@ def test_logits_are_the_models_own(name):
     assert logits.shape == (len(batch["targets"]), VOCABULARY)
 
 
-def test_logits_are_made_where_they_are_scored(monkeypatch):
+def test_logits_are_computed_only_for_scored_tokens(monkeypatch):
     model, shapes = patched_model(), []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     EpisodeModel(model, ObjectiveOptions(full_context_kl=1.0))(**with_full_context(episode_batch()))
@@ -151,7 +151,7 @@ def test_logits_are_made_where_they_are_scored(monkeypatch):
 @pytest.mark.parametrize("granularity", ["token", "message"])
 @pytest.mark.parametrize("name", ["qwen3", *OTHERS])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 12])
-def test_chunks_are_one_call(name, granularity, chunk):
+def test_chunking_changes_neither_loss_nor_gradients(name, granularity, chunk):
     """The same loss and the same gradients, whatever the cut and whichever the shorter conversation."""
     options = {"granularity": granularity, "rank": 4}
     model = patched_model(**options) if name == "qwen3" else other_model(name, **options)
@@ -160,7 +160,7 @@ def test_chunks_are_one_call(name, granularity, chunk):
     same(gradients(model, batch, write_chunk=chunk, **shared), gradients(model, batch, **shared))
 
 
-def test_gradients_flow_through_the_last_chunks():
+def test_gradients_flow_only_through_the_last_chunks():
     """What the last two chunks wrote has the gradients that it has when the state before them is a constant."""
     model = patched_model()
     batch = episode_batch(lengths=(12, 9))
@@ -204,7 +204,7 @@ def test_recomputing_changes_nothing(name, granularity, chunks):
     assert layers and not any("forward" in vars(layer) for layer in layers)
 
 
-def test_recomputing_keeps_less():
+def test_recomputing_saves_memory():
     """Tensors that wait for the backward pass, in bytes."""
 
     def kept(**options):
@@ -222,13 +222,13 @@ def test_recomputing_keeps_less():
     assert kept(recompute=True) < 0.5 * kept()
 
 
-def test_recomputing_needs_layers():
+def test_recomputing_without_layers_raises():
     refused = pytest.raises(ConfigError, match=r"(?s)cannot recompute.*gradient_checkpointing")
     with refused, recompute_layers(nn.Linear(1, 1)):
         pass
 
 
-def test_traces_of_a_gradient_are_dropped():
+def test_denormal_gradients_are_set_to_zero():
     """A CPU's products of denormal numbers are many times slower than others."""
     model = patched_model(rank=4)
     randomise(adapter_of(model))
@@ -242,7 +242,7 @@ def test_traces_of_a_gradient_are_dropped():
     assert 1e-30 < sizes[sizes > 0].min() < 1e-20, "some are kept that matter to nobody, so that none is lost"
 
 
-def test_a_step_takes_no_fingerprint(monkeypatch):
+def test_a_step_does_not_compute_the_fingerprint(monkeypatch):
     """The weights are others after every step."""
     model = patched_model(rank=4)
     adapter, batch = adapter_of(model), episode_batch()

@@ -1,4 +1,4 @@
-"""Several processes learn what one learns."""
+"""Training on several processes gives the same result as on one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 def write_recipe(folder: Path, base: Path, batch: int, **training) -> Path:
     talks = str(write_talks(folder / "talks.jsonl"))
-    said = {
+    content = {
         "base": str(base),
         "out": str(folder / "adapter"),
         "memory": {"rank": 4, "state_heads": 2},
@@ -39,7 +39,7 @@ def write_recipe(folder: Path, base: Path, batch: int, **training) -> Path:
         "training": {"batch_size": batch, "gradient_accumulation": 2, "learning_rate": 1e-2, **training},
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(said))
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
@@ -77,7 +77,7 @@ def killed(*command: str, folder: Path, run: Path, said: Path, **environment: st
     process.wait()
 
 
-def test_two_processes_equal_one(checkpoint, tmp_path):
+def test_two_processes_match_one(checkpoint, tmp_path):
     """The same steps over the same conversations: with other token counts on each, with evaluation, and killed in the
     middle of a later epoch. Until then each has the whole base; resumed, they share it as the shipped file says."""
     for name in ("one", "two"):

@@ -1,4 +1,4 @@
-"""A run that was killed or interrupted goes on where it was."""
+"""A run that was killed or interrupted resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def interrupt_after(last):
 
 
 @pytest.mark.parametrize("early_stop", [None, 2])
-def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, monkeypatch):
+def test_a_run_killed_while_writing_its_adapter_is_resumed(early_stop, recipe, monkeypatch):
     """Nothing is left to do: no step is done twice, and the best weights are still the best."""
     # 5 steps are no whole epoch, and a constant rate would move the weights with a sixth.
     options = {"steps": 5, "scheduler": "constant", "save_every": 1, "eval_every": 1, "early_stop": early_stop}
@@ -69,7 +69,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, mo
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def test_patience_goes_on_where_it_was(recipe, monkeypatch):
+def test_patience_is_restored_on_resume(recipe, monkeypatch):
     """No evaluation is better than the first; one of three is waited for before Ctrl-C, and two after it."""
     real = engine.outcomes
     monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
@@ -81,13 +81,13 @@ def test_patience_goes_on_where_it_was(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("now", [0.0, 1.0])
-def test_an_option_that_is_newer_than_the_run_was_its_default(now, recipe, tmp_path):
+def test_an_option_added_after_the_run_counts_as_its_default(now, recipe, tmp_path):
     with pytest.raises(DeltaMemError, match="Interrupted"):
         train(recipe, report=interrupt_after(1))
-    said = tmp_path / "adapter.run" / "recipe.json"
-    options = json.loads(said.read_text())
+    file = tmp_path / "adapter.run" / "recipe.json"
+    options = json.loads(file.read_text())
     assert options.pop("objective.addressing") == 0.0
-    said.write_text(json.dumps(options))
+    file.write_text(json.dumps(options))
     again = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, addressing=now))
     if now:
         with pytest.raises(DeltaMemError, match=r"addressing was 0\.0, is 1\.0"):
@@ -97,12 +97,12 @@ def test_an_option_that_is_newer_than_the_run_was_its_default(now, recipe, tmp_p
 
 
 @pytest.mark.parametrize("what", ["processes", "sha256 of data.path"])
-def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
+def test_resuming_with_other_options_or_data_raises(what, recipe, tmp_path):
     with pytest.raises(DeltaMemError, match="Interrupted"):
         train(recipe, report=interrupt_after(1))
     if what == "processes":
-        said = tmp_path / "adapter.run" / "recipe.json"
-        said.write_text(said.read_text().replace('"processes": 1', '"processes": 8'))
+        file = tmp_path / "adapter.run" / "recipe.json"
+        file.write_text(file.read_text().replace('"processes": 1', '"processes": 8'))
     else:
         write_talks(tmp_path / "talks.jsonl", count=25)
     with pytest.raises(DeltaMemError, match=f"(?s)started with other settings.*{what}"):

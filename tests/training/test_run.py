@@ -1,4 +1,4 @@
-"""Training changes the adapter and nothing else, learns through the states, and survives being interrupted."""
+"""Training changes only the adapter, learns through the states, and survives interruption."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make_recipe(base, out, path=None, **options):
     )
 
 
-def test_it_learns_and_only_the_adapter_changes(recipe, checkpoint, monkeypatch, tmp_path):
+def test_training_reduces_the_loss_and_changes_only_the_adapter(recipe, checkpoint, monkeypatch, tmp_path):
     models = []
 
     def watched(*of):
@@ -86,7 +86,7 @@ def test_it_learns_and_only_the_adapter_changes(recipe, checkpoint, monkeypatch,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
-def test_a_memory_that_writes_by_segments_learns_too(granularity, checkpoint, chats, tmp_path):
+def test_a_memory_that_writes_by_segments_learns(granularity, checkpoint, chats, tmp_path):
     memory = DeltaMemConfig(rank=4, state_heads=2, granularity=granularity)
     recipe = make_recipe(checkpoint, tmp_path / "adapter", path=str(chats), steps=25, batch_size=6)
     losses = [loss for _, loss in train(dataclasses.replace(recipe, memory=memory)).losses]
@@ -103,7 +103,7 @@ def test_a_run_can_start_from_an_adapter(recipe, checkpoint, chats, tmp_path):
     assert result.losses[0][1] < train(first_again).losses[0][1]
 
 
-def test_what_came_to_be_at_out_is_left_and_the_adapter_lies_beside(checkpoint, tmp_path):
+def test_a_folder_created_at_out_during_the_run_is_kept(checkpoint, tmp_path):
     def make_thesis(step, *_):
         if step == 1:
             (tmp_path / "out").mkdir()
@@ -116,7 +116,7 @@ def test_what_came_to_be_at_out_is_left_and_the_adapter_lies_beside(checkpoint, 
     assert not (tmp_path / "out.run").exists()
 
 
-def test_a_run_that_ends_before_its_first_step_leaves_nothing(checkpoint, tmp_path):
+def test_a_run_interrupted_before_its_first_step_leaves_nothing(checkpoint, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -126,7 +126,7 @@ def test_a_run_that_ends_before_its_first_step_leaves_nothing(checkpoint, tmp_pa
     assert listing(tmp_path) == before
 
 
-def test_a_second_run_in_the_same_folder_is_refused(checkpoint, tmp_path):
+def test_a_second_run_in_the_same_folder_raises(checkpoint, tmp_path):
     recipe, refused = make_recipe(checkpoint, tmp_path / "out", steps=2, save_every=1), []
 
     def start_again(step, *_):
@@ -143,7 +143,7 @@ def test_a_second_run_in_the_same_folder_is_refused(checkpoint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [("generated", signal.SIGINT), ("file", signal.SIGTERM)])
-def test_an_interrupted_run_goes_on_where_it_was(kind, number, checkpoint, chats, tmp_path):
+def test_an_interrupted_run_resumes_bit_for_bit(kind, number, checkpoint, chats, tmp_path):
     """A signal after step 3 of 8 keeps the adapter; resumed, the end is what it would have been, to the bit."""
     path = str(chats) if kind == "file" else None
 
@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_where_it_was(kind, number, checkpoint, chats
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts"}
 
 
-def test_there_must_be_something_to_resume(recipe, tmp_path):
+def test_resuming_without_a_run_raises(recipe, tmp_path):
     with pytest.raises(DeltaMemError, match="nothing to resume"):
         train(recipe, resume=True)
     assert listing(tmp_path) == {}
@@ -184,7 +184,7 @@ def test_there_must_be_something_to_resume(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, chats, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_checkpoint(checkpoint, chats, tmp_path, monkeypatch):
     """The second checkpoint fails half-way: the first is what --resume finds."""
     recipe = make_recipe(checkpoint, tmp_path / "adapter", path=str(chats), save_every=2)
     real, saves = torch.save, []
@@ -218,7 +218,7 @@ def test_a_failure_before_the_first_step_leaves_nothing(recipe, checkpoint, toke
     assert listing(tmp_path) == before
 
 
-def test_another_recipe_cannot_resume(recipe, checkpoint, chats, tmp_path):
+def test_resuming_with_another_recipe_raises(recipe, checkpoint, chats, tmp_path):
     def interrupt(step, *_):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
@@ -230,8 +230,8 @@ def test_another_recipe_cannot_resume(recipe, checkpoint, chats, tmp_path):
     with pytest.raises(DeltaMemError, match=r"(?s)started with other settings.*rank"):
         train(other, resume=True)
     assert (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == before
-    said = json.loads((tmp_path / "adapter" / "deltamem_config.json").read_text())
-    assert said["mechanism"]["rank"] == 4
+    config = json.loads((tmp_path / "adapter" / "deltamem_config.json").read_text())
+    assert config["mechanism"]["rank"] == 4
 
 
 @pytest.mark.slow
@@ -244,8 +244,8 @@ def test_a_diverged_run_does_not_replace_a_good_one(recipe, monkeypatch, tmp_pat
     @functools.wraps(forward)  # the Trainer looks at the signature
     def diverging(self, **batch):
         calls.append(batch)
-        made = forward(self, **batch)
-        return {**made, "loss": made["loss"] * (nothing if len(calls) == 3 else 1)}
+        output = forward(self, **batch)
+        return {**output, "loss": output["loss"] * (nothing if len(calls) == 3 else 1)}
 
     monkeypatch.setattr(EpisodeModel, "forward", diverging)
     with pytest.raises(DeltaMemError, match=r"(?s)loss of step 3 is (nan|inf).*lower training.learning_rate"):
@@ -268,7 +268,7 @@ def test_a_diverged_run_does_not_replace_a_good_one(recipe, monkeypatch, tmp_pat
         ({"optimizer_options": "momentum=0.5"}, "training.optimizer_options", "takes none of momentum=0.5"),
     ],
 )
-def test_options_that_transformers_refuses(checkpoint, chats, tmp_path, options, key, why):
+def test_options_that_transformers_rejects_raise(checkpoint, chats, tmp_path, options, key, why):
     with pytest.raises(ConfigError, match=f"under {key} are invalid") as refused:
         train(make_recipe(checkpoint, tmp_path / "adapter", path=str(chats), **options))
     assert why in refused.value.why
@@ -276,7 +276,7 @@ def test_options_that_transformers_refuses(checkpoint, chats, tmp_path, options,
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "max_grad_norm"])
-def test_numbers_that_overflow_in_float32_are_refused(key):
+def test_numbers_that_overflow_in_float32_raise(key):
     with pytest.raises(ConfigError, match=f"{key} must be 1e\\+30 or less"):
         TrainingOptions(**{key: 1e300})
 
@@ -286,7 +286,7 @@ def test_a_slash_at_the_end_of_out_does_not_matter(checkpoint, chats, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
-def test_a_run_has_one_device(recipe, monkeypatch, tmp_path):
+def test_a_run_uses_one_device(recipe, monkeypatch, tmp_path):
     """With more GPUs the Trainer would copy what it knows of the model to each, and not the base."""
 
     class OnTwo(arguments.TrainingArguments):
@@ -299,11 +299,11 @@ def test_a_run_has_one_device(recipe, monkeypatch, tmp_path):
     assert training_arguments(recipe.training, 6, tmp_path).n_gpu == 1
 
 
-def test_losses_that_are_none_are_reported_as_they_are(recipe, tmp_path):
+def test_nan_losses_are_not_filtered(recipe, tmp_path):
     assert training_arguments(recipe.training, 6, tmp_path).logging_nan_inf_filter is False
 
 
-def test_the_recipe_decides_the_revision_of_an_adapters_base(recipe, monkeypatch):
+def test_the_recipe_sets_the_revision_of_an_adapters_base(recipe, monkeypatch):
     train(recipe)
     asked = []
     monkeypatch.setattr(run, "load", lambda path, **options: asked.append(options) or load(path))
@@ -326,7 +326,7 @@ def test_data_is_checked_before_the_first_step(recipe, checkpoint, tmp_path):
     assert steps == [] and set(listing(tmp_path)) == {"chats.jsonl"}
 
 
-def test_checkpoints_of_an_unfinished_run_are_not_thrown_away(recipe):
+def test_checkpoints_of_an_unfinished_run_are_not_deleted(recipe):
     state = Path(f"{recipe.out}.run") / "checkpoint-3" / "trainer_state.json"
     state.parent.mkdir(parents=True)
     state.write_text('{"global_step": 3}')

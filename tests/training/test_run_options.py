@@ -1,4 +1,4 @@
-"""What the options of a run do."""
+"""The effect of each option of a training run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_options_of_a_run(options, recipe):
 
 
 @pytest.mark.slow
-def test_a_run_that_recomputes_is_the_same_run(recipe):
+def test_recomputing_does_not_change_a_run(recipe):
     train(recipe)
     expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
     train(changed(recipe, gradient_checkpointing=True), overwrite=True)
@@ -58,7 +58,7 @@ def test_a_run_that_recomputes_is_the_same_run(recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_base(kind, recipe, tokenizer, tmp_path):
+def test_a_quantised_base_is_trained(kind, recipe, tokenizer, tmp_path):
     # Of whole blocks of 64: bitsandbytes 0.50 computes no others on a processor with AVX512-BF16.
     base = save_checkpoint(tmp_path / "wide", tokenizer, hidden_size=64, intermediate_size=128)
     memory = DeltaMemConfig(rank=4, delta_init="base_slice")
@@ -69,7 +69,7 @@ def test_a_quantised_base(kind, recipe, tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_epochs_are_counted_in_steps(recipe):
+def test_epochs_are_converted_to_steps(recipe):
     """24 conversations in batches of 4 by 2: 3 steps an epoch."""
     result = train(changed(recipe, steps=None, epochs=2.0, gradient_accumulation=2, eval_every=None))
     assert result.steps == steps_of(2.0, 24, 8) == 6
@@ -77,7 +77,7 @@ def test_epochs_are_counted_in_steps(recipe):
     assert steps_of(0.5, 9, 4) == 2
 
 
-def test_bad_rows_can_be_left_out(recipe, tmp_path):
+def test_bad_rows_can_be_skipped(recipe, tmp_path):
     rows = (tmp_path / "talks.jsonl").read_text().splitlines()
     (tmp_path / "talks.jsonl").write_text("\n".join([*rows[:3], "{}", *rows[3:], "no json"]) + "\n")
     before = listing(tmp_path)
@@ -95,8 +95,8 @@ def test_a_lora_learns_from_the_same_episodes(recipe, tmp_path):
     result = train(changed(lora, steps=16, eval_every=8))
     losses = [loss for _, loss in result.losses]
     assert losses[-1] < 0.95 * losses[0]
-    said = json.loads((tmp_path / "adapter" / SUMMARY_FILE).read_text())
-    assert any("eval_recall" in row and "eval_recall_zero" not in row for row in said["log"])
+    summary = json.loads((tmp_path / "adapter" / SUMMARY_FILE).read_text())
+    assert any("eval_recall" in row and "eval_recall_zero" not in row for row in summary["log"])
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert (config.r, set(config.target_modules)) == (4, {"q_proj", "o_proj"})
     assert config.base_model_name_or_path == recipe.base
@@ -105,7 +105,7 @@ def test_a_lora_learns_from_the_same_episodes(recipe, tmp_path):
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
 
 
-def test_a_lora_that_fits_nothing(recipe):
+def test_a_lora_without_matching_modules_raises(recipe):
     lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(targets=("nowhere",)))
     with pytest.raises(ConfigError, match=r"(?s)does not fit.*nowhere.*lora.targets"):
         train(lora)

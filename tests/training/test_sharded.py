@@ -1,4 +1,4 @@
-"""Processes that share the base model (FSDP2) learn what one learns that has all of it."""
+"""Training on processes that shard the base model (FSDP2) matches training in one process."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def recipes(bases, tmp_path_factory):
     return [whole, chunks, static]
 
 
-def test_two_processes_that_share_a_base_equal_one(recipes, tmp_path):
+def test_two_processes_with_a_sharded_base_match_one(recipes, tmp_path):
     """One of the runs starts Δ from the base's weights, is evaluated with three batches on two processes, and compares
     with the base; the other writes in chunks, of which the processes' conversations take unlike numbers, and recomputes
     layers of a base with tied embeddings."""
@@ -105,7 +105,7 @@ def test_two_processes_that_share_a_base_equal_one(recipes, tmp_path):
         assert 0 < note["whole"] <= planned.peak.gathered
 
 
-def test_a_base_in_nf4_is_shared(recipes, bases, tmp_path):
+def test_a_base_in_nf4_is_sharded(recipes, bases, tmp_path):
     """Each process has its part of the packed weights, and all of their scales."""
     more = {"quantize": "nf4", "gradient_checkpointing": True, "eval_every": None}
     base, notes = str(bases["wide"]), tmp_path / "notes"
@@ -124,7 +124,7 @@ def test_a_base_in_nf4_is_shared(recipes, bases, tmp_path):
     assert 0 < note["whole"] <= planned.peak.gathered
 
 
-def test_two_processes_with_a_base_each_log_the_losses_of_one(recipes, tmp_path):
+def test_two_data_parallel_processes_log_the_losses_of_one(recipes, tmp_path):
     """Data parallel: episodes of many lengths, of which each process has other ones."""
     few = with_training(recipes[0], steps=3, eval_every=None)
     one, two = (dataclasses.replace(few, out=str(tmp_path / name)) for name in ("one", "two"))
@@ -136,7 +136,7 @@ def test_two_processes_with_a_base_each_log_the_losses_of_one(recipes, tmp_path)
         assert abs(loss - other) < SAME_TOLERANCE, f"the loss of step {step} is {other}, not {loss}"
 
 
-def test_a_process_dies(recipes, tmp_path):
+def test_the_failure_of_a_process_is_reported_and_the_run_can_be_resumed(recipes, tmp_path):
     """The other one says which, soon; the last checkpoint is whole, and one process goes on from it to the same end."""
     whole = dataclasses.replace(with_training(recipes[0], eval_every=None, save_every=2), objective=ObjectiveOptions())
     one = dataclasses.replace(whole, out=str(tmp_path / "one"))

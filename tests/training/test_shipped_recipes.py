@@ -32,7 +32,7 @@ def in_small(model: str, folder: Path, tokenizer) -> Recipe:
 
 
 @pytest.mark.parametrize("model", [name for name in KINDS if "72b" not in name])
-def test_on_one_gpu(model, tmp_path, tokenizer):
+def test_a_shipped_recipe_runs_as_planned(model, tmp_path, tokenizer):
     recipe = in_small(model, tmp_path, tokenizer)
     planned = dry_run(recipe)
     result = train(recipe)
@@ -40,7 +40,7 @@ def test_on_one_gpu(model, tmp_path, tokenizer):
     assert read_adapter(recipe.out).config == recipe.memory
 
 
-def test_on_a_base_that_is_shared(tmp_path, tokenizer):
+def test_a_shipped_recipe_runs_on_a_sharded_base(tmp_path, tokenizer):
     recipe = in_small("qwen2.5-72b-instruct", tmp_path, tokenizer)
     planned = dry_run(recipe, processes=2)
     together(2, trained, [recipe], tmp_path / "notes")

@@ -1,4 +1,4 @@
-"""What a run does beside learning: it evaluates, keeps the best, logs, and says what went wrong."""
+"""A run evaluates, keeps its best weights, logs, and reports errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def recipe(checkpoint, tmp_path):
 # Evaluation
 
 
-def test_outcomes_are_those_of_each_conversation_by_itself():
+def test_outcomes_match_each_conversation_run_alone():
     """With its own memory, with none, and with the next one's; an answer counts if all its tokens are the likeliest."""
     model, batch = patched_model(), episode_batch()
     step = EpisodeModel(model).eval()
@@ -69,7 +69,7 @@ def test_outcomes_are_those_of_each_conversation_by_itself():
     assert len({round(value, 4) for name, value in expected.items() if "loss" in name}) == 3
 
 
-def test_an_answer_that_is_the_likeliest_is_recalled():
+def test_an_answer_counts_if_its_tokens_are_the_likeliest():
     model, batch = patched_model(), episode_batch()
     step = EpisodeModel(model).eval()
     batch["targets"] = dict(step.views(batch))[""].argmax(-1)
@@ -84,7 +84,7 @@ def test_every_conversation_has_a_donor(count, size, sizes):
     assert [len(group) for group in groups] == sizes and [i for group in groups for i in group] == list(range(count))
 
 
-def test_one_conversation_has_none(recipe):
+def test_a_single_conversation_has_no_donor(recipe):
     with pytest.raises(ConfigError, match=r"(?s)at least two.*eval_episodes"):
         batches_of(range(1), 4)
     steps = []
@@ -105,9 +105,9 @@ def test_a_run_evaluates_and_keeps_its_best(recipe, monkeypatch):
 
     monkeypatch.setattr(engine, "outcomes", worse)
     train(recipe)
-    said, kept = summary(recipe), load_file(f"{recipe.out}/{WEIGHTS_FILE}")
-    evaluations = [row for row in said["log"] if "eval_loss" in row]
-    assert [row["step"] for row in evaluations] == [2, 4, 6] and said["best_step"] == 4
+    result, kept = summary(recipe), load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    evaluations = [row for row in result["log"] if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [2, 4, 6] and result["best_step"] == 4
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"] and evaluations[1].keys() >= {"eval_recall_donor"}
     assert all(torch.equal(kept[name], weight) for name, weight in weights[1].items())
     assert not all(torch.equal(kept[name], weight) for name, weight in weights[2].items())
@@ -119,12 +119,12 @@ def test_a_run_that_no_longer_improves_stops(recipe, monkeypatch):
     assert train(changed(recipe, steps=20, early_stop=2)).steps == 6
 
 
-def test_there_must_be_something_to_evaluate_with(recipe):
+def test_evaluating_without_data_raises(recipe):
     with pytest.raises(ConfigError, match=r"eval_every needs conversations.*data.eval_path"):
         dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_path=None))
 
 
-def test_generated_dialogues_are_evaluated_on_facts_that_no_training_sees(recipe, tokenizer):
+def test_generated_dialogues_are_evaluated_on_held_out_facts(recipe, tokenizer):
     generated = dataclasses.replace(recipe, data=DataOptions(facts_first=1, facts_last=2))
     data = run_data(changed(generated, steps=2), tokenizer, "token", 1)
     held_out = {fact.answer for split in dialogues.SPLITS.values() for fact in split[True]}
@@ -136,7 +136,7 @@ def test_generated_dialogues_are_evaluated_on_facts_that_no_training_sees(recipe
     assert not answers(data.training[i] for i in range(len(data.training))) & held_out
 
 
-def test_generated_facts_are_evaluated_when_grown_on_words_that_no_training_sees(recipe, tokenizer):
+def test_generated_facts_are_evaluated_on_held_out_words_at_full_size(recipe, tokenizer):
     options = {
         "facts_first": 1,
         "facts_last": 4,
@@ -156,15 +156,15 @@ def test_generated_facts_are_evaluated_when_grown_on_words_that_no_training_sees
     assert [len(episode.exchanges) for episode in training[:4]] == [1] * 4
     assert [len(episode.exchanges) for episode in data.validation] == [4] * 6
     for episodes, held_out in ((training, False), (data.validation, True)):
-        said = [answer_in(exchange[-1]["content"]) for episode in episodes for exchange in episode.exchanges]
+        answers = [answer_in(exchange[-1]["content"]) for episode in episodes for exchange in episode.exchanges]
         assert (
-            {is_held_out(spoken.attribute) for spoken in said}
-            == {is_held_out(spoken.value) for spoken in said}
+            {is_held_out(spoken.attribute) for spoken in answers}
+            == {is_held_out(spoken.value) for spoken in answers}
             == {held_out}
         )
 
 
-def test_generated_episodes_are_mixed_with_those_of_a_file(recipe, tokenizer):
+def test_generated_episodes_are_mixed_with_episodes_of_a_file(recipe, tokenizer):
     mixed = dataclasses.replace(
         recipe, data=dataclasses.replace(recipe.data, mix=0.25, generated="facts", max_read_tokens=400)
     )
@@ -176,7 +176,7 @@ def test_generated_episodes_are_mixed_with_those_of_a_file(recipe, tokenizer):
     assert train(mixed).steps == 6
 
 
-def test_an_exchange_that_is_too_long_is_found_before_the_first_step(recipe, tokenizer):
+def test_an_exchange_that_is_too_long_raises_before_the_first_step(recipe, tokenizer):
     generated = dataclasses.replace(recipe, data=DataOptions(generated="facts", max_read_tokens=20))
     with pytest.raises(
         DeltaMemError, match=r"generated episode \d+: An exchange has \d+ tokens, more than max_read_tokens"
@@ -192,15 +192,15 @@ def test_a_template_without_system_prompts_gets_none(recipe, tokenizer):
     chats = DataOptions(generated="facts", chats_first=1.0, chats_until=0.0)
     data = run_data(dataclasses.replace(recipe, data=chats), refusing, "token", 1)
     assert not any(message["role"] == "system" for i in range(24) for message in data.training[i].history)
-    given = dataclasses.replace(recipe, data=dataclasses.replace(chats, system="Be brief."))
+    changed_recipe = dataclasses.replace(recipe, data=dataclasses.replace(chats, system="Be brief."))
     with pytest.raises(DeltaMemError, match="does not support a system prompt"):
-        run_data(given, refusing, "token", 1)
+        run_data(changed_recipe, refusing, "token", 1)
 
 
 # What is left of a run
 
 
-def test_the_summary_says_how_it_was_trained(recipe, tmp_path):
+def test_the_summary_records_the_training_options(recipe, tmp_path):
     result = train(recipe)
     said = summary(recipe)
     assert said["steps"] == result.steps == 6 and said["parameters"] == result.parameters
@@ -212,7 +212,7 @@ def test_the_summary_says_how_it_was_trained(recipe, tmp_path):
     assert set(said["versions"]) == {"deltamem", "torch", "transformers", "python"}
 
 
-def test_logs_are_written_where_they_stay(recipe, tmp_path):
+def test_logs_are_kept_after_the_run(recipe, tmp_path):
     train(changed(recipe, report_to=("tensorboard",)))
     assert any(path.name.startswith("events.") for path in (tmp_path / "adapter.logs").rglob("*"))
 
@@ -220,7 +220,7 @@ def test_logs_are_written_where_they_stay(recipe, tmp_path):
 # The order of episodes
 
 
-def test_like_lengths_share_a_step(recipe):
+def test_episodes_of_similar_length_share_a_step(recipe):
     class Episodes:
         lengths = tuple(length for length in range(1, 41) for _ in range(5))
 
@@ -237,7 +237,7 @@ def test_like_lengths_share_a_step(recipe):
     assert list(EpisodeSampler(Episodes(), "as they come", seed=0)) == list(range(200))
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_the_order_depends_only_on_seed_and_epoch():
     def order(seed, epoch):
         sampler = EpisodeSampler(range(50), "shuffled", seed)
         sampler.set_epoch(epoch)
@@ -247,7 +247,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(1, 0) == order(1, 0) and len({tuple(order(s, e)) for s, e in ((1, 0), (1, 1), (7, 0))}) == 3
 
 
-def test_the_dataset_is_told_the_epoch(recipe, monkeypatch):
+def test_the_dataset_receives_the_epoch(recipe, monkeypatch):
     epochs = []
     monkeypatch.setattr(EncodedEpisodes, "set_epoch", lambda self, epoch: epochs.append(epoch))
     train(changed(recipe, steps=None, epochs=2.0, eval_every=None))
@@ -257,31 +257,31 @@ def test_the_dataset_is_told_the_epoch(recipe, monkeypatch):
 # What goes wrong
 
 
-def test_a_diverged_run_says_where(recipe, monkeypatch, tmp_path):
+def test_a_diverged_run_reports_step_rows_and_gates(recipe, monkeypatch, tmp_path):
     """The step, the rows of its batch, and the gates."""
     forward, calls = EpisodeModel.forward, []
 
     @functools.wraps(forward)  # the Trainer looks at the signature
     def diverging(self, **batch):
         calls.append(batch)
-        made = forward(self, **batch)
-        return {**made, "loss": made["loss"] * (float("nan") if len(calls) == 3 else 1)}
+        output = forward(self, **batch)
+        return {**output, "loss": output["loss"] * (float("nan") if len(calls) == 3 else 1)}
 
     monkeypatch.setattr(EpisodeModel, "forward", diverging)
-    with pytest.raises(DeltaMemError) as told:
+    with pytest.raises(DeltaMemError) as error:
         train(changed(recipe, eval_every=None))
-    assert "the loss of step 3 is nan" in told.value.what
-    lines = [int(part.split(":")[1]) for part in told.value.why.split(";")[0].split(", ") if ".jsonl:" in part]
-    assert len(lines) == 4 and set(lines) <= set(range(1, 25)) and "mean gate β by layer was 0." in told.value.why
+    assert "the loss of step 3 is nan" in error.value.what
+    lines = [int(part.split(":")[1]) for part in error.value.why.split(";")[0].split(", ") if ".jsonl:" in part]
+    assert len(lines) == 4 and set(lines) <= set(range(1, 25)) and "mean gate β by layer was 0." in error.value.why
     assert not (tmp_path / "adapter").exists()
 
 
-def test_conversations_that_are_too_long_are_cut_from_the_left(recipe, tmp_path):
+def test_conversations_that_are_too_long_are_truncated_on_the_left(recipe, tmp_path):
     from deltamem_tool.data.dialogues import assistant, user
 
     long = [[user("a " * 60), assistant("b"), user("c"), assistant("d")]] * 4
     write_jsonl(tmp_path / "talks.jsonl", long)
     data = dataclasses.replace(recipe.data, max_write_tokens=20)
     train(changed(dataclasses.replace(recipe, data=data), steps=1))
-    said = summary(recipe)["episodes"]
-    assert said["cut"] == 4 and said["write_tokens"]["max"] == 20
+    episodes = summary(recipe)["episodes"]
+    assert episodes["cut"] == 4 and episodes["write_tokens"]["max"] == 20
