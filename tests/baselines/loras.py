@@ -1,4 +1,4 @@
-"""LoRAs to evaluate."""
+"""LoRAs for evaluation tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static adapters to evaluate."""
+"""Static adapters for evaluation tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LoRA on the same base, with which the memory is compared in the same run."""
+"""A LoRA on the same base, evaluated in the same run as the memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def copied(folder, to, **changes):
     return to
 
 
-def test_a_lora_answers_as_peft_has_it(model, tokenizer, checkpoint, folder):
+def test_a_lora_answers_as_in_peft(model, tokenizer, checkpoint, folder):
     lora = Lora.read(folder)
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "lora", "lora_full_context"), lora=lora)
     alone = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), str(folder)).eval()
@@ -68,7 +68,7 @@ def test_a_lora_answers_as_peft_has_it(model, tokenizer, checkpoint, folder):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_lora_leaves_nothing_behind(model, tokenizer, folder, fails, monkeypatch):
+def test_the_base_is_unchanged_after_evaluating_a_lora(model, tokenizer, folder, fails, monkeypatch):
     """Bit for bit, the base and the memory on it; also where an answer fails."""
     adapter = adapter_of(model)
     detach(model)
@@ -96,7 +96,7 @@ def test_a_lora_leaves_nothing_behind(model, tokenizer, folder, fails, monkeypat
     hook(model, adapter)
 
 
-def test_a_lora_of_another_base_is_refused(model, checkpoint, folder, tmp_path):
+def test_a_lora_of_another_base_raises(model, checkpoint, folder, tmp_path):
     other = save_checkpoint(tmp_path / "other", seed=5, vocab_size=model.config.vocab_size)
     for name, base, says in (
         ("other", str(other), "was trained on another base model"),
@@ -112,20 +112,20 @@ def test_a_lora_of_another_base_is_refused(model, checkpoint, folder, tmp_path):
     Lora.read(moved).check_base(model)
 
 
-def test_what_is_not_a_lora_is_refused(model, folder, tmp_path):
+def test_folders_that_are_not_loras_raise(model, folder, tmp_path):
     with pytest.raises(AdapterError, match=r"is not a LoRA folder.*\n.*adapter_config.json"):
         Lora.read(tmp_path)
     with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
         Lora.read(copied(folder, tmp_path / "ia3", peft_type="IA3"))
     less = copied(folder, tmp_path / "less")
     weights = load_file(less / WEIGHTS_FILE)
-    gone = sorted(weights)[0]
-    save_file({name: weight for name, weight in weights.items() if name != gone}, less / WEIGHTS_FILE)
+    missing = sorted(weights)[0]
+    save_file({name: weight for name, weight in weights.items() if name != missing}, less / WEIGHTS_FILE)
     nowhere = copied(folder, tmp_path / "nowhere", target_modules=["nowhere"])
     adapter = adapter_of(model)
     detach(model)
     before = logits(model)
-    for place, says in ((less, gone.replace(".", r"\.")), (nowhere, "nowhere")):
+    for place, says in ((less, missing.replace(".", r"\.")), (nowhere, "nowhere")):
         with (
             pytest.raises(AdapterError, match=f"does not fit the model.*\n.*{says}"),
             Lora.read(place).applied_to(model),
@@ -139,7 +139,7 @@ def test_what_is_not_a_lora_is_refused(model, folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_records_are_of_one_lora(model, tokenizer, checkpoint, folder, tmp_path):
+def test_records_of_another_lora_are_not_reused(model, tokenizer, checkpoint, folder, tmp_path):
     options = {"only": ("lora",), "folder": tmp_path / "records"}
     first = evaluate(model, tokenizer, TASK, MEMORY, lora=Lora.read(folder), **options)
     again = evaluate(model, tokenizer, TASK, MEMORY, lora=Lora.read(folder), **options)

@@ -1,4 +1,4 @@
-"""A static adapter: it knows no conversation, learns from the same episodes, and is compared in the same run."""
+"""A static adapter: it has no memory, trains on the same episodes, and is evaluated in the same run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def answers(found, condition):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt_neox"])  # the second has q, k and v in one linear layer
-def test_it_adds_the_same_to_every_token(options, model_type):
+def test_a_static_adapter_adds_the_same_to_every_token(options, model_type):
     """Δ times the constant, by hand."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
@@ -90,7 +90,7 @@ def test_it_adds_the_same_to_every_token(options, model_type):
             torch.testing.assert_close(added, steer.expand_as(plain), atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_it_answers_the_same_whatever_was_told(model, tokenizer, checkpoint, folder):
+def test_answers_do_not_depend_on_the_history(model, tokenizer, checkpoint, folder):
     """As its own model does that was given nothing but the question."""
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=Static.read(folder))
     alone = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
@@ -112,7 +112,7 @@ def test_conditions_that_leave_out_a_baseline_are_rejected(model, tokenizer, fol
         evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=static, retrieved=True)
 
 
-def test_it_leaves_nothing_behind(model, tokenizer, folder, monkeypatch):
+def test_the_base_is_unchanged_after_evaluation(model, tokenizer, folder, monkeypatch):
     before = logits(model)
     evaluate(model, tokenizer, TASK, MEMORY, only=("static",), static=Static.read(folder))
     assert torch.equal(logits(model), before)
@@ -126,7 +126,7 @@ def test_it_leaves_nothing_behind(model, tokenizer, folder, monkeypatch):
     assert torch.equal(logits(model), before)
 
 
-def test_records_are_of_one_static_adapter(model, tokenizer, folder, tmp_path):
+def test_records_of_another_static_adapter_are_not_reused(model, tokenizer, folder, tmp_path):
     options = {"only": ("static",), "folder": tmp_path / "records"}
     first = evaluate(model, tokenizer, TASK, MEMORY, static=Static.read(folder), **options)
     assert evaluate(model, tokenizer, TASK, MEMORY, static=Static.read(folder), **options).records == first.records
@@ -135,7 +135,7 @@ def test_records_are_of_one_static_adapter(model, tokenizer, folder, tmp_path):
         evaluate(model, tokenizer, TASK, MEMORY, static=other, **options)
 
 
-def test_what_does_not_match_is_refused(model, tokenizer, folder, tmp_path):
+def test_a_static_adapter_that_does_not_match_the_memory_raises(model, tokenizer, folder, tmp_path):
     before = logits(model)
     fewer = make_static(model, dataclasses.replace(CONFIG, branches=("q", "o")), tmp_path / "fewer")
     wider = make_static(model, dataclasses.replace(CONFIG, rank=8), tmp_path / "wider")
@@ -149,7 +149,7 @@ def test_what_does_not_match_is_refused(model, tokenizer, folder, tmp_path):
     assert torch.equal(logits(model), before)
 
 
-def test_damaged_folders_are_refused(model, folder, tmp_path):
+def test_damaged_folders_raise(model, folder, tmp_path):
     with pytest.raises(AdapterError, match=f"not the folder of a static adapter.*\n.*{CONFIG_FILE}"):
         Static.read(tmp_path)
     weights = load_file(folder / WEIGHTS_FILE)
@@ -170,7 +170,7 @@ def test_damaged_folders_are_refused(model, folder, tmp_path):
         Static.read(place).adapter_for(model)
 
 
-def test_it_is_no_adapter_with_a_memory_and_the_other_way_round(model, checkpoint, folder, tmp_path):
+def test_static_adapters_and_memories_are_not_interchangeable(model, checkpoint, folder, tmp_path):
     with pytest.raises(AdapterError, match=r"has no memory.\n.*static adapter.*\n.*--static"):
         load(folder)
     create_adapter(str(checkpoint), CONFIG, tmp_path / "adapter")
@@ -185,7 +185,7 @@ def recipe(checkpoint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"eval_every": 8}], ids=str)
-def test_it_learns_from_the_same_episodes(recipe, options):
+def test_training_reduces_the_loss(recipe, options):
     """And again from where it was, as a memory does."""
     result = train(changed(recipe, **{"steps": 16, "eval_every": None, **options}))
     losses = [loss for _, loss in result.losses]
@@ -203,7 +203,7 @@ def test_it_learns_from_the_same_episodes(recipe, options):
     assert dry_run(more).trained_parameters == result.parameters
 
 
-def test_a_new_one_is_the_base_and_learns_all_the_same(checkpoint):
+def test_a_new_static_adapter_equals_the_base_and_gets_gradients(checkpoint):
     """Δ is zero, as in a new memory; the constant is not, or nothing would ever change."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     before = logits(model)
@@ -219,7 +219,7 @@ def test_a_new_one_is_the_base_and_learns_all_the_same(checkpoint):
     assert all(handles)
 
 
-def test_the_teacher_goes_without_it(checkpoint):
+def test_the_teacher_runs_without_the_static_adapter(checkpoint):
     """The divergence is from the base with the history in view, and the next step has the adapter on again."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     before = logits(model)
@@ -236,6 +236,6 @@ def test_the_teacher_goes_without_it(checkpoint):
     torch.testing.assert_close(parts["loss"], parts["answer"] + 0.5 * parts["kl"])
 
 
-def test_a_static_adapter_or_a_lora(recipe):
+def test_training_a_static_adapter_and_a_lora_together_raises(recipe):
     with pytest.raises(ConfigError, match="a static adapter or a LoRA"):
         dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions())

@@ -1,4 +1,4 @@
-"""`deltamem bench` on tiny models: what is compared is what it is called, sizes are exact, and errors are short."""
+"""`deltamem bench` on tiny models: each side is the model it names, sizes are exact, and errors are short."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def generated(side, ids, count):
     return torch.cat([torch.from_numpy(each) for each in chosen], dim=1), past
 
 
-def test_each_model_is_what_it_is_called():
+def test_each_side_is_the_model_that_it_names():
     model, memory = apart(patched_model())
     sides = torch_sides(model, memory, Setting("adapter"))
     ids, options = tokens(2, 40), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -65,7 +65,7 @@ def test_each_model_is_what_it_is_called():
     assert not torch.equal(answers[BASE], answers[MEMORY])
 
 
-def test_twins_share_their_weights_and_nothing_else():
+def test_sides_share_only_their_weights():
     model, memory = apart(patched_model())
     twin = modify_model(MEMORY, shared_copy(model), memory, Setting("adapter"))
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
@@ -76,7 +76,7 @@ def test_twins_share_their_weights_and_nothing_else():
         assert torch.equal(model(tokens(1, 9)).logits, tiny_model()(tokens(1, 9)).logits)
 
 
-def test_messages_are_written_as_they_end():
+def test_messages_are_written_at_their_end():
     model = patched_model(granularity="message")
     _, cache = generated(TorchSide(model), tokens(2, SEGMENT + 5), 4)
     assert cache.memory.open_tokens.tolist() == [5 + 3, 5 + 3]
@@ -90,7 +90,7 @@ def test_messages_are_written_as_they_end():
         torch.testing.assert_close(cache.memory.layers[layer], state, atol=1e-5, rtol=0)
 
 
-def test_a_random_lora_is_of_the_memorys_size():
+def test_a_random_lora_has_the_size_of_the_memory():
     model, memory = apart(patched_model(rank=8))
     lora = random_lora(model, memory, seed=0)
     rank, of_memory = lora.active_peft_config.r, sum(weight.numel() for weight in memory.parameters())
@@ -100,13 +100,13 @@ def test_a_random_lora_is_of_the_memorys_size():
     assert all(weight.std() > 0 and not weight.requires_grad for weight in weights.values())
 
 
-def test_a_lora_is_of_the_bases_type():
+def test_a_lora_has_the_dtype_of_the_base():
     model, memory = apart(patched_model())
     lora = random_lora(model.to(torch.bfloat16), memory, seed=0)
     assert {weight.dtype for weight in lora.parameters()} == {torch.bfloat16}
 
 
-def test_figures_counts_and_sizes(adapter, checkpoint, deltamem, tmp_path):  # noqa: F811
+def test_figures_counts_and_sizes_are_reported(adapter, checkpoint, deltamem, tmp_path):  # noqa: F811
     out, prompts = tmp_path / "bench.json", [40, 8]
     options = ("--prompt", "40,8", "--decode", 3, "--repeats", 2, "--batch-size", 2, "--threads", 1, "--no-peak")
     done = deltamem("bench", adapter, *options, "--device", "cpu", "--out", out, "--json")
@@ -134,7 +134,7 @@ def test_figures_counts_and_sizes(adapter, checkpoint, deltamem, tmp_path):  # n
     assert result["setting"]["dtype"] == "float32" and result["machine"]["threads"] == 1 and result["packages"]["torch"]
 
 
-def test_the_process_makes_the_same_models(adapter):
+def test_the_measuring_process_creates_the_same_models(adapter):
     """The process itself is in tests/onnx, where it need not import PyTorch."""
     ids, setting = tokens(1, 9).numpy(), Setting(str(adapter), prompts=(9,))
     model, memory = load_apart(setting, None)
@@ -143,7 +143,7 @@ def test_the_process_makes_the_same_models(adapter):
         assert torch.equal(alone.call(ids)[0], side.call(ids)[0]) and vocab_size == model.config.vocab_size
 
 
-def test_a_process_that_fails_is_named(adapter):
+def test_a_failed_process_is_named(adapter):
     with pytest.raises(DeltaMemError, match="onnx base could not be measured") as raised:
         peak_of(Setting(str(adapter)), "onnx", BASE, GraphFolder(adapter, None))
     assert "AttributeError" in raised.value.why and "--no-peak" in raised.value.next
@@ -168,13 +168,13 @@ def test_a_process_that_fails_is_named(adapter):
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_bad_usage_is_a_short_error(adapter, deltamem, options, words, tmp_path):  # noqa: F811
+def test_invalid_usage_gives_a_short_error(adapter, deltamem, options, words, tmp_path):  # noqa: F811
     out = tmp_path / "out.json"
     deltamem("bench", adapter, "--device", "cpu", "--no-peak", *options, "--out", out).assert_short_error(*words)
     assert not out.exists()
 
 
-def test_a_lora_that_peft_has_saved(tmp_path):
+def test_a_lora_saved_by_peft_is_loaded(tmp_path):
     base = tiny_model()
     folder = save_lora(tmp_path / "lora", base, "builtin:backbone")
     lora = Lora.read(folder).for_inference(tiny_model())
@@ -185,7 +185,7 @@ def test_a_lora_that_peft_has_saved(tmp_path):
         Lora.read(folder).check_base_name(names)  # a path says nothing about the name
 
 
-def test_a_lora_of_another_model_is_refused(tmp_path):
+def test_a_lora_of_another_model_raises(tmp_path):
     folder = save_lora(tmp_path / "wide", tiny_model(hidden_size=64))
     with pytest.raises(AdapterError, match="does not fit"):
         Lora.read(folder).for_inference(tiny_model())
@@ -197,11 +197,11 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
         Lora.read(folder).for_inference(tiny_model())
 
 
-def test_what_is_no_lora_is_refused(tmp_path):
+def test_folders_that_are_not_loras_raise(tmp_path):
     folder = save_lora(tmp_path / "lora", tiny_model())
     config = folder / "adapter_config.json"
-    said = json.loads(config.read_text())
-    config.write_text(json.dumps({**said, "peft_type": "IA3"}))
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "peft_type": "IA3"}))
     with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
         Lora.read(folder).for_inference(tiny_model())
     config.write_text("{")
@@ -212,7 +212,7 @@ def test_what_is_no_lora_is_refused(tmp_path):
         Lora.read(folder).for_inference(tiny_model())
 
 
-def test_a_setting_is_checked():
+def test_invalid_settings_raise():
     setting = Setting("adapter", prompts=(3, 5), models=(BASE, LORA), dtype="float16", threads=2)
     with pytest.raises(ConfigError, match="repeats is 0"):
         Setting("adapter", repeats=0)

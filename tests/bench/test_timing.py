@@ -1,4 +1,4 @@
-"""Sides are visited in turn, and the clock is read where the figures say. No second here is a real one."""
+"""Sides are measured alternately, and the clock is read at the right points. The tests use a fake clock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Slow:
         return np.zeros((len(logits), 1), np.int64)
 
 
-def test_a_visit_is_a_prompt_a_first_token_and_the_others():
+def test_a_visit_times_prompt_first_token_and_later_tokens():
     time = [0.0]
     side = Slow(time)
     time_generation(side, np.zeros((2, 7), np.int64), 1, lambda: time[0])
@@ -63,7 +63,7 @@ def test_every_side_is_visited_once_in_every_repeat_and_warmed_up_before():
         assert measured.values[name] == [Seconds(1.0 + i, 1.25 + i, 1.5)] * 4
 
 
-def test_the_order_is_drawn_anew_by_the_seed():
+def test_the_order_of_each_repeat_is_drawn_from_the_seed():
     orders = [timed(seed, repeats=8)[0].order for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert any(a != b for a, b in pairwise(orders[0]))
@@ -87,7 +87,7 @@ def result():
     return BenchResult(setting, about, {100: seconds}, peaks, Sizes(500, 400, {100: 5000}))
 
 
-def test_figures_are_medians_and_ratios_are_taken_in_every_repeat(result):
+def test_figures_are_medians_and_ratios_are_taken_within_each_repeat(result):
     base, memory = (result.figures(100, PYTORCH, model) for model in (BASE, MEMORY))
     assert base[PREFILL].value == Spread(200, 150, 200) and base[DECODE].value == Spread(10, 7.5, 10)
     assert all(figure.ratio is None for figure in base.values())
@@ -98,7 +98,7 @@ def test_figures_are_medians_and_ratios_are_taken_in_every_repeat(result):
     assert memory[PEAK].value.median == 15_000_000 and memory[PEAK].ratio.median == 1.5
 
 
-def test_nothing_has_a_ratio_to_no_memory(result):
+def test_there_is_no_ratio_to_a_peak_of_zero(result):
     result.peaks[name_of(PYTORCH, BASE)] = Peak(1000, {100: 0})
     figure = result.figures(100, PYTORCH, MEMORY)[PEAK]
     assert figure.value.median == 15_000_000 and figure.ratio is None
@@ -124,7 +124,7 @@ def test_a_table_of_80_columns_shows_every_figure(result):
     )
 
 
-def test_without_peaks_there_is_no_column_for_them(result):
+def test_without_peaks_the_table_has_no_peak_column(result):
     result = BenchResult(result.setting, result.about, result.rounds, {}, result.sizes)
     assert PEAK not in result.figures(100, PYTORCH, MEMORY)
     assert [str(column.header).split("\n")[0] for column in result.table(100).columns] == [

@@ -1,4 +1,4 @@
-"""Ablations: what is trained, that it goes on where it stopped, and what the table says."""
+"""Ablations: which runs are trained, resuming, and the table of results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEW = Questions((1,), 2)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_a_shipped_ablation(file):
+def test_a_shipped_ablation_is_valid(file):
     """It says its command, and no two of its variants are the same run."""
     header = re.match(r"(?:#.*\n)+", file.read_text(encoding="utf-8"))
     assert header is not None
@@ -41,7 +41,7 @@ def test_a_shipped_ablation(file):
     assert not reference.changes and (reference.recipe.stem == CENTRE) == shared
 
 
-def test_the_documented_file_is_one(tmp_path):
+def test_the_documented_file_is_a_valid_ablation(tmp_path):
     text = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
     (tmp_path / "gate.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     ablation = read_ablation(tmp_path / "gate.yaml")
@@ -56,14 +56,14 @@ def files(tmp_path, checkpoint):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     paths = []
     for name, change in (("rank", {"memory.rank": 4}), ("heads", {"memory.branches": ["q"]})):
-        said = {"title": f"Of {name}", "recipe": "small.yaml", "variants": {"as it is": None, "other": change}}
-        said |= {"reference": "as it is", "paper": {"what": "average", "figures": {"other": 47.5}}}
+        content = {"title": f"Of {name}", "recipe": "small.yaml", "variants": {"as it is": None, "other": change}}
+        content |= {"reference": "as it is", "paper": {"what": "average", "figures": {"other": 47.5}}}
         paths.append(tmp_path / f"{name}.yaml")
-        paths[-1].write_text(yaml.safe_dump(said))
+        paths[-1].write_text(yaml.safe_dump(content))
     return paths
 
 
-def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, monkeypatch):
+def test_shared_runs_are_trained_once_and_stopped_ones_resume(files, tmp_path, monkeypatch):
     make_run, made = module.make_run, []
 
     def stops(job, questions, report):
@@ -99,7 +99,7 @@ def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, m
     assert len(made) == 3
 
 
-def test_a_run_that_fails_is_named(files, tmp_path, monkeypatch):
+def test_a_failed_run_is_named(files, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise DeltaMemError("Interrupted after step 1 of 2.", "Why.", "Run the same command with --resume to go on.")
 
@@ -132,14 +132,14 @@ def test_the_table_gives_means_ranges_and_the_papers_figures(files, tmp_path):
     draw(read_ablation(files[0]), runs, tmp_path / "rank.png")
 
 
-def test_what_the_runs_were_made_with_is_all_told(files):
+def test_the_report_lists_all_settings_of_the_runs(files):
     older, newer = run("a", 1, [1.0, 0.5]), run("b", 1, [0.0, 0.5])
     newer = dataclasses.replace(newer, versions={"torch": "3"}, threads=2, device="H100")
     text = markdown(read_ablation(files[0]), {"as it is": [older], "other": [newer, newer]}, [], "rank.png")
     assert text.endswith("torch 2; CPU, threads: 1.\ntorch 3; H100, threads: 2.\n")
 
 
-def test_a_run_is_of_its_data(files, tmp_path):
+def test_changed_data_invalidates_a_run(files, tmp_path):
     recipe, data = tmp_path / "small.yaml", tmp_path / "talks.jsonl"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"data": {"path": str(data)}}))
     keys = []
@@ -167,7 +167,7 @@ def test_an_invalid_ablation_is_named(files, change, says):
     assert says in caught.value.why
 
 
-def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
+def test_invalid_input_writes_nothing(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "make_run", lambda *_: pytest.fail("nothing is to be trained"))
 

@@ -1,4 +1,4 @@
-"""`benchmarks/capacity_replay.py`: what is recorded of a conversation is what the model has written and read."""
+"""`benchmarks/capacity_replay.py`: the recording of a conversation matches what the model wrote and read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
     ],
     ids=["TSW", "MSW", "SSW"],
 )
-def test_what_is_recorded_is_what_was_written_and_read(tokenizer, options):
+def test_recordings_match_what_was_written_and_read(tokenizer, options):
     model = tiny_model(vocab_size=len(tokenizer))
     adapter = attach(model, DeltaMemConfig(rank=4, **options))
     randomise(adapter)
@@ -64,7 +64,7 @@ def _tokens(tokenizer, item, recorded, row, lengths):
         start += length
 
 
-def test_random_keys_are_drawn_for_others_alone(tokenizer):
+def test_random_keys_replace_only_those_of_other_tokens(tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, update_rule="no_lambda")))
     items = Recall([1], 4, session=2).items()

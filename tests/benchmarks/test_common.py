@@ -1,4 +1,4 @@
-"""`benchmarks/common.py`: what a command is said to have taken."""
+"""`benchmarks/common.py`: the measured time and memory of a command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BYTES = 200_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are watched through /proc")
-def test_a_commands_memory_is_its_own():
+def test_the_peak_memory_is_that_of_the_command():
     """Longer output than a pipe holds, too."""
     found = watched("-c", f"import time; held = bytearray({BYTES}); print('x' * 100_000); time.sleep(0.5)")
     assert len(found.output.strip()) == 100_000

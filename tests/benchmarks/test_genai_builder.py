@@ -18,7 +18,7 @@ CALLS = (5, 1, 3, 1)  # tokens
     [([], False), (["prune_lm_head=true"], True)],
     ids=["every position", "the last, in fixed steps"],
 )
-def test_conversations_are_pytorchs(tmp_path, tokenizer, options, fixed_steps):
+def test_conversations_match_pytorch(tmp_path, tokenizer, options, fixed_steps):
     """Two, one after the other in the same buffers."""
     shape = {"name": "llama", "hidden_size": 64}  # heads of 16: rotary positions in `GroupQueryAttention` want no less
     checkpoint = save_checkpoint(tmp_path / "model", tokenizer, **shape)

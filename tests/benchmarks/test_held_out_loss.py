@@ -31,8 +31,8 @@ def test_every_variant_is_trained_once(checkpoint, tmp_path, monkeypatch):
     recipe = {"base": str(checkpoint), "out": "x", "data": data, "memory": {"rank": 2}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe | {"training": {"steps": 3, "batch_size": 2}}))
     variants = {"as it is": None, "other": {"memory.rank": 4}}
-    said = {"title": "Rank", "recipe": "small.yaml", "variants": variants, "reference": "as it is"}
-    (tmp_path / "rank.yaml").write_text(yaml.safe_dump(said))
+    content = {"title": "Rank", "recipe": "small.yaml", "variants": variants, "reference": "as it is"}
+    (tmp_path / "rank.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setattr(held_out_loss, "EPISODES", 2)
 
     def ran(*options):

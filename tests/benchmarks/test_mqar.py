@@ -1,4 +1,4 @@
-"""`benchmarks/mqar.py` and `mqar_task.py`: what is asked is what was written, and what is predicted is the rule's."""
+"""`benchmarks/mqar.py` and `mqar_task.py`: every pair written is asked, and predictions follow from the update rule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_pair_is_written_once_and_asked_once():
         assert len(asked.unique(dim=0)) == 16  # no key twice: it would have two values
 
 
-def test_orthogonal_keys_hold_rank_pairs_and_not_one_more():
+def test_orthogonal_keys_hold_exactly_rank_pairs():
     """The bound that the table has: R keys are read without error, and of R + 1 one at least is not."""
     values = torch.randn(1, RANK + 1, 1, RANK, generator=drawn())
     keys = torch.eye(RANK)[[*range(RANK), 0]].view(1, RANK + 1, 1, RANK)
@@ -51,7 +51,7 @@ def test_orthogonal_keys_hold_rank_pairs_and_not_one_more():
     assert not torch.allclose(mqar_task.written_and_read(keys, values, none, ones, ones, keys), values, **CLOSE)
 
 
-def test_random_keys_forget_as_the_rule_says():
+def test_random_keys_forget_at_the_predicted_rate():
     """(1 − β/R) a write: what is left of the first of n values in its own reading, in the mean."""
     beta, pairs, count = 0.5, 12, 4000
     values = torch.zeros(count, pairs, 1, RANK)
@@ -77,7 +77,7 @@ def test_a_rule_that_decays_holds_as_much_only_with_gates_nearly_shut():
     assert max(faded.values()) > max(kept.values()) - 0.1
 
 
-def test_the_layer_reads_what_its_keys_and_queries_say():
+def test_recall_matches_the_equation():
     """`recall` against the equation, written out."""
     words, layer = mqar_task.Words.draw(drawn()), mqar_task.new_layer(config(states=2, delta_init="random"))
     sequences = mqar_task.Sequences.draw(words, 3, 4, drawn(1))
@@ -97,7 +97,7 @@ def test_the_layer_reads_what_its_keys_and_queries_say():
 
 
 @pytest.mark.slow
-def test_a_layer_learns_to_recall_and_the_key_is_what_it_goes_by():
+def test_a_trained_layer_recalls_by_key():
     layer, words, curve = mqar_task.train(config(states=16, alpha=16.0), 0, STEPS, watch=True)
     recall, _ = mqar_task.asked(lambda s: mqar_task.recall(layer, words, s), words, 4, drawn(3))
     assert recall > LEARNED
@@ -111,7 +111,7 @@ def test_a_layer_learns_to_recall_and_the_key_is_what_it_goes_by():
     assert confused < 1 / 4 + CHANCE  # at best one of the four values that are there
 
 
-def test_keys_of_a_fresh_layer_overlap_as_random_ones():
+def test_keys_of_a_new_layer_overlap_like_random_ones():
     words = mqar_task.Words.draw(drawn())
     torch.manual_seed(0)
     assert mqar_task.overlap(mqar_task.new_layer(config(states=8)), words) == pytest.approx(1 / RANK, rel=0.1)
@@ -120,12 +120,12 @@ def test_keys_of_a_fresh_layer_overlap_as_random_ones():
 @pytest.mark.parametrize(
     ("recalls", "held"), [([0.8, 0.5], None), ([1.0, 0.95], math.inf), ([1.0, 0.8], 2**0.5), ([0.9, 0.5], 1)]
 )
-def test_pairs_that_are_held(recalls, held):
+def test_the_number_of_pairs_held_is_counted(recalls, held):
     assert mqar.held([1, 2], recalls) == (held if held is None else pytest.approx(held))
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
     """All of the grid is minutes: its smallest shape and the shipped one stand for it."""
     for name, value in {"RULES": {"no_lambda": {}}, "RANKS": [4], "STATES": [1], "SEEDS": 1, "SHIPPED": (8, 2)}.items():
         monkeypatch.setattr(mqar, name, value)

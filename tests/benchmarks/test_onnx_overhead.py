@@ -1,4 +1,4 @@
-"""`benchmarks/onnx_overhead.py` as a whole, on one layer: both sides are made, compared and timed."""
+"""`benchmarks/onnx_overhead.py` end to end, on one layer: both sides are exported, compared and timed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RATIO = r"\*\*\d+\.\d{3}\*\* \(\d+\.\d{3}–\d+\.\d{3}; \d+\.\d{3}–\d+\.\d{3}\
 
 
 @pytest.mark.slow
-def test_both_sides_of_a_small_model(tmp_path, monkeypatch):
+def test_both_sides_of_a_small_model_are_compared_and_timed(tmp_path, monkeypatch):
     sizes = ["--past", "4", "--prefill", "8", "--exports", "1", "--openings", "2", "--repeats", "1"]
     args = options(["--random", "1", "--memories", "tsw", "--precisions", "float32", "--control", "--profile", *sizes])
     report = list(lines(args, tmp_path))

@@ -1,4 +1,4 @@
-"""What the prediction of `docs/capacity.md` rests on, beside the recurrence written out."""
+"""The basis of the predictions in `docs/capacity.md`, compared with the recurrence written out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def naive(writes, valued=None):
     return states.float()
 
 
-def test_a_share_of_the_state_is_what_its_tokens_have_left():
+def test_the_share_of_a_token_in_the_state_matches_the_recurrence():
     writes = some_writes()
     fact = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
     fact[:, 2:4] = True
@@ -77,7 +77,7 @@ def test_random_keys_leave_the_expected_share(decays):
         torch.testing.assert_close(same.expected_share(~fact[:1]), torch.full((1, HEADS, RANK), power), **CLOSE)
 
 
-def test_rotated_keys_are_to_each_other_what_they_were():
+def test_rotated_keys_keep_their_angles_to_each_other():
     """And to the others, over many draws, what random keys are: (k · q)² is 1 / R in the mean."""
     writes = Writes(*(x.expand(DRAWS, -1, -1, -1) for x in some_writes(1).all))
     fact = (torch.arange(TOKENS) == 0).expand(DRAWS, -1)
@@ -90,7 +90,7 @@ def test_rotated_keys_are_to_each_other_what_they_were():
     assert (products[:, :, 0, 1:].mean(0).abs() < FIVE_SIGMA * products[:, :, 0, 1:].std(0) / DRAWS**0.5).all()
 
 
-def test_a_repeated_key_is_overwritten_and_an_orthogonal_one_is_not():
+def test_a_repeated_key_is_overwritten_and_orthogonal_ones_are_kept():
     """The delta rule's promise: R associations with orthogonal keys are kept, and β = 1 replaces one of them."""
     keys = torch.eye(RANK)[[*range(RANK), 1]].view(1, RANK + 1, 1, RANK)
     values = torch.randn(1, RANK + 1, 1, RANK, generator=torch.Generator().manual_seed(2))
@@ -100,7 +100,7 @@ def test_a_repeated_key_is_overwritten_and_an_orthogonal_one_is_not():
         torch.testing.assert_close(read(state, keys[:, asked]), values[:, place], **CLOSE)
 
 
-def test_what_is_left_and_what_is_nearest():
+def test_the_remaining_share_and_the_nearest_value():
     first = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     assert retained(torch.tensor([[1.5, 2.0], [0.0, 9.0]]), first).tolist() == [0.5, 0.0]
     prototypes = torch.stack([torch.eye(2), -torch.eye(2)])

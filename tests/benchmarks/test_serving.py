@@ -1,4 +1,4 @@
-"""`benchmarks/serving.py` as a whole, on a tiny model: answers are compared before times are."""
+"""`benchmarks/serving.py` end to end, on a tiny model: answers are compared before times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = {"one at a time": 4, "3 at once": 4, "the scheduler's": 2, "`engine.st
 
 
 @pytest.mark.slow
-def test_every_table_is_filled(tmp_path_factory, monkeypatch):
+def test_every_table_of_the_serving_benchmark_is_filled(tmp_path_factory, monkeypatch):
     folder = onnx_engine("token", tmp_path_factory).folder
     options = argparse.Namespace(folder=folder, users=3, tokens=4, long=200, repeats=1, threads=1)
     rows = [line.strip("| ").split(" | ") for line in serving.run(options, folder).splitlines() if line[:1] == "|"]

@@ -1,4 +1,4 @@
-"""`benchmarks/smollm2.py`: the checkpoint is the real one."""
+"""`benchmarks/smollm2.py`: the real checkpoint, and a random one of its shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_checkpoint_answers(smollm2):
 
 
 @pytest.mark.real_model
-def test_a_random_checkpoint_has_its_shape(smollm2, tmp_path):
+def test_a_random_checkpoint_has_the_shape_of_the_real_one(smollm2, tmp_path):
     real, random = (AutoConfig.from_pretrained(folder) for folder in (smollm2, random_checkpoint(tmp_path, layers=1)))
     names = SHAPE.keys() - {"rope_theta", "rms_norm_eps"} | {"model_type", "rope_parameters", "hidden_act"}
     assert {name: getattr(random, name) for name in names} == {name: getattr(real, name) for name in names}

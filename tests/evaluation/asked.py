@@ -1,4 +1,4 @@
-"""A task of one's own, for tests: histories of a few words, sessions and questions in any number."""
+"""A small task for tests: histories of a few words, with any number of sessions and questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process of a launch runs that evaluates: a function that a forked process can import."""
+"""An evaluation run by the processes of a launch; a forked process can import it."""
 
 from __future__ import annotations
 

@@ -44,9 +44,9 @@ def write_tasks(folder: Path, count: int = 7) -> Path:
     rng, rows = random.Random(0), []
     for _ in range(count):
         facts = dialogues.sample_facts(rng, 2, held_out=True)
-        told = " ".join(fact.statement(rng) for fact in facts)
+        text = " ".join(fact.statement(rng) for fact in facts)
         choices = [dialogues.sample_value(rng, facts[0].attribute, True, facts[0].value).answer, facts[0].answer]
-        rows.append({"told": told, "question": facts[0].question(rng), "choices": choices, "right": 1})
+        rows.append({"told": text, "question": facts[0].question(rng), "choices": choices, "right": 1})
     folder.mkdir()
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

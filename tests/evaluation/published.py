@@ -1,4 +1,4 @@
-"""Rows of the benchmarks as they are published, made by hand and short."""
+"""Short hand-made rows in the published formats of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations with known scores, and the folders that a report leaves of them."""
+"""Evaluations with known scores, and the report folders written from them."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def kept(
     come in a run."""
     settings = {"task": found.task, "protocol": found.protocol, ITEMS: items, "adapter": adapter}
     RecordFolder(folder, settings).add(sorted(found.records, key=lambda record: record.item[::-1]))
-    said = evaluation_json(found, adapter, ["--task", found.task], run)
-    (folder / EVALUATION_FILE).write_text(json.dumps(said))
+    content = evaluation_json(found, adapter, ["--task", found.task], run)
+    (folder / EVALUATION_FILE).write_text(json.dumps(content))
     return folder
 
 
 def reported(folder: Path, found: Evaluation, run: Mapping[str, Any] | None = None) -> Path:
     """What it leaves with --report."""
-    said = json.loads((kept(folder, found, run=run) / EVALUATION_FILE).read_text())
-    write_report(folder, said, found.records)
+    evaluation = json.loads((kept(folder, found, run=run) / EVALUATION_FILE).read_text())
+    write_report(folder, evaluation, found.records)
     return folder

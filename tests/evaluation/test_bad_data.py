@@ -1,4 +1,4 @@
-"""Data of another format and questions without an answer: the error names the file and the item."""
+"""Data in the wrong format and questions without an answer: the error names file and item."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ every_task = pytest.mark.parametrize("task", ITEMS)
 
 def with_answer(task: str, answer):
     """A row as it is published, but for one answer."""
-    said = copy.deepcopy({"locomo": TALK, "hotpotqa": QUESTION, "memoryagentbench": ROW}[task])
-    place, key = {"locomo": (said.get("qa", [0] * 4)[3], "answer"), "hotpotqa": (said, "answer")}.get(
-        task, (said.get("answers"), 1)
+    content = copy.deepcopy({"locomo": TALK, "hotpotqa": QUESTION, "memoryagentbench": ROW}[task])
+    place, key = {"locomo": (content.get("qa", [0] * 4)[3], "answer"), "hotpotqa": (content, "answer")}.get(
+        task, (content.get("answers"), 1)
     )
     if answer is MISSING:
         del place[key]
     else:
         place[key] = answer
-    return [said]
+    return [content]
 
 
 def refused(task: str, data: str, **options) -> DataError:
@@ -67,21 +67,21 @@ def refused(task: str, data: str, **options) -> DataError:
         ("cut.parquet", b"PAR1 and nothing more", "not a parquet file"),
     ],
 )
-def test_a_file_of_another_format(tmp_path, task, name, content, says):
+def test_a_file_of_another_format_raises(tmp_path, task, name, content, says):
     file = tmp_path / name
     file.write_bytes(content)
     assert says in refused(task, str(file)).what
 
 
 @every_task
-def test_a_table_of_another_format(tmp_path, task):
+def test_a_table_of_another_format_raises(tmp_path, task):
     pq.write_table(pa.table({"question": ["Who?"], "label": [3]}), tmp_path / "other.parquet")
     assert "1 is not a" in refused(task, str(tmp_path / "other.parquet")).what
 
 
 @every_task
 @pytest.mark.parametrize("answer", [MISSING, None, "", " ", [], {}, [""], [None]], ids=repr)
-def test_a_question_without_an_answer(tmp_path, task, answer):
+def test_a_question_without_an_answer_raises(tmp_path, task, answer):
     error = refused(task, write(tmp_path / "rows.json", with_answer(task, answer)))
     assert "answer" in error.why
     if (task, answer) != ("memoryagentbench", MISSING):  # a list that is too short: of which question, nobody knows
@@ -89,7 +89,7 @@ def test_a_question_without_an_answer(tmp_path, task, answer):
 
 
 @every_task
-def test_data_that_are_not_there(tmp_path, task):
+def test_missing_data_raise(tmp_path, task):
     with pytest.raises(ConfigError, match=f"The task {task} needs its data"):
         find_task(task, {})
     assert "There is no data file" in refused(task, str(tmp_path / "nowhere.json")).what
@@ -115,12 +115,12 @@ def test_data_that_are_not_there(tmp_path, task):
         ({"metadata": {"source": "squad"}}, "squad"),
     ],
 )
-def test_what_is_no_memoryagentbench_is_named(tmp_path, change, says):
+def test_rows_that_are_not_memoryagentbench_are_named(tmp_path, change, says):
     error = refused("memoryagentbench", write(tmp_path / "rows.json", [ROW, {**ROW, **change}]))
     assert error.what.startswith(f"{tmp_path}/rows.json row 2") and says in f"{error.what} {error.why}"
 
 
-def test_both_forms_of_answers(tmp_path, checkpoint, punkt):
+def test_answers_are_read_in_both_published_forms(tmp_path, checkpoint, punkt):
     """One question's answers may stand in the list itself: the script's `_create_query_answer_pairs`."""
     one = {**ROW, "questions": ["Who?"], "answers": ["Ann", "Ann Lee"]}
     two = {**ROW, "answers": ["Paris", ["Rome"]]}

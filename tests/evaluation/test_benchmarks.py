@@ -1,4 +1,4 @@
-"""LoCoMo and HotpotQA: read as published, scored as published, and refused by file and item otherwise."""
+"""LoCoMo and HotpotQA: read and scored as published; errors name file and item."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_locomo_is_scored_as_published(locomo, number, answer, score):
     assert locomo.score(locomo.items()[number], answer) == {"f1": pytest.approx(score)}
 
 
-def test_stems_are_porters():
+def test_words_are_stemmed_by_porters_algorithm():
     assert stemmed_f1("running", "runs") == 1.0 and stemmed_f1("The cat and a dog", "cats, dogs") == 1.0
 
 
@@ -82,10 +82,10 @@ def test_stems_are_porters():
         ({"qa": None}, "conversation 1"),
     ],
 )
-def test_what_is_no_locomo_is_named(tmp_path, change, says):
-    said = {key: value for key, value in {**TALK, **change}.items() if value is not None}
+def test_files_that_are_not_locomo_are_named(tmp_path, change, says):
+    content = {key: value for key, value in {**TALK, **change}.items() if value is not None}
     with pytest.raises(DataError, match=f"locomo.json {'conversation 1 ' if 'question' in says else ''}{says}"):
-        find_task("locomo", {"data": write(tmp_path / "locomo.json", [said])}).items()
+        find_task("locomo", {"data": write(tmp_path / "locomo.json", [content])}).items()
 
 
 def test_hotpotqa_is_read_and_scored(tmp_path):
@@ -105,6 +105,6 @@ def test_hotpotqa_is_read_and_scored(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"answer": ""}, {"context": []}, {"context": {"title": ["a"], "sentences": []}}, {"type": 3}]
 )
-def test_what_is_no_hotpotqa_is_named(tmp_path, change):
+def test_files_that_are_not_hotpotqa_are_named(tmp_path, change):
     with pytest.raises(DataError, match=r"hotpot.json question 2 is not a HotpotQA question"):
         find_task("hotpotqa", {"data": write(tmp_path / "hotpot.json", [QUESTION, {**QUESTION, **change}])}).items()

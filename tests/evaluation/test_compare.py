@@ -44,7 +44,7 @@ def row_of(found, condition, group=None, is_gain=False):
     return next(row for row in rows if (row.condition, row.group) == (condition, group))
 
 
-def test_a_margin_is_compared_with_whole_intervals(folders):
+def test_a_margin_is_compared_with_the_whole_interval(folders):
     found = compare(folders / "a", folders / "b", 0.5)
     places = {
         (row["condition"], row["is_gain"]): row["beside_margin"]
@@ -110,7 +110,7 @@ def test_reports_that_name_no_questions_are_not_paired(tmp_path):
     assert compare(one, other).unpaired
 
 
-def test_intervals_of_two_means_are_put_together_as_published():
+def test_intervals_of_two_means_are_combined_as_published():
     """56 of 70 against 48 of 80, Newcombe (1998), method 10: 0.2, and from 0.0524 to 0.3339."""
 
     def wilson(right: int, of: int, z: float = 1.959964) -> tuple[float, float, float]:
@@ -123,7 +123,7 @@ def test_intervals_of_two_means_are_put_together_as_published():
 
 
 @pytest.mark.parametrize("change", ["missing", "edited", "none", "foreign"])
-def test_records_that_are_not_those_of_the_figures_are_not_used(folders, tmp_path, change):
+def test_records_that_do_not_match_the_scores_are_ignored(folders, tmp_path, change):
     folder = kept(tmp_path / "b", evaluated(better, QUESTIONS))
     records = folder / RECORDS_FILE
     lines = records.read_text().splitlines(keepends=True)
@@ -144,7 +144,7 @@ def test_records_that_are_not_those_of_the_figures_are_not_used(folders, tmp_pat
     assert says in found.unpaired and row_of(found, "state").p_value is None
 
 
-def test_what_only_one_has_is_said(folders, tmp_path):
+def test_conditions_and_groups_of_only_one_side_are_reported(folders, tmp_path):
     conditions = conditions_of(EvalProtocol.parse("memory"))
     fewer = evaluated(share_of, QUESTIONS, conditions=[conditions[0], conditions[2]], groups=("1 fact", "9 facts"))
     found = compare(folders / "a", kept(tmp_path / "fewer", fewer, items="fewer"))
@@ -155,10 +155,10 @@ def test_what_only_one_has_is_said(folders, tmp_path):
     assert {row.group for row in found.rows} == {"1 fact"} and found.verdict()[0].startswith("1 fact, state: ")
 
 
-def test_what_cannot_be_compared_is_refused(folders, tmp_path):
+def test_evaluations_that_cannot_be_compared_raise(folders, tmp_path):
     def changed(name, **changes):
-        said = json.loads((folders / "a" / "evaluation.json").read_text())
-        (tmp_path / name).write_text(json.dumps({**said, **changes}))
+        content = json.loads((folders / "a" / "evaluation.json").read_text())
+        (tmp_path / name).write_text(json.dumps({**content, **changes}))
         return tmp_path / name
 
     for other, says in (
@@ -177,7 +177,7 @@ def test_what_cannot_be_compared_is_refused(folders, tmp_path):
     assert not found.unpaired and ("Evaluation", "protocol", "memory", "full") in found.differing
 
 
-def test_the_command(folders, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_the_compare_command_prints_the_differences(folders, tmp_path, deltamem, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     done = deltamem("compare", folders / "a", folders / "b", "--out", "compared.json")
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness with the memory on: each request from zeros, alone or in a batch."""
+"""Tasks of lm-evaluation-harness with the memory attached: each request starts from zeros, alone or in a batch."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def from_zeros(model, tokenizer, messages):
 @torch.no_grad()
 def choice_alone(model, tokenizer, messages, choice):
     prompt, cache = from_zeros(model, tokenizer, messages)
-    said = torch.tensor([tokenizer(choice, add_special_tokens=False).input_ids])
+    choice_ids = torch.tensor([tokenizer(choice, add_special_tokens=False).input_ids])
     name = cache_argument(model.forward)  # of a model without a memory, too
     logits = model(prompt, use_cache=True, **{name: cache})
     past = cache_of(logits)
     found, last = 0.0, logits.logits[0, -1]
-    for token in said[0]:
+    for token in choice_ids[0]:
         found += float(last.log_softmax(0)[token])
         last = model(token[None, None], use_cache=True, **{name: past}).logits[0, -1]
     return found
@@ -92,19 +92,19 @@ def choice_alone(model, tokenizer, messages, choice):
 
 def answer_alone(model, tokenizer, messages):
     prompt, cache = from_zeros(model, tokenizer, messages)
-    given = {} if cache is None else {"cache": cache}
-    output = model.generate(prompt, max_new_tokens=16, do_sample=False, **given)
+    kwargs = {} if cache is None else {"cache": cache}
+    output = model.generate(prompt, max_new_tokens=16, do_sample=False, **kwargs)
     return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split("\n")[0]
 
 
-def test_every_request_is_as_if_it_were_alone(model, tokenizer, folder, found):
+def test_every_request_matches_the_same_request_alone(model, tokenizer, folder, found):
     base, lines = tiny_model(vocab_size=len(tokenizer)), {}
     for record in found.records:
         lines.setdefault(record.condition, []).append(record)
     for plain, conditions in ((model, ["state"]), (base, ["scale_zero", "no_adapter"])):
         for number, (messages, row) in enumerate(asked(folder)):
             alone = [choice_alone(plain, tokenizer, messages, text) for text in row["choices"]]
-            said = answer_alone(plain, tokenizer, messages)
+            expected = answer_alone(plain, tokenizer, messages)
             lengths = [len(text) for text in row["choices"]]
             for condition in conditions:
                 choice, answer = lines[condition][number], lines[condition][LIMIT + number]
@@ -114,12 +114,12 @@ def test_every_request_is_as_if_it_were_alone(model, tokenizer, folder, found):
                 assert likely == pytest.approx(alone, abs=TOLERANCE)
                 assert choice.scores["acc"] == float(likely[1] > likely[0])
                 assert choice.scores["acc_norm"] == float(likely[1] / lengths[1] > likely[0] / lengths[0])
-                assert answer.answer == said and answer.right == [row["choices"][1]]
+                assert answer.answer == expected and answer.right == [row["choices"][1]]
     for ours, theirs in zip(lines["state"], lines["no_adapter"], strict=True):
         assert ours.answer != theirs.answer  # the memory has something to say
 
 
-def test_batches_do_not_matter(model, tokenizer, prepared, found):
+def test_the_batch_size_changes_nothing(model, tokenizer, prepared, found):
     single = evaluate_harness(model, tokenizer, prepared, only=[STATE], batch_size=1)
     for one, other in zip(single.records, found.records, strict=False):
         if one.item.startswith(ANSWER):
@@ -129,14 +129,14 @@ def test_batches_do_not_matter(model, tokenizer, prepared, found):
             assert numbers[0] == pytest.approx(numbers[1], abs=TOLERANCE)
 
 
-def test_order_does_not_matter(model, tokenizer, folder):
+def test_the_order_of_requests_changes_nothing(model, tokenizer, folder):
     """Asked backwards, of one model of the harness: nothing of a request is there for the next."""
     from lm_eval.api.instance import Instance
 
     from deltamem_tool.evaluation.harness_model import MemoryLM
 
-    told = []
-    lm = MemoryLM(model, tokenizer, 1, True, lambda *done: told.append(done))
+    texts = []
+    lm = MemoryLM(model, tokenizer, 1, True, lambda *done: texts.append(done))
     prompts = [lm.apply_chat_template(messages) for messages, _ in asked(folder)]
     kinds = {
         "loglikelihood": [(prompt, row["choices"][0]) for prompt, (_, row) in zip(prompts, asked(folder), strict=True)],
@@ -146,7 +146,7 @@ def test_order_does_not_matter(model, tokenizer, folder):
         requests = [Instance(kind, {}, each, 0) for each in arguments]
         forth, back = getattr(lm, kind)(requests), getattr(lm, kind)(requests[::-1])
         assert forth == back[::-1] and len(set(forth)) > 1
-        assert told[-1] == (LIMIT, LIMIT)
+        assert texts[-1] == (LIMIT, LIMIT)
 
 
 def test_scores_are_paired_by_document(found):
@@ -160,7 +160,7 @@ def test_scores_are_paired_by_document(found):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_process_asks_every_second_task(model, tokenizer, prepared, found, monkeypatch, number):
+def test_two_processes_divide_the_requests(model, tokenizer, prepared, found, monkeypatch, number):
     """One of two processes, which gets the other's records at the end."""
 
     class OneOfTwo(Processes):
@@ -180,7 +180,7 @@ def test_a_process_asks_every_second_task(model, tokenizer, prepared, found, mon
     assert units == [(c.name, name) for c in found.conditions for name in (CHOICE, ANSWER)][number::2]
 
 
-def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, tmp_path, monkeypatch, capfd, caplog):
+def test_a_stopped_run_resumes(model, tokenizer, prepared, tmp_path, monkeypatch, capfd, caplog):
     options = {"only": [STATE], "batch_size": 3, "folder": tmp_path, "settings": {"adapter": "a"}}
     first = evaluate_harness(model, tokenizer, prepared, **options)
     assert capfd.readouterr().err == "" and not caplog.messages  # of the harness, no bar and no remark
@@ -196,7 +196,7 @@ def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, tmp_path, monkey
         evaluate_harness(model, tokenizer, prepared, **{**options, "settings": {"adapter": "b"}})
 
 
-def test_what_cannot_be_asked_is_refused(folder, tokenizer):
+def test_invalid_harness_tasks_raise(folder, tokenizer):
     path = {"include_path": str(folder)}
     for task, options, says in (
         ("lm_eval:told_choise", path, "no task 'told_choise' in .*\nDid you mean told_choice"),
@@ -227,7 +227,7 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
 
 
 @pytest.mark.parametrize("task", [CHOICE, ANSWER])
-def test_a_model_that_gives_no_numbers_has_no_scores(folder, tokenizer, task):
+def test_nan_logits_raise(folder, tokenizer, task):
     model = tiny_model(vocab_size=len(tokenizer))
     attach(model, DeltaMemConfig(rank=4))
     model.get_output_embeddings().weight.data.fill_(torch.nan)
@@ -237,7 +237,7 @@ def test_a_model_that_gives_no_numbers_has_no_scores(folder, tokenizer, task):
 
 
 @pytest.mark.parametrize("kind", ["lora", "static"])
-def test_another_adapter_is_asked_beside_the_memory(kind, tokenizer, checkpoint, prepared, folder, tmp_path):
+def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, checkpoint, prepared, folder, tmp_path):
     """As it answers alone."""
     model, base = (AutoModelForCausalLM.from_pretrained(checkpoint).eval() for _ in range(2))
     config = DeltaMemConfig(rank=4)
@@ -255,15 +255,15 @@ def test_another_adapter_is_asked_beside_the_memory(kind, tokenizer, checkpoint,
             alone = [choice_alone(base, tokenizer, messages, text) for text in row["choices"]]
             assert [float(value) for value, _ in json.loads(record.answer)] == pytest.approx(alone, abs=TOLERANCE)
         assert found.records[LIMIT].answer == answer_alone(base, tokenizer, asked(folder)[0][0])
-    gone = str(tmp_path / "gone") if kind == "lora" else replace(adapters[0].base, fingerprint="0" * 64)
+    missing = str(tmp_path / "gone") if kind == "lora" else replace(adapters[0].base, fingerprint="0" * 64)
     with pytest.raises(AdapterError, match=r"cannot be compared|trained on another base model"):
-        evaluate_harness(model, tokenizer, prepared, **{kind: replace(adapters[0], base=gone)})
+        evaluate_harness(model, tokenizer, prepared, **{kind: replace(adapters[0], base=missing)})
     for other in (None, adapters[1]):
         with pytest.raises(DataError, match=f"Its {kind} differ"):
             evaluate_harness(model, tokenizer, prepared, **{**options, kind: other})
 
 
-def test_segments_need_messages(folder, tokenizer):
+def test_an_adapter_that_writes_by_message_needs_messages(folder, tokenizer):
     """An adapter that writes by messages cannot read a prompt without any."""
     model = tiny_model(vocab_size=len(tokenizer))
     attach(model, DeltaMemConfig(rank=4, granularity="message"))
@@ -272,24 +272,24 @@ def test_segments_need_messages(folder, tokenizer):
         evaluate_harness(model, tokenizer, plain, only=[STATE])
 
 
-def test_without_the_harness(monkeypatch):
+def test_the_missing_harness_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match=r"need the package lm_eval.\n.*\npip install 'deltamem-tool\[harness\]'"):
         prepare(find_harness("lm_eval:ifeval", {}))
 
 
-def test_the_command(tmp_path, folder, checkpoint):
+def test_the_eval_command_runs_a_harness_task(tmp_path, folder, checkpoint):
     adapter = tmp_path / "adapter"
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), adapter)
     options = [str(adapter), "--task", f"lm_eval:{CHOICE}", "--set", f"include_path={folder}", "--limit", "3", "--json"]
     options += ["--lora", str(make_lora(checkpoint, tmp_path / "lora")), "--conditions", "scale_zero,no_adapter,lora"]
-    said = json.loads(CliRunner().invoke(command, options).stdout)
-    assert said["task"] == f"lm_eval:{CHOICE}" and said["metric"] == "acc" and said["questions"] == [3]
-    assert list(said["conditions"]) == ["state", "scale_zero", "no_adapter", "lora"]
-    assert said["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
+    report = json.loads(CliRunner().invoke(command, options).stdout)
+    assert report["task"] == f"lm_eval:{CHOICE}" and report["metric"] == "acc" and report["questions"] == [3]
+    assert list(report["conditions"]) == ["state", "scale_zero", "no_adapter", "lora"]
+    assert report["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
 
 
-def test_tokens_that_the_model_does_not_know(model, tokenizer, folder, found, prepared):
+def test_unknown_tokens_may_pad_but_raise_in_a_prompt(model, tokenizer, folder, found, prepared):
     """As padding they do no harm; in a prompt they are named."""
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers: those of a plain loop over tokens, under every condition, in any batch."""
+"""Log-probabilities of answers match a plain loop over tokens, under every condition and batch size."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def one_by_one(model, tokenizer, prompt, answer, memory=None):
     before = tokenizer(prompt, add_special_tokens=False).input_ids
     found = []
     for token in tokenizer(answer, add_special_tokens=False).input_ids:
-        given = {} if memory is None else {"cache": MemoryCache(model, memory, write=False)}
-        logits = model(torch.tensor([before]), **given).logits[0, -1]
+        kwargs = {} if memory is None else {"cache": MemoryCache(model, memory, write=False)}
+        logits = model(torch.tensor([before]), **kwargs).logits[0, -1]
         found.append(math.log(logits.double().softmax(0)[token]))
         before = [*before, token]
     return found
 
 
-def test_every_condition_is_the_plain_loop(model, tokenizer):
+def test_every_condition_matches_a_plain_loop(model, tokenizer):
     task = Likely()
     found = evaluate(model, tokenizer, task, MEMORY, retrieved=True)
     base = tiny_model(vocab_size=len(tokenizer))
@@ -121,7 +121,7 @@ def test_every_condition_is_the_plain_loop(model, tokenizer):
     assert abs(means["full_context"] - means["no_adapter"]) > 100 * TOLERANCE
 
 
-def test_batches_do_not_matter(model, tokenizer, monkeypatch):
+def test_the_batch_size_changes_nothing(model, tokenizer, monkeypatch):
     whole = evaluate(model, tokenizer, Likely(), MEMORY)
     small = evaluate(model, tokenizer, Likely(), MEMORY, batch_size=2)
     monkeypatch.setattr(likelihood, "LOGITS", 1)  # a row at a time
@@ -132,7 +132,7 @@ def test_batches_do_not_matter(model, tokenizer, monkeypatch):
     assert not any(parameter.requires_grad for parameter in base_parameters(model))
 
 
-def test_a_mean_is_of_tokens(model, tokenizer):
+def test_the_mean_is_over_tokens(model, tokenizer):
     """As perplexity is usually reported: long answers count for more."""
     found = evaluate(model, tokenizer, Likely(), MEMORY)
     records = [record for record in found.records if record.condition == "state"]
@@ -171,17 +171,17 @@ STRIPPED = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
         (STRIPPED, "<|assistant|>", "Fido is my dog."),
     ],
 )
-def test_scored_are_the_answers_own_tokens(tokenizer, template, before, own):
+def test_only_tokens_of_the_answer_are_scored(tokenizer, template, before, own):
     """Not what the template writes before it, and not the end of the turn."""
     changed = with_template(tokenizer, template)
     prompt, found = scored(changed, item(5))
-    said = found.ids[-found.answer :]
-    assert changed.decode(said) == own and changed.decode(found.ids[: -found.answer]).endswith(before)
+    answer_ids = found.ids[-found.answer :]
+    assert changed.decode(answer_ids) == own and changed.decode(found.ids[: -found.answer]).endswith(before)
     assert changed.decode(found.ids).startswith(prompt)
-    assert changed.eos_token_id not in said
+    assert changed.eos_token_id not in answer_ids
 
 
-def test_what_cannot_be_scored_is_named(tokenizer):
+def test_items_that_cannot_be_scored_are_named(tokenizer):
     asked = item(7)
     reversing = "{% for message in messages | reverse %}" + CHAT_TEMPLATE.partition("%}")[2]
     with pytest.raises(DataError, match="talks:7: The chat template renders the prompt differently"):
@@ -194,7 +194,7 @@ def test_what_cannot_be_scored_is_named(tokenizer):
         scored(tokenizer, asked, ALL, length - 1)
 
 
-def test_a_model_that_gives_nothing_finite_is_refused(tokenizer):
+def test_logits_that_are_not_finite_raise(tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     attach(model, DeltaMemConfig(rank=4))
     with torch.no_grad():

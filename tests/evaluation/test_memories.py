@@ -1,4 +1,4 @@
-"""Rows of memories are taken and averaged as one would by hand, and permuted layers are all another layer's."""
+"""Selecting and averaging rows of memories, and permuting their layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stored(layers: int, rows: int = 4, segment: int = 0) -> StoredMemory:
     return StoredMemory(states, segments, "a")
 
 
-def test_rows_are_taken_and_averaged():
+def test_rows_are_selected_and_averaged():
     memory = stored(2, segment=5)
     taken, mean = take_rows(memory, [2, 0, 2]), mean_rows(memory, [[0, 3], [1, 2]])
     for before, of_taken, of_mean in (
@@ -44,7 +44,7 @@ def test_rows_are_taken_and_averaged():
 
 
 @pytest.mark.parametrize("layers", [2, 3, 7])
-def test_no_layer_keeps_its_state_and_none_is_lost(layers):
+def test_permuting_moves_the_state_of_every_layer(layers):
     memory, drawn = stored(layers), set()
     for seed in SEEDS:
         permuted = permute_layers(memory, seed).states
@@ -60,13 +60,13 @@ def test_no_layer_keeps_its_state_and_none_is_lost(layers):
     assert all(np.array_equal(first[layer], again[layer]) for layer in first)
 
 
-def test_which_memories_can_be_permuted():
+def test_only_memories_with_several_equal_layers_can_be_permuted():
     assert has_layers_to_permute(MemoryShape({0: (1, 4, 4), 5: (1, 4, 4)}))
     assert not has_layers_to_permute(MemoryShape({0: (1, 4, 4)}))
     assert not has_layers_to_permute(MemoryShape({0: (1, 4, 4), 5: (2, 4, 4)}))
 
 
-def test_others_are_the_next_ones_and_never_oneself(monkeypatch):
+def test_other_histories_are_the_next_ones_and_never_the_same(monkeypatch):
     items = [item(number, question) for number in range(5) for question in range(2)]
     everyone = {f"history {number}" for number in range(5)}
     for name, others in other_histories(items).items():
@@ -76,7 +76,7 @@ def test_others_are_the_next_ones_and_never_oneself(monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
-def test_the_mean_and_the_permuted_state_are_what_is_asked_with(granularity, tokenizer, monkeypatch):
+def test_the_mean_and_permuted_conditions_use_these_memories(granularity, tokenizer, monkeypatch):
     """Of four histories the mean is of three others, and says so."""
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, granularity=granularity)))
@@ -100,7 +100,7 @@ def test_the_mean_and_the_permuted_state_are_what_is_asked_with(granularity, tok
     assert {condition.name for condition in found.conditions} >= set(conditions.CONTROLS)
 
 
-def test_the_mean_with_a_limit_is_that_without(tokenizer):
+def test_a_limit_does_not_change_the_mean_state(tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4)))
     task = Asked([item(number) for number in range(5)])
@@ -108,7 +108,7 @@ def test_the_mean_with_a_limit_is_that_without(tokenizer):
     assert some.records == [record for record in whole.records if record.history == "history 0"]
 
 
-def test_one_layer_cannot_be_permuted(tokenizer):
+def test_permuting_a_single_layer_raises(tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, layers=[1])))
     found = evaluate(model, tokenizer, Asked(), MEMORY)

@@ -1,4 +1,4 @@
-"""MemoryAgentBench: cut, asked and scored as its repository does."""
+"""MemoryAgentBench: chunked, asked and scored as in its repository."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ask(tmp_path, checkpoint, punkt):
     return made
 
 
-def test_a_text_is_cut_at_sentences(punkt):
+def test_a_text_is_split_at_sentences(punkt):
     text = "Dr. Ann ran. She won!\nDid Ben? A sentence of more words than fit. No."
     assert sentence_chunks(text, 5, words) == [
         "Dr. Ann ran. She won!",
@@ -51,7 +51,7 @@ def test_a_text_is_cut_at_sentences(punkt):
     assert sentence_chunks("A sentence of more words. No.", 1, words) == ["A sentence of more words.", "No."]
 
 
-def test_what_chunks_need_is_named(checkpoint, tmp_path, monkeypatch, punkt):
+def test_missing_requirements_of_chunking_are_named(checkpoint, tmp_path, monkeypatch, punkt):
     count = token_counter(str(checkpoint))
     assert count(["My dog", ""]) == [len(token_counter(str(checkpoint))(["My dog"])) + 1, 0] and count([]) == []
     with pytest.raises(HubError, match="no tokenizer folder"):
@@ -86,22 +86,22 @@ def test_rows_become_questions(ask):
         "Who lives with {Ben}?" in items[0].question[0]["content"]
         and "larger number" in items[0].question[0]["content"]
     )
-    told = [session[0]["content"].split("\n\n", 1)[1] for session in items[0].history]
-    assert len(told) > 1 and " ".join(told) == FACTS  # a session a chunk, and nothing of the text is lost
+    chunks = [session[0]["content"].split("\n\n", 1)[1] for session in items[0].history]
+    assert len(chunks) > 1 and " ".join(chunks) == FACTS  # a session a chunk, and nothing of the text is lost
     assert all([message["role"] for message in session] == ["user", "assistant"] for session in items[0].history)
     # One text, one history: or else its twin would be the donor.
     assert len({item.history_id for item in items[:4]}) == 1 and len({item.history_id for item in items}) == 3
     assert [item.new_tokens for item in items] == [10, 10, 10, 10, 50, 40]
 
 
-def test_sizes_of_chunks_are_the_sources_own(ask, checkpoint):
+def test_the_chunk_size_depends_on_the_source(ask, checkpoint):
     """512 tokens where a text is put together from short ones, 4,096 elsewhere."""
     sentences = [f"Fact {number} is that Ann ran." for number in range(1, 300)]
     (longest,) = [max(token_counter(str(checkpoint))(sentences))]
     for source, size in (("ruler_qa1_197K", 512), ("factconsolidation_sh_6k", 512), ("eventqa_full", 4096)):
         (item,) = ask([row(source, " ".join(sentences), ("Who?", ["Ann"]))]).items()
-        told = [session[0]["content"].split("\n\n", 1)[1] for session in item.history]
-        counts = [sum(token_counter(str(checkpoint))(nltk.sent_tokenize(chunk))) for chunk in told]
+        chunks = [session[0]["content"].split("\n\n", 1)[1] for session in item.history]
+        counts = [sum(token_counter(str(checkpoint))(nltk.sent_tokenize(chunk))) for chunk in chunks]
         assert len(counts) > 1 and all(size - longest < count <= size for count in counts[:-1]), source
 
 
@@ -133,7 +133,7 @@ def test_answers_are_scored_as_published(ask, source, answer, right, expected):
     assert {name: scores[name] for name in expected} == pytest.approx(expected)
 
 
-def test_the_parsed_answer():
+def test_answers_are_parsed_as_published():
     """The script's `parse_output`."""
     for text, parsed in (
         ("Paris\nor Rome", "Paris"),
@@ -145,7 +145,7 @@ def test_the_parsed_answer():
         assert first_answer(text) == parsed
 
 
-def test_rouge_is_of_stems():
+def test_rouge_compares_stems():
     """`rouge-score` with stems, by hand: LCS "the cat on mat" of 6 and 5 words."""
     assert rouge("the cat sat on a mat", "the cat on the mat").f1 == pytest.approx(
         2 * (4 / 6) * (4 / 5) / (4 / 6 + 4 / 5)
@@ -170,7 +170,7 @@ def test_recommendations_are_matched_to_titles(answer, recalls):
     assert tuple(found.values()) == recalls and list(found) == [f"recsys_recall@{n}" for n in (1, 5, 10)]
 
 
-def test_recommendations_need_the_titles(ask, tmp_path):
+def test_recommendations_without_titles_raise(ask, tmp_path):
     rows = SPLITS["Test_Time_Learning"]
     with pytest.raises(ConfigError, match="row 2 question 1 asks for recommendations"):
         ask(rows).items()
@@ -189,7 +189,7 @@ def test_recommendations_need_the_titles(ask, tmp_path):
         ask(rows, movies=str(tmp_path / "nowhere.json")).items()
 
 
-def test_judged_sources_are_refused_or_said_to_be_unjudged(ask):
+def test_sources_that_need_a_judge_raise_or_are_marked(ask):
     rows = SPLITS["Accurate_Retrieval"] + SPLITS["Long_Range_Understanding"]
     with pytest.raises(ConfigError, match=r"rows.json row 3: answers of the source longmemeval.* are judged by GPT-4o"):
         ask(rows).items()
@@ -203,7 +203,7 @@ def test_judged_sources_are_refused_or_said_to_be_unjudged(ask):
 
 
 @pytest.mark.parametrize("chunk", [0, -3, 2.5, True, "many"])
-def test_a_chunk_has_a_size(ask, chunk):
+def test_an_invalid_chunk_size_raises(ask, chunk):
     with pytest.raises(ConfigError, match="is not valid"):
         ask([], chunk=chunk)
 
@@ -228,7 +228,7 @@ def test_all_splits_of_a_dataset_are_asked(tmp_path, checkpoint, monkeypatch, pu
         find_task("memoryagentbench", {**options, "split": "Test"}).items()
 
 
-def test_a_model_is_asked(ask, tokenizer):
+def test_a_model_answers_the_benchmark(ask, tokenizer):
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048)
     randomise(attach(model, DeltaMemConfig(rank=4)))
     task = ask(SPLITS["Accurate_Retrieval"][:1] + SPLITS["Conflict_Resolution"], chunk=40)
@@ -252,7 +252,7 @@ def test_a_model_is_asked(ask, tokenizer):
         ("rapidfuzz", lambda: Movies(TITLES)),
     ],
 )
-def test_what_is_not_installed_is_named(monkeypatch, package, needs):
+def test_missing_packages_are_named(monkeypatch, package, needs):
     monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say that there is no such module
     with pytest.raises(ConfigError, match=r"needs? the package") as refused:
         needs()

@@ -1,4 +1,4 @@
-"""Recall of natural facts: what is told and asked, which words are held out, and what counts as right."""
+"""Recall of natural facts: histories, questions, held-out words and scoring."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ REMARKS = {remark for remark, _ in SMALL_TALK}
 KIND = {**IS, **PREFERRED}
 
 
-def told(item):
+def statements_of(item):
     """What the user states, in order, in all sessions."""
     users = [message["content"] for session in item.history for message in session if message["role"] == "user"]
     return [spoken for text in users if text not in REMARKS for spoken in statements_in(text) or []]
 
 
-def asked(item):
+def question_of(item):
     return question_in(item.question[-1]["content"])
 
 
-def test_the_task_of_other_words_is_found_by_an_option():
+def test_an_option_selects_natural_facts():
     natural = find_task("recall", {"words": "natural", "facts": 2, "episodes": 3}, {"seed": 5})
     assert isinstance(natural, NaturalRecall) and natural.metrics == ("contains",)
     assert natural.items() == NaturalRecall(2, 3, seed=5).items() != NaturalRecall(2, 3).items()
@@ -34,13 +34,13 @@ def test_the_task_of_other_words_is_found_by_an_option():
     assert type(usual) is Recall and usual.items() == Recall(2, 3, seed=5).items()
 
 
-def test_one_of_the_facts_is_asked_for_and_what_was_said_last_is_right():
+def test_one_fact_is_asked_for_and_its_last_value_is_right():
     for item in NaturalRecall([1, 4], 60).items():
-        said, question = told(item), asked(item)
-        assert len({spoken[:2] for spoken in said}) == int(item.group.split()[0])
-        assert [spoken.value for spoken in said if spoken[:2] == question[:2]][-1:] == list(item.answers)
+        statements, question = statements_of(item), question_of(item)
+        assert len({spoken[:2] for spoken in statements}) == int(item.group.split()[0])
+        assert [spoken.value for spoken in statements if spoken[:2] == question[:2]][-1:] == list(item.answers)
         assert sorted(item.others) == sorted(
-            {spoken[:2]: spoken.value for spoken in said if spoken[:2] != question[:2]}.values()
+            {spoken[:2]: spoken.value for spoken in statements if spoken[:2] != question[:2]}.values()
         )
         system = [message for message in item.history[0] if message["role"] == "system"]
         assert list(item.question[:-1]) == system
@@ -49,38 +49,38 @@ def test_one_of_the_facts_is_asked_for_and_what_was_said_last_is_right():
 @pytest.mark.parametrize(
     "held_out", [("attributes", "values", "phrasings"), ("attributes",), "values", ["phrasings"], ()]
 )
-def test_what_is_held_out_is_an_option(held_out):
+def test_an_option_selects_the_held_out_words(held_out):
     for item in NaturalRecall(3, 25, held_out=held_out, bare=0.2).items():
-        said, question = told(item), asked(item)
+        statements, question = statements_of(item), question_of(item)
         for part, texts in {
-            "attributes": [spoken.attribute for spoken in (*said, question)],
-            "values": [spoken.value for spoken in said],
-            "phrasings": [spoken.frame for spoken in (*said, question)],
+            "attributes": [spoken.attribute for spoken in (*statements, question)],
+            "values": [spoken.value for spoken in statements],
+            "phrasings": [spoken.frame for spoken in (*statements, question)],
         }.items():
             assert set(map(is_held_out, texts)) == {part in held_out}, part
 
 
 @pytest.mark.parametrize(("kind", "corrected"), [("changed", True), ("contradicted", False)])
-def test_a_fact_that_is_told_twice(kind, corrected):
+def test_a_fact_stated_twice_has_an_old_value(kind, corrected):
     task = NaturalRecall(3, 40, kind=kind)
     assert task.metrics == ("contains", "old")
     for item in task.items():
-        question = asked(item)
-        old, new = [spoken for spoken in told(item) if spoken[:2] == question[:2]]
-        assert told(item)[-1] == new and (item.stale, item.answers) == (old.value, [new.value])
+        question = question_of(item)
+        old, new = [spoken for spoken in statements_of(item) if spoken[:2] == question[:2]]
+        assert statements_of(item)[-1] == new and (item.stale, item.answers) == (old.value, [new.value])
         assert task.score(item, f"It is {new.value}.") == {"contains": 1.0, "old": 0.0}
         assert task.score(item, f"It is {old.value}.") == {"contains": 0.0, "old": 1.0}
         assert task.score(item, f"First {old.value}, then {new.value}.") == {"contains": 0.0, "old": 0.0}
     corrections = set(both(CORRECTIONS))
-    assert {told(item)[-1].frame in corrections for item in task.items()} == {corrected}
+    assert {statements_of(item)[-1].frame in corrections for item in task.items()} == {corrected}
 
 
 @pytest.mark.parametrize("between", ["small_talk", "facts"])
-def test_a_delay_comes_after_all_that_is_told(between):
+def test_the_delay_follows_all_facts(between):
     for item in NaturalRecall(2, 8, delay=[0, 40], between=between, talk=0.0).items():
         delay = int(item.group.split(", ")[1].split()[0])
         users = [message["content"] for message in item.history[0] if message["role"] == "user"]
-        later, question = users[len(users) - delay :], asked(item)
+        later, question = users[len(users) - delay :], question_of(item)
         if between == "small_talk":
             assert set(later) <= REMARKS and len(set(later)) == min(delay, len(REMARKS))
         else:
@@ -89,15 +89,15 @@ def test_a_delay_comes_after_all_that_is_told(between):
             assert {spoken.value for spoken in others} <= set(item.others)
 
 
-def test_distractors_are_of_the_asked_kind_first():
+def test_distractors_of_the_asked_kind_come_first():
     for item in NaturalRecall(1, 30, distractors=2, third_person=0.0).items():
-        kind = KIND[asked(item).attribute]
-        attributes = {spoken.attribute for spoken in told(item)}
+        kind = KIND[question_of(item).attribute]
+        attributes = {spoken.attribute for spoken in statements_of(item)}
         assert len(attributes) == 3
         assert sum(KIND[name] is kind for name in attributes) == min(3, len(kind.attributes[True]))
 
 
-def test_sessions_begin_with_the_system_prompt():
+def test_every_session_starts_with_the_system_prompt():
     for item in NaturalRecall(4, 10, session=2, system="Be brief.").items():
         assert all(session[0] == {"role": "system", "content": "Be brief."} for session in item.history)
         assert {len(session) for session in item.history[:-1]} <= {5} and item.question[0]["role"] == "system"
@@ -107,12 +107,12 @@ def test_sessions_begin_with_the_system_prompt():
 
 def test_plain_conversations_are_one_message():
     for item in NaturalRecall(3, 10, form="plain", system="").items():
-        assert [message["role"] for message in item.history[0]] == ["system", "user"] and len(told(item)) == 3
+        assert [message["role"] for message in item.history[0]] == ["system", "user"] and len(statements_of(item)) == 3
     words = set(WORDS[True])
     assert all(item.answers[0] in words for item in NaturalRecall(1, 20, form="plain", bare=1).items())
 
 
-def test_what_was_never_told_is_declined_and_the_rest_stays_as_it_is():
+def test_unanswerable_questions_leave_the_others_unchanged():
     plain, some = NaturalRecall(3, 40), NaturalRecall(3, 40, unanswerable=0.25)
     assert some.metrics == ("contains", "false_answer")
     unknown = [item for item in some.items() if not item.is_told]
@@ -126,18 +126,18 @@ def test_what_was_never_told_is_declined_and_the_rest_stays_as_it_is():
             assert some.score(item, "You have not told me.") == {"contains": 0.0, "false_answer": 0.0}
             assert some.score(item, item.others[0]) == {"contains": 0.0, "false_answer": 1.0}
         else:
-            assert asked(item)[:2] not in {spoken[:2] for spoken in told(item)}
+            assert question_of(item)[:2] not in {spoken[:2] for spoken in statements_of(item)}
             assert some.score(item, item.answers[0]) == {"contains": 1.0, "false_answer": 0.0}
             assert some.score(item, "It is Oslo.") == {"contains": 0.0, "false_answer": 1.0}
 
 
-def test_as_many_facts_as_there_may_be_are_told_apart():
+def test_the_maximum_number_of_facts_are_distinct():
     (item,) = NaturalRecall(64, 1, third_person=0.0, talk=0.0).items()
-    assert len({spoken[:2] for spoken in told(item)}) == 64
+    assert len({spoken[:2] for spoken in statements_of(item)}) == 64
     assert not any(mentions(item.answers[0], other) or mentions(other, item.answers[0]) for other in item.others)
 
 
-def test_a_value_is_named_by_its_words_alone():
+def test_a_value_is_recognised_only_by_its_words():
     assert mentions("Your gym is the Silver Otter!", "The Silver Otter") and mentions("At 7:45 pm.", "7:45 pm")
     assert not mentions("It is 14:305.", "14:30") and not mentions("Oslofjord", "Oslo") and not mentions("", "Oslo")
     assert mentions_only("Ines Keller", "ines keller", ["Oslo"]) == 1.0
@@ -158,13 +158,13 @@ def test_a_value_is_named_by_its_words_alone():
         ("", False),
     ],
 )
-def test_what_declines(answer, is_declined):
+def test_declining_answers_are_recognised(answer, is_declined):
     assert declines(answer) is is_declined
 
 
-def test_no_answer_that_was_generated_as_known_declines():
+def test_generated_answers_to_stated_facts_do_not_decline():
     for item in NaturalRecall(4, 100).items():
-        assert not any(declines(f"Your {spoken.attribute} is {spoken.value}.") for spoken in told(item))
+        assert not any(declines(f"Your {spoken.attribute} is {spoken.value}.") for spoken in statements_of(item))
     assert not any(map(declines, ACKNOWLEDGEMENTS))
 
 
@@ -185,6 +185,6 @@ def test_no_answer_that_was_generated_as_known_declines():
         ({"words": "natural", "facts": 65}, "must be from 1 to 64"),
     ],
 )
-def test_options_out_of_range(options, says):
+def test_options_out_of_range_raise(options, says):
     with pytest.raises(ConfigError, match=says):
         find_task("recall", options)

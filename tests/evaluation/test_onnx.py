@@ -1,4 +1,4 @@
-"""An ONNX folder is evaluated as its adapter is: the same answers, records and scores."""
+"""Evaluating an ONNX folder gives the same answers, records and scores as its adapter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pair(request, checkpoint, tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("protocol", ["memory", "window:40", "full"])
-def test_answers_records_and_scores_are_the_adapters(pair, tokenizer, protocol):
+def test_answers_records_and_scores_match_the_adapter(pair, tokenizer, protocol):
     model, onnx = pair
     chosen, options = EvalProtocol.parse(protocol), {"retrieved": True, "truncate": 30}
     in_torch = evaluate(model, tokenizer, TASK, chosen, **options)
@@ -50,7 +50,7 @@ def test_answers_records_and_scores_are_the_adapters(pair, tokenizer, protocol):
     assert (in_torch.runtime, in_onnx.runtime) == ("pytorch", "onnx")
 
 
-def test_likelihoods_are_the_adapters(pair, tokenizer):
+def test_likelihoods_match_the_adapter(pair, tokenizer):
     model, onnx = pair
     in_torch, in_onnx = (evaluate(each, tokenizer, Likely(), MEMORY, only=BOTH[:6]) for each in (model, onnx))
     for ours, theirs in zip(in_torch.records, in_onnx.records, strict=True):
@@ -58,7 +58,7 @@ def test_likelihoods_are_the_adapters(pair, tokenizer):
         assert theirs.scores[LOG_PROB] == pytest.approx(ours.scores[LOG_PROB], abs=TOLERANCE)
 
 
-def test_logits_of_the_last_position_give_no_likelihood(pair, tokenizer, tmp_path):
+def test_a_graph_with_only_the_last_logits_raises_for_likelihoods(pair, tokenizer, tmp_path):
     model, _ = pair
     export_onnx(model, tokenizer, tmp_path / "last")
     with pytest.raises(ExportError, match="no logits of every position"):
@@ -66,18 +66,18 @@ def test_logits_of_the_last_position_give_no_likelihood(pair, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["scale_zero", "no_adapter", "lora"])
-def test_what_changes_weights_is_refused(pair, name):
+def test_conditions_that_change_weights_raise(pair, name):
     lora = Lora(Path("lora"), None, None) if name == "lora" else None
     with pytest.raises(ConfigError, match=f"The condition {name} needs PyTorch.\n.*fixed.\nEvaluate the adapter"):
         evaluate(pair[1], None, TASK, MEMORY, only=("state", name), lora=lora)
 
 
-def test_the_base_s_answers_need_pytorch(pair):
+def test_agreement_with_the_base_needs_pytorch(pair):
     with pytest.raises(ConfigError, match="The condition no_adapter needs PyTorch"):
         evaluate(pair[1], None, Agreement(), MEMORY)
 
 
-def test_records_are_of_one_runtime(pair, tokenizer, tmp_path):
+def test_records_of_another_runtime_are_not_reused(pair, tokenizer, tmp_path):
     model, onnx = pair
     first = evaluate(onnx, None, TASK, MEMORY, only=("state",), folder=tmp_path)
     assert evaluate(onnx, None, TASK, MEMORY, only=("state",), folder=tmp_path).records == first.records
@@ -86,7 +86,7 @@ def test_records_are_of_one_runtime(pair, tokenizer, tmp_path):
         evaluate(model, tokenizer, TASK, MEMORY, only=("state",), folder=tmp_path)
 
 
-def test_the_command_takes_a_folder(pair):
+def test_the_eval_command_accepts_an_onnx_folder(pair):
     words = [str(pair[1].folder), "--set", "facts=[1]", "--set", "episodes=3", "--json"]
     answer = CliRunner().invoke(command, words)
     assert answer.exit_code == 0, answer.output

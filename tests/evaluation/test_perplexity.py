@@ -1,4 +1,4 @@
-"""The task `perplexity`: which turns are scored, after which, and how its figures are shown."""
+"""The task `perplexity`: which turns are scored after which history, and how its figures are shown."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def talks(tmp_path):
     return str(write_jsonl(tmp_path / "talks.jsonl", TALKS))
 
 
-def test_the_last_answer_after_all_before(talks):
+def test_the_last_answer_is_scored_after_all_earlier_turns(talks):
     first, second = find_task("perplexity", {"data": talks}).items()
     assert list(first.history) == [TALKS[0][:-2]] and list(first.question) == TURNS[3][:1]
     assert list(first.answers) == ["Answer 3"] and first.group == "last turn"
@@ -54,7 +54,7 @@ def test_the_last_answer_after_all_before(talks):
     assert second.where.endswith("talks.jsonl:2, message 7") and second.query == "Question 2"
 
 
-def test_several_turns_go_on_from_one_history(talks):
+def test_several_turns_share_one_history(talks):
     """They share the memory, and each sees the turns between the history and itself."""
     items = find_task("perplexity", {"data": talks, "turns": 2}).items()
     first, second, third, fourth = items
@@ -75,7 +75,7 @@ def test_a_system_prompt_is_in_view_once_and_first(talks, tokenizer):
         assert ("Question 0" in text) == (view != NOTHING)
 
 
-def test_locomos_sessions_are_kept(tmp_path):
+def test_sessions_of_locomo_are_kept(tmp_path):
     last = [{"speaker": "Ann", "text": "Hi!"}, {"speaker": "Ben", "text": "Hello."}, {"speaker": "Ann", "text": "Bye."}]
     talk = {**TALK, "conversation": {**TALK["conversation"], "session_10": last}}
     (tmp_path / "locomo.json").write_text(json.dumps([talk]))
@@ -93,16 +93,16 @@ def test_locomos_sessions_are_kept(tmp_path):
         ({"turns": 1}, [*TURNS[0], USER("And?"), ASSISTANT(" \n")], "talks.jsonl:1, message 4 is empty"),
     ],
 )
-def test_a_conversation_that_cannot_be_asked_is_named(tmp_path, options, talk, says):
+def test_a_conversation_that_cannot_be_scored_is_named(tmp_path, options, talk, says):
     file = write_jsonl(tmp_path / "talks.jsonl", [talk])
     with pytest.raises(DataError, match=says):
         find_task("perplexity", {"data": str(file), **options}).items()
 
 
-def test_what_a_row_gives_the_template_is_in_every_text(tmp_path, tokenizer):
+def test_template_options_of_a_row_apply_to_every_text(tmp_path, tokenizer):
     """In what is written, in what is in view and in what is scored: as where the template has it in itself."""
-    given = [{"messages": talk, "chat_template_kwargs": {"mood": "calm"}} for talk in TALKS]
-    (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, given)))
+    rows = [{"messages": talk, "chat_template_kwargs": {"mood": "calm"}} for talk in TALKS]
+    (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plain = write_jsonl(tmp_path / "plain.jsonl", TALKS)
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4)))
@@ -117,7 +117,7 @@ def test_what_a_row_gives_the_template_is_in_every_text(tmp_path, tokenizer):
     assert found["{{ mood }}"] == found["calm"] != found[""]
 
 
-def test_options_are_checked():
+def test_invalid_options_raise():
     with pytest.raises(ConfigError, match="The task perplexity needs its data"):
         find_task("perplexity", {})
     for turns in (0, "2", 1.5):
@@ -129,7 +129,7 @@ SCALE = scale_of(LOG_PROB)
 ALONE = [str(number) for number in range(40)]
 
 
-def test_a_scale_without_an_end_clips_nothing():
+def test_an_open_ended_scale_clips_nothing():
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(-3, 0.5, 40), rng.normal(-6, 0.5, 40)
     found = estimate(list(ours), ALONE, 0, SCALE)
@@ -143,7 +143,7 @@ def test_a_scale_without_an_end_clips_nothing():
     assert (same.mean, same.low, same.high) == (-0.5, -0.5, -0.5)
 
 
-def test_weights_are_as_if_every_token_were_a_question():
+def test_weighting_by_tokens_equals_one_question_per_token():
     rng = np.random.default_rng(1)
     means, counts = rng.normal(-2, 1, 40).clip(-5, -0.1), rng.integers(1, 9, 40)
     tokens = [(mean, str(n)) for n, (mean, count) in enumerate(zip(means, counts, strict=True)) for _ in range(count)]
@@ -156,9 +156,9 @@ def test_weights_are_as_if_every_token_were_a_question():
     assert differs.mean == pytest.approx(apart.mean) and differs.p_value < 0.001
 
 
-def test_words():
-    said = Difference(0.21, 0.17, 0.25, 0.001, 40)
-    assert verdict("donor state", said, SCALE.unit) == "the state adds 0.21 ± 0.04 nats per token over donor state"
+def test_the_verdict_in_nats_per_token():
+    clear = Difference(0.21, 0.17, 0.25, 0.001, 40)
+    assert verdict("donor state", clear, SCALE.unit) == "the state adds 0.21 ± 0.04 nats per token over donor state"
     unclear = Difference(-0.01, -0.03, 0.01, 0.4, 40)
     assert verdict("zero state", unclear, SCALE.unit).endswith("(-0.01 ± 0.02 nats per token)")
     sure = Difference(0.1234, 0.1192, 0.1271, 0.001, 40)
@@ -167,7 +167,7 @@ def test_words():
     assert mean_and_interval(-0.0001, -0.1, -0.0001) == ("0.00", "-0.10 to 0.00")
 
 
-def test_as_many_digits_as_the_half_width_is_worth():
+def test_digits_follow_the_half_width_of_the_interval():
     """Two, unless it is below the last of them; of what is no more than rounding, none."""
     for half, after in ((0.5, 2), (0.01, 2), (0.0099, 4), (0.001, 4), (0.0009, 5), (2e-6, 7), (1e-9, 2), (0.0, 2)):
         assert decimals(1.0, 1.0 - half, 1.0) == after, half
@@ -190,27 +190,27 @@ def found() -> Evaluation:
     return Evaluation("perplexity", "memory", [LOG_PROB], conditions, ["turn 1 of 2", "turn 2 of 2"], records, 0)
 
 
-def test_it_is_shown_as_perplexity_too(tmp_path):
+def test_the_score_is_also_shown_as_perplexity(tmp_path):
     mean = sum((-1.0 - 0.01 * n) * (1 + n) for n in range(0, 8, 2)) / sum(1 + n for n in range(0, 8, 2))
     console = Console(width=120, file=io.StringIO())
     console.print(score_table(found()))
     text = console.file.getvalue()
     assert f"{mean:.2f}" in text and f"perplexity {math.exp(-mean):.2f}" in text
-    said = evaluation_json(found(), "f" * 64, ["--task", "perplexity"])
-    (tmp_path / "evaluation.json").write_text(json.dumps(said))
-    assert read_evaluation(tmp_path / "evaluation.json") == said
-    assert said["scores"]["state"][0][0] == pytest.approx(mean)
-    assert said["differences"]["donor_state"]["mean"] == pytest.approx(1.0)
-    mean, low, high = said["overall"]["state"]
-    assert said["other_metrics"]["perplexity"]["state"] == pytest.approx(
+    evaluation = evaluation_json(found(), "f" * 64, ["--task", "perplexity"])
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert read_evaluation(tmp_path / "evaluation.json") == evaluation
+    assert evaluation["scores"]["state"][0][0] == pytest.approx(mean)
+    assert evaluation["differences"]["donor_state"]["mean"] == pytest.approx(1.0)
+    mean, low, high = evaluation["overall"]["state"]
+    assert evaluation["other_metrics"]["perplexity"]["state"] == pytest.approx(
         [math.exp(-mean), math.exp(-high), math.exp(-low)]
     )
-    assert "the state adds 1.00 ± 0.00 nats per token over donor state" in said["verdict"]
+    assert "the state adds 1.00 ± 0.00 nats per token over donor state" in evaluation["verdict"]
     plot_scores(found(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_of_them_are_compared_token_by_token(tmp_path):
+def test_two_perplexity_evaluations_are_compared_by_token(tmp_path):
     worse = found()
     for record in worse.records:  # the longer the answer, the more
         record.scores[LOG_PROB] -= 0.1 * record.scores[TOKENS]
@@ -225,7 +225,7 @@ def test_two_of_them_are_compared_token_by_token(tmp_path):
     )
 
 
-def test_records_whose_answers_have_no_tokens_are_not_used(tmp_path):
+def test_records_without_token_counts_are_ignored(tmp_path):
     """None has, or one of them has not: a mean over tokens is of the others."""
     whole, lines = kept(tmp_path / "a", found()), found().records
     for name, empty in (("all", range(8)), ("one", [3])):
@@ -237,7 +237,7 @@ def test_records_whose_answers_have_no_tokens_are_not_used(tmp_path):
         assert "do not match evaluation.json" in compared.unpaired and compared.overall[0].p_value is None
 
 
-def test_memories_of_something_else(talks, tmp_path):
+def test_memories_can_come_from_other_conversations(talks, tmp_path):
     """What is in view and what is scored stays, and each conversation has one memory."""
     own = find_task("perplexity", {"data": talks, "turns": 2}).items()
     (tmp_path / "others.jsonl").write_text(
@@ -254,13 +254,13 @@ def test_memories_of_something_else(talks, tmp_path):
         assert all(items[number].history == items[number + 1].history for number in (0, 2))
 
 
-def test_the_command(tmp_path, checkpoint, talks):
+def test_the_eval_command_runs_the_perplexity_task(tmp_path, checkpoint, talks):
     adapter = tmp_path / "adapter"
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), adapter)
     options = [str(adapter), "--task", "perplexity", "--data", talks, "--set", "turns=2", "--json"]
     for _ in range(2):  # the second time, nothing is left to be asked
-        said = json.loads(CliRunner().invoke(command, [*options, "--records", str(tmp_path / "records")]).stdout)
-    assert said["metric"] == LOG_PROB and said["groups"] == ["turn 1 of 2", "turn 2 of 2"]
-    assert said["questions"] == [2, 2] and all(score < 0 for score, _, _ in said["overall"].values())
-    assert said["differences"]["zero_state"]["mean"] == 0.0  # a fresh adapter corrects nothing
-    assert len((tmp_path / "records" / "records.jsonl").read_text().splitlines()) == 4 * len(said["conditions"])
+        report = json.loads(CliRunner().invoke(command, [*options, "--records", str(tmp_path / "records")]).stdout)
+    assert report["metric"] == LOG_PROB and report["groups"] == ["turn 1 of 2", "turn 2 of 2"]
+    assert report["questions"] == [2, 2] and all(score < 0 for score, _, _ in report["overall"].values())
+    assert report["differences"]["zero_state"]["mean"] == 0.0  # a fresh adapter corrects nothing
+    assert len((tmp_path / "records" / "records.jsonl").read_text().splitlines()) == 4 * len(report["conditions"])

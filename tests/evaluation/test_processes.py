@@ -1,4 +1,4 @@
-"""`deltamem eval` in several processes leaves what one leaves, byte for byte; killed and resumed too."""
+"""`deltamem eval` in several processes writes byte-identical files to a run in one, also when killed and resumed."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def folder(tmp_path_factory, checkpoint):
     save_adapter(model, folder / "adapter")
     talks = []
     for number in range(30):
-        said = [f"My lucky number is {number * turn}." for turn in range(1, 3 + number % 5)]
-        talks.append([message for text in said for message in (dialogues.user(text), dialogues.assistant(text))])
+        answers = [f"My lucky number is {number * turn}." for turn in range(1, 3 + number % 5)]
+        talks.append([message for text in answers for message in (dialogues.user(text), dialogues.assistant(text))])
     write_jsonl(folder / "talks.jsonl", talks)
     return folder
 
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: OF_ONE_RUN.sub(b"", path.read_bytes()) for path in folder.iterdir()}
 
 
-def test_two_processes_that_were_killed_leave_what_one_leaves(folder, monkeypatch):
+def test_two_processes_killed_and_resumed_match_one(folder, monkeypatch):
     monkeypatch.chdir(folder)
     one = CliRunner().invoke(cli, options("one/report"), prog_name="deltamem")
     assert one.exit_code == 0, one.output
@@ -102,14 +102,14 @@ def test_two_processes_that_were_killed_leave_what_one_leaves(folder, monkeypatc
     process = launched(folder)
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    said = json.loads(stdout)  # of one process alone, or it would not be JSON
-    assert said["run"]["cost"]["asked"] < said["run"]["cost"]["answers"]
+    report = json.loads(stdout)  # of one process alone, or it would not be JSON
+    assert report["run"]["cost"]["asked"] < report["run"]["cost"]["answers"]
     assert records.read_bytes() == expected.read_bytes()
     found, whole = (contents(path.parent) for path in (records, expected))
     assert len(found) == 5 and found == whole
 
 
-def test_a_process_dies(folder, tmp_path):
+def test_the_failure_of_a_process_is_reported(folder, tmp_path):
     """The other one says which, and how to go on."""
     records, errors = folder / "lost" / "report" / RECORDS_FILE, tmp_path / "errors"
     with started(2, loses_another, folder, options("lost/report"), errors) as processes:
@@ -119,6 +119,6 @@ def test_a_process_dies(folder, tmp_path):
         processes[1].kill()
         processes[0].join(LIMIT)
         assert processes[0].exitcode == 0
-    what, _, advice = errors.read_text().splitlines()
-    assert what == f"Process 1 (pid {processes[1].pid}) of this run has ended."
+    message, _, advice = errors.read_text().splitlines()
+    assert message == f"Process 1 (pid {processes[1].pid}) of this run has ended."
     assert "goes on from the answers that are there" in advice and records.read_bytes()

@@ -1,4 +1,4 @@
-"""What is in view before a question."""
+"""The text in the context before a question, by protocol."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def count(tokenizer, text):
     return len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def test_nothing_and_everything(tokenizer):
+def test_views_of_nothing_and_of_the_whole_history(tokenizer):
     assert views(tokenizer).prompt(LONG, NOTHING) == render(tokenizer, LONG.question, True)
     assert views(tokenizer).prompt(LONG, ALL) == render(tokenizer, [*MESSAGES, *LONG.question], True)
 
 
 @pytest.mark.parametrize("window", [1, 60, 100, 200, 10_000])
-def test_a_window_has_the_last_messages_that_fit(tokenizer, window):
+def test_a_window_holds_the_last_messages_that_fit(tokenizer, window):
     prompt = views(tokenizer, f"window:{window}").prompt(LONG, WINDOW)
     room = count(tokenizer, render(tokenizer, LONG.question, True)) + window
     fitting = [
@@ -43,20 +43,20 @@ def test_a_window_has_the_last_messages_that_fit(tokenizer, window):
     assert prompt == render(tokenizer, fitting[0], True) and count(tokenizer, prompt) <= room
 
 
-def test_bm25_finds_what_the_question_is_about(tokenizer):
-    said = [
+def test_bm25_retrieves_messages_about_the_question(tokenizer):
+    messages = [
         [dialogues.user(f"My {thing} is {thing}-coloured."), dialogues.assistant("Yes.")] for thing in ("ring", "car")
     ]
-    about = Item("a", "a", said, [dialogues.user("What about the ring?")], ["x"], "all", "here")
+    about = Item("a", "a", messages, [dialogues.user("What about the ring?")], ["x"], "all", "here")
     prompt = views(tokenizer).prompt(about, RETRIEVED)
     assert "ring-coloured" in prompt and "car-coloured" not in prompt and prompt.count("<|im_start|>user") <= 1
-    nothing = Item("a", "a", said, [dialogues.user("Zebra?")], ["x"], "all", "here")
+    nothing = Item("a", "a", messages, [dialogues.user("Zebra?")], ["x"], "all", "here")
     assert views(tokenizer).prompt(nothing, RETRIEVED) == render(tokenizer, nothing.question, True)
     short = views(tokenizer, "window:1").prompt(about, RETRIEVED)
     assert short == render(tokenizer, about.question, True)
 
 
-def test_contents_that_are_lists_of_texts_are_their_texts(tokenizer):
+def test_contents_that_are_lists_of_texts_are_joined(tokenizer):
     def parts(message):
         half = len(message["content"]) // 2
         cut = message["content"][:half], message["content"][half:]
@@ -68,13 +68,13 @@ def test_contents_that_are_lists_of_texts_are_their_texts(tokenizer):
         assert views(tokenizer).prompt(cut, view) == views(tokenizer).prompt(LONG, view)
 
 
-def test_what_cannot_be_rendered_is_named(tokenizer):
+def test_a_prompt_that_cannot_be_rendered_is_named(tokenizer):
     half = replace(LONG, question=[dialogues.user("half \ud83d")])
     with pytest.raises(DataError, match=f"^{LONG.where}: The conversation is not Unicode text"):
         views(tokenizer).prompt(half, NOTHING)
 
 
-def test_protocols_are_named():
+def test_unknown_protocols_raise():
     assert EvalProtocol.parse("window:512").window == 512
     for wrong in ("window", "window:0", "window:-3", "window:1k", "none", ""):
         with pytest.raises(ConfigError, match="no protocol"):
@@ -84,7 +84,7 @@ def test_protocols_are_named():
     ] == "no_adapter"  # which has everything in view
 
 
-def test_a_truncated_history_is_a_window_of_its_own(tokenizer):
+def test_a_truncated_history_equals_a_window(tokenizer):
     for protocol in ("memory", "window:60", "full"):
         views = Views(reading(tokenizer), EvalProtocol.parse(protocol), 6, truncate=100)
         window = Views(reading(tokenizer), EvalProtocol.parse("window:100"), 6)

@@ -1,4 +1,4 @@
-"""What is told, asked, right and stale in each variant of the recall task."""
+"""Histories, questions, right and outdated answers in each variant of the recall task."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from deltamem_tool.evaluation.tasks.recall import Recall
 USUAL = "bcfcf800c6150862156938293ccb754b1e4bff3744481a1c0e753307c49fcf79"
 
 
-def told(item):
+def statements_of(item):
     """(attribute, value, whether it is said to be a change) in the order in which the user says so."""
     messages = [message for session in item.history for message in session]
     assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
-    said = [message["content"] for message in messages[::2]]
+    contents = [message["content"] for message in messages[::2]]
     changes = [form.split("{")[0] for form in dialogues.CHANGES]
     found = []
-    for text in said:
+    for text in contents:
         match = re.search(r"[Mm]y (\w+) is (\w+)", text)
         if match is not None:
             is_change = any(text.startswith(words) for words in changes if words != "My ")
@@ -37,42 +37,46 @@ def turns(item):
     return sum(len(session) for session in item.history) // 2
 
 
-def asked(item):
+def question_of(item):
     """(attribute, value) of the answer."""
     return re.fullmatch(r"Your (\w+) is (\w+)\.", item.answers[0]).groups()
 
 
 def digest(items):
-    said = [[each.id, each.history_id, each.history, each.question, each.answers, each.group] for each in items]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    content = [[each.id, each.history_id, each.history, each.question, each.answers, each.group] for each in items]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def test_without_options_nothing_has_changed():
+def test_items_without_options_match_the_recorded_digest():
     usual = Recall()
     assert digest(usual.items()) == USUAL and usual.metrics == ("exact",)
     assert Recall((2,), 5, delay=0, kind="stated", between="facts").items() == Recall((2,), 5).items()
 
 
 @pytest.mark.parametrize(("kind", "corrected"), [("changed", True), ("contradicted", False)])
-def test_a_fact_that_is_told_twice(kind, corrected):
+def test_a_fact_stated_twice_has_an_old_value(kind, corrected):
     task = Recall([1, 4], 20, kind=kind)
     for item in task.items():
-        attribute, value = asked(item)
-        both = [(said, is_change) for name, said, is_change in told(item) if name == attribute]
+        attribute, value = question_of(item)
+        both = [(said, is_change) for name, said, is_change in statements_of(item) if name == attribute]
         (old, first), (new, second) = both
         assert (new, first, second) == (value, False, corrected) and old != new
-        assert told(item)[-1][:2] == (attribute, value)  # nothing is told after it
+        assert statements_of(item)[-1][:2] == (attribute, value)  # nothing is told after it
         assert attribute in item.question[-1]["content"] and value not in str(item.question)
         stale = dialogues.ANSWER.format(a=attribute, v=old)
         assert task.score(item, item.answers[0]) == {"exact": 1.0, "old": 0.0}
         assert task.score(item, stale) == {"exact": 0.0, "old": 1.0}
         assert task.score(item, "Okay.") == {"exact": 0.0, "old": 0.0}
-        assert len({name for name, *_ in told(item)}) == len(told(item)) - 1 == int(item.group.split()[0])
+        assert (
+            len({name for name, *_ in statements_of(item)})
+            == len(statements_of(item)) - 1
+            == int(item.group.split()[0])
+        )
     assert task.metrics == ("exact", "old")
 
 
 @pytest.mark.parametrize("between", ["small_talk", "facts"])
-def test_a_delay_comes_after_all_that_is_told(between):
+def test_the_delay_follows_all_facts(between):
     items = Recall([2], 12, kind="changed", delay=[0, 3, 50], between=between).items()
     assert [item.group for item in items[::12]] == [
         "2 facts, 0 turns later",
@@ -81,10 +85,10 @@ def test_a_delay_comes_after_all_that_is_told(between):
     ]
     for item in items:
         delay = int(item.group.split(", ")[1].split()[0])
-        attribute, value = asked(item)
-        last = [place for place, (name, *_) in enumerate(told(item)) if name == attribute][-1]
-        since = told(item)[last + 1 :]
-        assert told(item)[last][1] == value
+        attribute, value = question_of(item)
+        last = [place for place, (name, *_) in enumerate(statements_of(item)) if name == attribute][-1]
+        since = statements_of(item)[last + 1 :]
+        assert statements_of(item)[last][1] == value
         assert len(since) == (delay if between == "facts" else 0)
         assert len({name for name, *_ in since}) == min(len(since), len(dialogues.KIND_OF) - 2)
         values = {}
@@ -96,10 +100,10 @@ def test_a_delay_comes_after_all_that_is_told(between):
         assert turns(item) - 1 - place == delay
 
 
-def test_distractors_are_of_the_asked_kind_first():
+def test_distractors_of_the_asked_kind_come_first():
     for item in Recall([2], 30, distractors=5).items():
-        attribute, _ = asked(item)
-        names = {name for name, *_ in told(item)}
+        attribute, _ = question_of(item)
+        names = {name for name, *_ in statements_of(item)}
         kinds = [dialogues.KIND_OF[name].question for name in names]
         assert len(names) == 7 and kinds.count(dialogues.KIND_OF[attribute].question) == 4
     told_first = [dialogues.Fact("door", "navy"), dialogues.Fact("dog", "Rex")]
@@ -112,7 +116,7 @@ def test_distractors_are_of_the_asked_kind_first():
 def test_every_value_is_held_out():
     held_out = {fact for _, facts in dialogues.SPLITS.values() for fact in facts}
     for item in Recall([3], 10, kind="contradicted", delay=[40], between="facts", distractors=4).items():
-        assert all(dialogues.Fact(name, value) in held_out for name, value, _ in told(item))
+        assert all(dialogues.Fact(name, value) in held_out for name, value, _ in statements_of(item))
 
 
 def is_unanswerable(item):
@@ -120,13 +124,13 @@ def is_unanswerable(item):
 
 
 @pytest.mark.parametrize("options", [{}, {"distractors": 5}, {"delay": 40, "between": "facts"}, {"kind": "changed"}])
-def test_an_unanswerable_question_is_about_something_that_was_never_told(options):
+def test_unanswerable_questions_ask_for_facts_never_stated(options):
     task = Recall([1, 4], 40, unanswerable=0.3, **options)
     items = task.items()
     alike = 0
     assert [sum(is_unanswerable(item) for item in part) for part in (items[:40], items[40:])] == [12, 12]
     for item in filter(is_unanswerable, items):
-        names = {name for name, *_ in told(item)}
+        names = {name for name, *_ in statements_of(item)}
         (attribute,) = re.fullmatch(r"You have not told me about your (\w+)\.", item.answers[0]).groups()
         assert attribute not in names and re.search(rf"\b{attribute}\b", item.question[-1]["content"])
         alike += any(dialogues.KIND_OF[name] == dialogues.KIND_OF[attribute] for name in names)
@@ -134,7 +138,7 @@ def test_an_unanswerable_question_is_about_something_that_was_never_told(options
     assert alike > 0 and (options or alike < 24)  # of the kind of one that was told, and of others
 
 
-def test_answerable_conversations_are_those_of_the_task_without_the_option():
+def test_unanswerable_questions_leave_the_other_items_unchanged():
     usual = {item.id: item for item in Recall([2, 6], 30).items()}
     mixed = Recall([2, 6], 30, unanswerable=0.5).items()
     assert [item.id for item in mixed] == list(usual)
@@ -148,11 +152,11 @@ def test_answerable_conversations_are_those_of_the_task_without_the_option():
     )
 
 
-def test_a_false_answer_names_a_value_that_is_not_right():
+def test_a_false_answer_names_a_wrong_value():
     task = Recall([2], 20, unanswerable=0.5)
     assert task.metrics == ("exact", "false_answer")
     answerable, unanswerable = (next(i for i in task.items() if is_unanswerable(i) == kind) for kind in (False, True))
-    (_, value), (attribute,) = asked(answerable), re.findall(r"(\w+)\.$", unanswerable.answers[0])
+    (_, value), (attribute,) = question_of(answerable), re.findall(r"(\w+)\.$", unanswerable.answers[0])
     other = "Rex" if value != "Rex" else "Bella"
     for item, answer, exact, false in [
         (answerable, answerable.answers[0], 1.0, 0.0),
@@ -174,7 +178,7 @@ def test_metrics_are_the_same_for_all_questions_of_a_task():
     assert {tuple(task.score(item, "Okay.")) for item in task.items()} == {task.metrics}
 
 
-def test_sessions_cut_a_history_and_change_no_word():
+def test_sessions_split_a_history_without_changing_it():
     whole, cut = (Recall([6], 5, delay=[7], session=session).items() for session in (None, 4))
     for one, other in zip(whole, cut, strict=True):
         assert [message for session in other.history for message in session] == one.history[0]
@@ -209,10 +213,10 @@ def test_sessions_cut_a_history_and_change_no_word():
         ({"unanswerable": 0.3, "episodes": 1}, "too small for a single question"),
     ],
 )
-def test_options_out_of_range(options, says):
+def test_options_out_of_range_raise(options, says):
     with pytest.raises(ConfigError, match=says):
         find_task("recall", options)
 
 
-def test_one_number_will_do():
+def test_a_single_number_is_accepted_for_a_list():
     assert find_task("recall", {"facts": 36, "episodes": 2, "delay": 4}).items()[0].group == "36 facts, 4 turns later"

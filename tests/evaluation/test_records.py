@@ -1,4 +1,4 @@
-"""The folder of records where two programs write to it."""
+"""The folder of records when two programs write to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltamem_tool.evaluation.records import RECORDS_FILE, Record, RecordFolder
 RECORD = Record("one", "history", "", "state", "Who?", "Ann", ["Ann"], {"exact": 1.0}, 7)
 
 
-def test_an_evaluation_with_other_settings_does_not_mix_in(tmp_path):
+def test_records_of_other_settings_raise(tmp_path):
     """Both begin in a folder that is not there."""
     first, second = (RecordFolder(tmp_path / "records", {"seed": seed}) for seed in (1, 2))
     first.add([RECORD])
@@ -21,14 +21,14 @@ def test_an_evaluation_with_other_settings_does_not_mix_in(tmp_path):
     assert first.read() == [RECORD]
 
 
-def test_a_question_that_two_programs_asked_counts_once(tmp_path):
+def test_a_question_asked_by_two_programs_counts_once(tmp_path):
     first, second = (RecordFolder(tmp_path / "records", {"seed": 1}) for _ in range(2))
     for folder, item in ((first, "one"), (second, "one"), (second, "two")):
         folder.add([replace(RECORD, item=item)])
     assert [record.item for record in first.read()] == ["one", "two"]
 
 
-def test_records_are_in_order_at_the_end(tmp_path):
+def test_records_are_sorted_at_the_end(tmp_path):
     """Whatever came first, and with what another program has asked after them."""
     folder = RecordFolder(tmp_path / "records", {"seed": 1})
     one, two, three = (replace(RECORD, item=item) for item in ("one", "two", "three"))

@@ -1,4 +1,4 @@
-"""A report shows the figures of its evaluation, asks nobody for anything, and holds whatever was answered as text."""
+"""A report shows the figures of its evaluation, loads nothing from elsewhere, and escapes all answers."""
 
 from __future__ import annotations
 
@@ -91,32 +91,34 @@ def hostile(tmp_path_factory):
 
 
 def test_the_page_shows_the_figures_of_the_json(folder):
-    said, page = read_evaluation(folder / "evaluation.json"), page_of(folder)
+    evaluation, page = read_evaluation(folder / "evaluation.json"), page_of(folder)
     assert {path.name for path in folder.iterdir()} == set(FILES)
     scores = {row[0]: row[1:] for row in page.rows if row and "to" in row[-1]}
     for name in ("state", "donor_state"):
-        (mean, low, high), by_group = said["overall"][name], said["scores"][name]
+        (mean, low, high), by_group = evaluation["overall"][name], evaluation["scores"][name]
         shown = next(row for row in page.rows if row[0] == name.replace("_", " ") and len(row) == 4)
         assert shown[1:] == [f"{a:.2f}{b:.2f} to {c:.2f}" for a, b, c in ([mean, low, high], *by_group)]
-    assert said["overall"]["state"][0] == 0.75 and scores
-    over = said["differences"]["zero_state"]
+    assert evaluation["overall"]["state"][0] == 0.75 and scores
+    over = evaluation["differences"]["zero_state"]
     shown = next(row for row in page.rows if row[0] == "zero state" and row[1].startswith("+"))
     assert shown[1].startswith(f"+{over['mean']:.2f}") and shown[2:] == [p_value_text(over["p_value"], 10), "10"]
-    assert all(f"{line[0].upper()}{line[1:]}." in page.text for line in said["verdict"])
-    assert said["group_differences"]["2 facts"]["donor_state"]["histories"] == 10
-    assert said["other_metrics"] == {"f1": said["overall"]} and said["other_scores"] == {"f1": said["scores"]}
+    assert all(f"{line[0].upper()}{line[1:]}." in page.text for line in evaluation["verdict"])
+    assert evaluation["group_differences"]["2 facts"]["donor_state"]["histories"] == 10
+    assert evaluation["other_metrics"] == {"f1": evaluation["overall"]} and evaluation["other_scores"] == {
+        "f1": evaluation["scores"]
+    }
     of_states = [row for row in page.rows if row[0] == "state" and len(row) == 4]
     assert len(of_states) == 2 and of_states[0] == of_states[1], "f1 has a table by group too"
     markdown = (folder / "report.md").read_text()
-    assert "| state | 0.75 (" in markdown and said["verdict"][0][4:] in markdown
+    assert "| state | 0.75 (" in markdown and evaluation["verdict"][0][4:] in markdown
 
 
 def test_a_margin_is_in_the_figures_and_on_the_page(tmp_path):
     """The state is right three times in four: beyond a margin of 0.2 over zeros, and of 0.6 it is undecided."""
     for margin, place, words in ((0.2, "beyond", "more than"), (0.6, "undecided", "which may be within")):
         folder = reported(tmp_path / place, replace(evaluated(), margin=margin))
-        said = read_evaluation(folder / "evaluation.json")
-        assert said["margin"] == margin and said["differences"]["zero_state"]["beside_margin"] == place
+        evaluation = read_evaluation(folder / "evaluation.json")
+        assert evaluation["margin"] == margin and evaluation["differences"]["zero_state"]["beside_margin"] == place
         assert f"over zero state, {words} the margin of {margin}" in page_of(folder).text
     few = reported(tmp_path / "few", replace(evaluated(questions=8), margin=0.2))
     assert "beside_margin" not in read_evaluation(few / "evaluation.json")["differences"]["zero_state"]
@@ -124,7 +126,7 @@ def test_a_margin_is_in_the_figures_and_on_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["folder", "hostile"])
-def test_the_page_needs_nobody_and_is_sound(which, request):
+def test_the_page_is_valid_html_and_loads_nothing(which, request):
     folder = request.getfixturevalue(which)
     text, page = (folder / "index.html").read_text(), page_of(folder)
     assert not page.open, "something was never closed"
@@ -144,7 +146,7 @@ def test_the_page_needs_nobody_and_is_sound(which, request):
     assert len(page.of("svg")) == 4 and all(one.get("viewbox") for one in page.of("svg"))
 
 
-def test_answers_are_text(hostile):
+def test_answers_are_escaped(hostile):
     page, markdown = page_of(hostile), (hostile / "report.md").read_text()
     shown = EVIL.replace("\ud83d", "?")
     assert page.text.count(shown) > 8  # answers, what is right, the question, a group, a meaning, the command
@@ -154,7 +156,7 @@ def test_answers_are_text(hostile):
     assert not re.search(r"(?<!\\)<", outside) and "[x](" not in outside
 
 
-def test_long_texts_are_cut_and_few_histories_have_no_p(tmp_path):
+def test_long_texts_are_shortened_and_few_histories_have_no_p_value(tmp_path):
     long = "word " * 1000
     folder = reported(tmp_path / "long", evaluated(answer=long, questions=8))
     text = (folder / "index.html").read_text()
@@ -164,7 +166,7 @@ def test_long_texts_are_cut_and_few_histories_have_no_p(tmp_path):
     assert row[2] == "–"  # of so few histories there is no p
 
 
-def test_scores_below_0_and_conditions_of_others(tmp_path):
+def test_negative_scores_and_unknown_conditions_are_drawn(tmp_path):
     """Axes are those of the scores; who is not known has a style of his own, on light pages and dark ones."""
     names = ["state", *(f"baseline_{number}" for number in range(7))]
     drawn = styles(names)
@@ -182,15 +184,15 @@ def test_scores_below_0_and_conditions_of_others(tmp_path):
     assert shares.get_ylim() == pytest.approx((-0.03, 1.03))
 
 
-def test_a_narrow_screen_cuts_no_figure():
+def test_a_narrow_terminal_shows_every_figure():
     groups = [f"long-range understanding, source {number}" for number in range(8)]
     console = Console(width=80)
-    with console.capture() as said:
+    with console.capture() as capture:
         console.print(score_table(evaluated(groups=groups)))
-    assert "…" not in said.get() and max(map(len, said.get().splitlines())) <= 80
+    assert "…" not in capture.get() and max(map(len, capture.get().splitlines())) <= 80
 
 
-def test_what_lies_there_is_not_replaced(tmp_path, folder):
+def test_existing_files_are_not_replaced(tmp_path, folder):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
     with pytest.raises(DataError, match=r"index.html from something else"):
@@ -199,7 +201,7 @@ def test_what_lies_there_is_not_replaced(tmp_path, folder):
     check_folder(folder)
 
 
-def test_a_run_reports_and_goes_on(tmp_path, monkeypatch, checkpoint):
+def test_a_run_writes_a_report_and_can_be_repeated(tmp_path, monkeypatch, checkpoint):
     """The same command again asks nothing, and writes the same figures; nothing tells of this machine."""
     monkeypatch.chdir(tmp_path)
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), "adapter")
@@ -207,11 +209,11 @@ def test_a_run_reports_and_goes_on(tmp_path, monkeypatch, checkpoint):
     words = [str(tmp_path / "adapter"), *options]
     first, again = (CliRunner().invoke(command, [*words, "out", *more]) for more in ([], ["--json"]))
     assert first.exit_code == 0 and first.stdout.endswith("Report: out/index.html\n"), first.output
-    said, run = json.loads(again.stdout), json.loads(again.stdout)["run"]
-    assert read_evaluation(Path("out/evaluation.json")) == said and {path.name for path in Path("out").iterdir()} == {
+    report, run = json.loads(again.stdout), json.loads(again.stdout)["run"]
+    assert read_evaluation(Path("out/evaluation.json")) == report and {path.name for path in Path("out").iterdir()} == {
         *FILES
     }
-    assert run["cost"]["asked"] == 0 and run["cost"]["answers"] == 3 * len(said["conditions"])
+    assert run["cost"]["asked"] == 0 and run["cost"]["answers"] == 3 * len(report["conditions"])
     assert run["command"][1:] == ["adapter", *options, "out", "--json"]
     assert run["options"]["truncate"] == 8
     assert run["options"]["batch_size"] == 2 and run["options"]["facts"] == [1] and run["options"]["dtype"] == "float32"
@@ -224,7 +226,7 @@ def test_a_run_reports_and_goes_on(tmp_path, monkeypatch, checkpoint):
     assert isinstance(other.exception, DataError) and "protocol" in str(other.exception)
 
 
-def test_a_command_as_it_was_typed(tmp_path, monkeypatch):
+def test_the_report_shows_the_command_as_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "talks.jsonl").touch()
     seen = []
@@ -237,7 +239,7 @@ def test_a_command_as_it_was_typed(tmp_path, monkeypatch):
     def stub(**_):
         seen.extend(command_line(click.get_current_context()))
 
-    given = ["owner/name", "-n", "4", "--set", f"data={tmp_path}/talks.jsonl", "--set", "a=b", "--fast"]
-    assert CliRunner().invoke(stub, given).exit_code == 0
+    arguments = ["owner/name", "-n", "4", "--set", f"data={tmp_path}/talks.jsonl", "--set", "a=b", "--fast"]
+    assert CliRunner().invoke(stub, arguments).exit_code == 0
     assert seen == ["eval", "owner/name", "--limit", "4", "--set", "data=talks.jsonl", "--set", "a=b", "--fast"]
     assert without_folders("window:40") == "window:40" and without_folders("/nowhere/x") == "x"

@@ -1,4 +1,4 @@
-"""Every condition is what it says, whatever the batches are, and a run that stopped goes on."""
+"""Every condition is what its name says, whatever the batch size, and a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def answers(found, condition):
 
 def plain(tokenizer, task, context, name="qwen3"):
     """What the same base says that never had a memory, one question at a time."""
-    base, said = tiny_model(name, vocab_size=len(tokenizer)), []
+    base, answers = tiny_model(name, vocab_size=len(tokenizer)), []
     for each in task.items():
         history = [message for session in each.history for message in session] if context else []
         ids = tokenizer(render(tokenizer, [*history, *each.question], True), return_tensors="pt").input_ids
         output = base.generate(ids, max_new_tokens=task.max_new_tokens, do_sample=False)
-        said.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return said
+        answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return answers
 
 
-def test_conditions_are_what_they_say(model, tokenizer, task):
+def test_conditions_match_plain_generation(model, tokenizer, task):
     found = evaluate(model, tokenizer, task, MEMORY)
     without = plain(tokenizer, task, context=False)
     for condition in ("zero_state", "scale_zero", "no_adapter"):
@@ -58,14 +58,14 @@ def test_conditions_are_what_they_say(model, tokenizer, task):
     assert answers(evaluate(model, tokenizer, moved, MEMORY, only=("state",)), "state") == [*own[2:], *own[:2]]
 
 
-def test_a_seed_that_is_none_is_refused_before_anything_is_asked(model, tokenizer, task, tmp_path):
+def test_an_invalid_seed_raises_before_anything_is_asked(model, tokenizer, task, tmp_path):
     for seed in (-1, 2**32):
         with pytest.raises(ConfigError, match=f"seed is {seed}"):
             evaluate(model, tokenizer, task, MEMORY, seed=seed, folder=tmp_path / "records")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_donor_is_another_history(model, tokenizer, task, monkeypatch):
+def test_the_donor_is_the_next_history(model, tokenizer, task, monkeypatch):
     """The next one's memory, for both questions."""
     seen = {}
     own = subjects.Subject.ask
@@ -83,7 +83,7 @@ def test_a_donor_is_another_history(model, tokenizer, task, monkeypatch):
         evaluate(model, tokenizer, Asked([item(1, 0), item(1, 1)]), MEMORY)
 
 
-def test_a_limit_leaves_out_questions_and_no_donor(model, tokenizer, task):
+def test_a_limit_drops_questions_but_not_donors(model, tokenizer, task):
     """The two first questions are about one history; its donor is the next, about which nothing is asked."""
     some = evaluate(model, tokenizer, task, MEMORY, limit=2)
     whole = evaluate(model, tokenizer, task, MEMORY)
@@ -92,7 +92,7 @@ def test_a_limit_leaves_out_questions_and_no_donor(model, tokenizer, task):
 
 
 @pytest.mark.parametrize("protocol", ["memory", "window:20", "full"])
-def test_batches_do_not_matter(model, tokenizer, task, protocol):
+def test_the_batch_size_changes_nothing(model, tokenizer, task, protocol):
     chosen = EvalProtocol.parse(protocol)
     whole = evaluate(model, tokenizer, task, chosen, retrieved=True)
     small = evaluate(model, tokenizer, task, chosen, retrieved=True, batch_size=2)
@@ -100,7 +100,7 @@ def test_batches_do_not_matter(model, tokenizer, task, protocol):
     assert {condition.name for condition in whole.conditions} == {c.name for c in conditions_of(chosen, True)}
 
 
-def test_controls_leave_the_model_as_it_was(model, tokenizer, task):
+def test_controls_leave_the_model_unchanged(model, tokenizer, task):
     before = {name: weight.clone() for name, weight in adapter_of(model).state_dict().items()}
     first = evaluate(model, tokenizer, task, MEMORY)
     assert all(torch.equal(weight, before[name]) for name, weight in adapter_of(model).state_dict().items())
@@ -109,7 +109,7 @@ def test_controls_leave_the_model_as_it_was(model, tokenizer, task):
 
 
 @pytest.mark.parametrize("condition", ["no_adapter", "scale_zero"])
-def test_a_control_that_fails_leaves_the_model_as_it_was(model, tokenizer, task, condition, monkeypatch):
+def test_a_failed_control_leaves_the_model_unchanged(model, tokenizer, task, condition, monkeypatch):
     before = adapter_of(model).fingerprint
     with monkeypatch.context() as patched:
         patched.setattr(subjects, "answer_prompts", lambda *_, **__: 1 / 0)
@@ -118,7 +118,7 @@ def test_a_control_that_fails_leaves_the_model_as_it_was(model, tokenizer, task,
     assert adapter_of(model).fingerprint == before
 
 
-def test_a_run_that_stopped_goes_on(model, tokenizer, task, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes(model, tokenizer, task, tmp_path, monkeypatch):
     whole = evaluate(model, tokenizer, task, MEMORY, batch_size=2)
     own, asked = subjects.Subject.ask, []
 
@@ -146,7 +146,7 @@ def test_a_run_that_stopped_goes_on(model, tokenizer, task, tmp_path, monkeypatc
     assert evaluate(model, tokenizer, task, MEMORY, **options).records == whole.records and not asked
 
 
-def test_a_folder_of_another_run_is_refused(model, tokenizer, task, tmp_path):
+def test_a_folder_of_another_run_raises(model, tokenizer, task, tmp_path):
     evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path, settings={"adapter": "a"})
     for protocol, settings, differs in (
         (MEMORY, {"adapter": "b"}, "adapter"),
@@ -159,7 +159,7 @@ def test_a_folder_of_another_run_is_refused(model, tokenizer, task, tmp_path):
         evaluate(model, tokenizer, task, MEMORY, folder=tmp_path, settings={"adapter": "a"})
 
 
-def test_a_margin_is_stated_before(model, tokenizer, task, tmp_path, monkeypatch):
+def test_a_margin_is_recorded_before_the_run(model, tokenizer, task, tmp_path, monkeypatch):
     """A run that stops after its first answers has it, and is not gone on with with another one."""
     own = subjects.Subject.ask
 
@@ -181,7 +181,7 @@ def test_a_margin_is_stated_before(model, tokenizer, task, tmp_path, monkeypatch
         evaluate(model, tokenizer, task, MEMORY, margin=-1)
 
 
-def test_a_changed_question_is_another_run(model, tokenizer, task, tmp_path):
+def test_a_changed_question_invalidates_the_records(model, tokenizer, task, tmp_path):
     evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
     first, *rest = task.items()
     changed = Asked([replace(first, answers=["other"]), *rest])
@@ -196,7 +196,7 @@ def test_a_changed_question_is_another_run(model, tokenizer, task, tmp_path):
         evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
 
 
-def test_a_changed_donor_is_another_run(model, tokenizer, task, tmp_path):
+def test_a_changed_donor_invalidates_the_records(model, tokenizer, task, tmp_path):
     """Nothing is asked about it with this limit, but its memory is the control."""
     first, second, third, *rest = task.items()
     assert first.history_id == second.history_id != third.history_id
@@ -207,7 +207,7 @@ def test_a_changed_donor_is_another_run(model, tokenizer, task, tmp_path):
         evaluate(model, tokenizer, Asked([first, second, *changed, *others]), MEMORY, limit=1, folder=tmp_path)
 
 
-def test_names_that_are_those_of_two_are_refused(model, tokenizer, task):
+def test_duplicate_names_raise(model, tokenizer, task):
     first, second, *rest = task.items()
     for twin, name in (
         (replace(second, id=first.id), first.id),
@@ -217,7 +217,7 @@ def test_names_that_are_those_of_two_are_refused(model, tokenizer, task):
             evaluate(model, tokenizer, Asked([first, twin, *rest[1:]]), MEMORY)
 
 
-def test_only_histories_that_are_asked_about_are_written(model, tokenizer, task, monkeypatch):
+def test_only_histories_with_questions_are_written(model, tokenizer, task, monkeypatch):
     own, written = runner.memorise, []
     monkeypatch.setattr(runner, "memorise", lambda *said: written.append(len(said[1])) or own(*said))
     evaluate(model, tokenizer, task, MEMORY, only=("zero_state", "no_adapter", "full_context"))
@@ -228,14 +228,14 @@ def test_only_histories_that_are_asked_about_are_written(model, tokenizer, task,
         evaluate(model, tokenizer, task, MEMORY, only=("donor",))
 
 
-def test_a_tokenizer_without_a_padding_token(model, tokenizer, task):
+def test_a_tokenizer_without_a_padding_token_works(model, tokenizer, task):
     expected = evaluate(model, tokenizer, task, MEMORY).records
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None
     assert bare.pad_token_id is None and evaluate(model, bare, task, MEMORY).records == expected
 
 
-def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypatch, tmp_path):
+def test_an_item_that_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypatch, tmp_path):
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     attach(model, DeltaMemConfig(rank=4))
     long = [item(1), item(2, sessions=9)]
@@ -253,7 +253,7 @@ def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypat
     assert not (tmp_path / "records").exists()  # a run that asked nothing leaves nothing
 
 
-def test_an_item_says_how_long_its_answer_is(model, tokenizer, task):
+def test_an_item_can_limit_the_length_of_its_answer(model, tokenizer, task):
     """As if all answers of the task were so short; the others are as long as they were."""
     short = Asked(task.items())
     short.max_new_tokens = 2
@@ -272,7 +272,7 @@ class Counted(Asked):
         return {"exact": float(int(item.answers[0]) < right), "f1": 0.0}
 
 
-def test_what_is_counted(model, tokenizer, monkeypatch):
+def test_scores_are_counted_by_condition_and_group(model, tokenizer, monkeypatch):
     items = [item(number, group="even" if number % 2 == 0 else "odd") for number in range(40)]
     monkeypatch.setattr(subjects.Subject, "ask", lambda *inputs: [inputs[3].name] * len(inputs[1]))
     found = evaluate(model, tokenizer, Counted(items), MEMORY, seed=1)
@@ -281,12 +281,12 @@ def test_what_is_counted(model, tokenizer, monkeypatch):
     assert found.estimate("exact", "state", "even").mean == 0.75 and found.estimate("f1", "state").mean == 0
     over = found.difference("exact", "donor_state")
     assert over.mean == 0.75 and over.low > 0.55 and over.p_value < 0.001
-    said = found.verdict()
-    assert any(line.startswith("the state adds 0.75 ± 0.1") and line.endswith("over donor state") for line in said)
-    assert any(line.startswith("the state costs 0.25 ± 0.1") and line.endswith("over full context") for line in said)
+    verdict = found.verdict()
+    assert any(line.startswith("the state adds 0.75 ± 0.1") and line.endswith("over donor state") for line in verdict)
+    assert any(line.startswith("the state costs 0.25 ± 0.1") and line.endswith("over full context") for line in verdict)
 
 
-def test_a_hybrid_is_evaluated(tokenizer, task):
+def test_a_hybrid_model_is_evaluated(tokenizer, task):
     """Its convolutions keep more than keys and values."""
     model = tiny_model("lfm2", vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4)))

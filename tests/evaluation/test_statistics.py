@@ -1,4 +1,4 @@
-"""Intervals and tests, against what theory and enumeration say."""
+"""Confidence intervals and tests, against theory and enumeration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deltamem_tool.evaluation.scoring.statistics import (
 ALONE = [str(number) for number in range(400)]
 
 
-def test_a_mean_and_its_interval():
+def test_the_interval_of_a_mean():
     assert estimate([1.0] * 50, ALONE[:50]) == estimate([1.0] * 50, ALONE[:50], seed=9)
     half = estimate([float(number % 2) for number in range(400)], ALONE)
     assert half.mean == 0.5
@@ -33,7 +33,7 @@ def test_a_mean_and_its_interval():
     assert half.low == pytest.approx(0.5 - normal, abs=0.005) and half.high == pytest.approx(0.5 + normal, abs=0.005)
 
 
-def test_questions_of_one_history_are_no_more_than_one_history():
+def test_repeated_questions_of_a_history_do_not_narrow_the_interval():
     """Ten copies of every question: as sure as without them."""
     scores = [float(number % 2) for number in range(40)]
     once = estimate(scores, ALONE[:40])
@@ -43,12 +43,12 @@ def test_questions_of_one_history_are_no_more_than_one_history():
     assert as_if_alone.high - as_if_alone.low < 0.4 * (once.high - once.low)
 
 
-def test_a_mean_is_of_questions_where_histories_have_unlike_many():
+def test_the_mean_is_over_questions_when_histories_differ_in_size():
     found = estimate([1.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b"])
     assert found.mean == 0.25 and found.low == 0.0 and found.high == 1.0
 
 
-def test_the_paired_test_is_the_enumerated_one():
+def test_the_paired_test_matches_enumeration():
     """All signs of six histories, counted one by one."""
     ours, theirs = [0.9, 0.8, 0.7, 0.9, 0.3, 0.6], [0.2, 0.5, 0.6, 0.4, 0.4, 0.1]
     apart = np.subtract(ours, theirs)
@@ -59,7 +59,7 @@ def test_the_paired_test_is_the_enumerated_one():
     assert found.low < found.mean < found.high
 
 
-def test_pairs_are_surer_than_their_means():
+def test_paired_differences_have_narrower_intervals():
     rng = np.random.default_rng(0)
     hard = rng.random(200)
     ours, theirs = np.clip(hard + 0.05, 0, 1.1), hard
@@ -68,7 +68,7 @@ def test_pairs_are_surer_than_their_means():
     assert not difference(list(ours), list(rng.permutation(theirs)), ALONE[:200]).is_clear
 
 
-def test_words():
+def test_the_verdict_in_words():
     assert (
         verdict("donor state", Difference(0.21, 0.17, 0.25, 0.001, 40)) == "the state adds 0.21 ± 0.04 over donor state"
     )
@@ -81,7 +81,7 @@ def test_words():
     assert few.p_value > 0.05 and verdict("zeros", few) == "over zeros, 5 histories are too few for a test (+1.00)"
 
 
-def test_an_interval_beside_a_margin():
+def test_an_interval_is_compared_with_a_margin():
     """It is the whole interval that counts, on either side of 0; its ends may touch the margin from within."""
     for low, high, place in (
         (0.11, 0.3, BEYOND),
@@ -98,7 +98,7 @@ def test_an_interval_beside_a_margin():
             check_margin(margin)
 
 
-def test_a_margin_in_words():
+def test_the_verdict_names_the_margin():
     beyond, unclear = Difference(0.21, 0.17, 0.25, 0.001, 40), Difference(0.01, -0.03, 0.05, 0.4, 40)
     adds = "the state adds 0.21 ± 0.04 over zeros"
     assert verdict("zeros", beyond, margin=0.1) == f"{adds}, more than the margin of 0.1"
@@ -110,14 +110,14 @@ def test_a_margin_in_words():
     assert "margin" not in verdict("zeros", few, margin=0.1)
 
 
-def test_what_is_clear():
+def test_is_clear_uses_the_test_or_else_the_interval():
     """The test decides where there was one, and enough histories for it; else the interval."""
     assert is_clear(-0.1, 0.3, 0.04, FEWEST) and not is_clear(0.1, 0.3, 0.06, FEWEST)
     assert not is_clear(0.1, 0.3, 0.04, FEWEST - 1) and not Difference(0.2, 0.1, 0.3, 0.04, FEWEST - 1).is_clear
     assert is_clear(0.1, 0.3, None, None) and is_clear(-0.3, -0.1, None, 9) and not is_clear(0.0, 0.3, None, None)
 
 
-def test_the_same_everywhere_is_no_certainty():
+def test_identical_scores_still_have_an_interval():
     """The rule of three: of 30 histories that all fail, up to a tenth may succeed."""
     never, always = estimate([0.0] * 30, ALONE[:30]), estimate([1.0] * 60, ALONE[:30] * 2)
     assert (never.mean, never.low, never.high) == (0.0, 0.0, pytest.approx(0.1))

@@ -1,4 +1,4 @@
-"""Where tasks are found, and what the recall task asks."""
+"""Finding tasks, the recall task, and published metrics."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from deltamem_tool.evaluation.tasks.recall import Recall
 
 
 def test_facts_are_held_out_and_repeatable():
-    told = Recall((4,), 50, seed=3).items()
-    assert told == Recall((4,), 50, seed=3).items() != Recall((4,), 50, seed=4).items()
+    items = Recall((4,), 50, seed=3).items()
+    assert items == Recall((4,), 50, seed=3).items() != Recall((4,), 50, seed=4).items()
     held_out = {fact.answer for _, facts in dialogues.SPLITS.values() for fact in facts}
-    assert all(each.answers[0] in held_out for each in told)
-    assert all(each.answers[0] not in str(each.history) for each in told)  # told in other words
-    for each in told:
+    assert all(each.answers[0] in held_out for each in items)
+    assert all(each.answers[0] not in str(each.history) for each in items)  # told in other words
+    for each in items:
         value = each.answers[0].rstrip(".").split()[-1]
         assert any(value in message["content"] for message in each.history[0])
-    assert len({each.id for each in told}) == len({each.history_id for each in told}) == 50
+    assert len({each.id for each in items}) == len({each.history_id for each in items}) == 50
     with pytest.raises(ConfigError, match="numbers of facts"):
         Recall((0,))
 
 
-def test_tasks_are_found():
+def test_tasks_are_found_by_name():
     assert find_task("recall", {"facts": (2,), "episodes": 3}).items()[0].group == "2 facts"
     assert isinstance(find_task("evaluation.asked:Asked", {"items": [item(1)]}), Asked)
     for name, options, says in (
@@ -55,7 +55,7 @@ def test_tasks_are_found():
         find_task("evaluation.asked:Asked", {"items": 3})
 
 
-def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
+def test_the_documented_task_runs(tmp_path, monkeypatch, checkpoint):
     """Written to a file beside the data and asked by the command, from there."""
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     (tmp_path / "pets.py").write_text(text.split("### Your own")[1].split("```python\n")[1].split("```")[0])
@@ -65,10 +65,10 @@ def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
     options = ["adapter", "--task", "pets:Pets", "--data", "pets.jsonl", "--records", "answers", "--json"]
     for _ in range(2):  # the second time, nothing is left to be asked
         result = CliRunner().invoke(command, options)
-        said = json.loads(result.stdout)
-        assert said["task"] == "pets" and said["groups"] == ["dogs"] and said["questions"] == [2]
+        report = json.loads(result.stdout)
+        assert report["task"] == "pets" and report["groups"] == ["dogs"] and report["questions"] == [2]
     records = [json.loads(line) for line in Path("answers/records.jsonl").read_text().splitlines()]
-    assert len(records) == 2 * len(said["conditions"]) and records[0]["scores"].keys() == {"f1", "em"}
+    assert len(records) == 2 * len(report["conditions"]) and records[0]["scores"].keys() == {"f1", "em"}
     assert json.loads(Path("answers/settings.json").read_text())["options"] == {"data": "pets.jsonl"}
     other = CliRunner().invoke(command, [*options, "--protocol", "full"])
     assert isinstance(other.exception, DataError) and "protocol" in str(other.exception)
@@ -90,7 +90,7 @@ def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
         ("the", "an", 1, 0),  # nothing is left of either: SQuAD's exact match, and no word in common
     ],
 )
-def test_metrics_are_the_published_ones(answer, right, same, f1):
+def test_metrics_match_the_published_ones(answer, right, same, f1):
     """`exact_match_score` and `f1_score` of HotpotQA's `hotpot_evaluate_v1.py`."""
     assert exact_match(answer, right) == same and token_f1(answer, right) == pytest.approx(f1)
 
@@ -111,13 +111,13 @@ def found(seed: int = 0) -> Evaluation:
     return Evaluation("recall", "memory", ["exact"], conditions, ["1 facts", "2 facts"], records, seed)
 
 
-def test_a_record_for_others_is_read_back(tmp_path):
-    said = evaluation_json(found(), "f" * 64, ["--task", "recall"])
-    (tmp_path / "evaluation.json").write_text(json.dumps(said))
-    assert read_evaluation(tmp_path / "evaluation.json") == said
-    assert said["scores"]["state"] == [[1.0, 0.25, 1.0]] * 2 and said["questions"] == [4, 4]
-    assert said["differences"]["donor_state"]["mean"] == 1.0
-    assert "the state adds 1.00 ± 0.38 over donor state" in said["verdict"]
+def test_an_evaluation_file_is_read_back(tmp_path):
+    content = evaluation_json(found(), "f" * 64, ["--task", "recall"])
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    assert read_evaluation(tmp_path / "evaluation.json") == content
+    assert content["scores"]["state"] == [[1.0, 0.25, 1.0]] * 2 and content["questions"] == [4, 4]
+    assert content["differences"]["donor_state"]["mean"] == 1.0
+    assert "the state adds 1.00 ± 0.38 over donor state" in content["verdict"]
     optional = {
         "differences",
         "group_differences",
@@ -126,13 +126,13 @@ def test_a_record_for_others_is_read_back(tmp_path):
         "deltamem_version",
         "format_version",
     }
-    for name in said.keys() - optional:
-        (tmp_path / "less.json").write_text(json.dumps({key: value for key, value in said.items() if key != name}))
+    for name in content.keys() - optional:
+        (tmp_path / "less.json").write_text(json.dumps({key: value for key, value in content.items() if key != name}))
         with pytest.raises(DataError, match=r"less.json"):
             read_evaluation(tmp_path / "less.json")
 
 
-def test_a_table_and_a_picture(tmp_path):
+def test_scores_are_shown_as_a_table_and_a_plot(tmp_path):
     assert score_table(found()).row_count == len(found().conditions)
     plot_scores(found(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

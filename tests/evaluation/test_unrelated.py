@@ -1,4 +1,4 @@
-"""What a memory must not change: answers that are the base's own, and how likely a text is."""
+"""What a memory must not change: unrelated answers, and the likelihood of unrelated texts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def scores(found, condition, metric):
     return {record.item: record.scores[metric] for record in found.records if record.condition == condition}
 
 
-def test_right_is_what_the_base_answers(model, tokenizer, files):
+def test_an_answer_is_right_if_the_base_gives_it(model, tokenizer, files):
     task = Agreement(**files, start=1, new_tokens=6)
     found = evaluate(model, tokenizer, task, MEMORY)
     base = answers(found, "no_adapter")
@@ -73,19 +73,19 @@ def test_right_is_what_the_base_answers(model, tokenizer, files):
     assert answers(some, "state") == answers(found, "state")
 
 
-def test_zeros_that_are_written_into_can_differ(model, tokenizer, files):
+def test_a_zero_state_that_is_written_to_can_differ(model, tokenizer, files):
     found = evaluate(model, tokenizer, Agreement(**files, new_tokens=6), MEMORY, write=True)
     assert 0 in scores(found, "zero_state", "same").values()
 
 
-def test_nothing_told_is_an_empty_memory(model, tokenizer, files):
+def test_no_facts_mean_an_empty_memory(model, tokenizer, files):
     task = Agreement(files["data"], facts=0, new_tokens=6)
     assert all(item.history == [] for item in task.items())
     found = evaluate(model, tokenizer, task, MEMORY)
     assert set(scores(found, "state", "same").values()) == {1.0}
 
 
-def test_a_run_that_stopped_goes_on_from_the_base_s_answers(model, tokenizer, files, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_answers_of_the_base(model, tokenizer, files, tmp_path, monkeypatch):
     task = Agreement(**files, new_tokens=6)
     whole = evaluate(model, tokenizer, task, MEMORY)
     own = subjects.Subject.ask
@@ -103,7 +103,7 @@ def test_a_run_that_stopped_goes_on_from_the_base_s_answers(model, tokenizer, fi
     assert on.records == whole.records and on.asked == len(whole.records) - 3
 
 
-def test_questions_and_conversations(files):
+def test_questions_and_conversations_are_read(files):
     shipped = Agreement().items()
     assert len(shipped) == len({item.question[0]["content"] for item in shipped}) == 200
     assert len({item.history_id for item in shipped}) == 200 and all(item.history for item in shipped)
@@ -115,7 +115,7 @@ def test_questions_and_conversations(files):
     assert [item.where.rpartition(" ")[2] for item in mine] == ["1", "3", "4"]
 
 
-def test_bad_options_are_refused(files, tmp_path):
+def test_invalid_options_raise(files, tmp_path):
     for options, says in (
         ({"start": 0}, "words of the start"),
         ({"new_tokens": "many"}, "tokens of an answer"),
@@ -132,7 +132,7 @@ def test_bad_options_are_refused(files, tmp_path):
             Agreement(str(tmp_path / name)).items()
 
 
-def test_a_text_in_passages(tmp_path):
+def test_a_text_is_split_into_passages(tmp_path):
     words = [f"word{number}" for number in range(25)]
     (tmp_path / "text.txt").write_text(" ".join(words[:7]) + "\n\n" + "\n".join(words[7:]))
     items = Text(str(tmp_path / "text.txt"), words=10, facts=1).items()
@@ -148,7 +148,7 @@ def test_a_text_in_passages(tmp_path):
         Text()
 
 
-def test_a_text_is_as_likely_as_to_the_base_with_an_empty_memory(model, tokenizer, tmp_path, files):
+def test_an_empty_memory_gives_the_likelihood_of_the_base(model, tokenizer, tmp_path, files):
     (tmp_path / "text.txt").write_text("my dog is my cat and my cat is my dog " * 6)
     task = Text(str(tmp_path / "text.txt"), words=20, history=files["history"])
     found = evaluate(model, tokenizer, task, MEMORY)
@@ -159,7 +159,7 @@ def test_a_text_is_as_likely_as_to_the_base_with_an_empty_memory(model, tokenize
     assert written.estimate(LOG_PROB, "no_adapter").mean == means["no_adapter"]
 
 
-def test_the_commands(tmp_path, checkpoint, files):
+def test_the_eval_commands_for_unrelated_texts(tmp_path, checkpoint, files):
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), tmp_path / "adapter")
     (tmp_path / "text.txt").write_text("my dog is my cat and my cat is my dog " * 6)
     shared = [str(tmp_path / "adapter"), "--set", f"history={files['history']}", "--margin", "0.1", "--write", "--json"]
@@ -169,6 +169,6 @@ def test_the_commands(tmp_path, checkpoint, files):
     ):
         answer = CliRunner().invoke(command, [*shared, *options])
         assert answer.exit_code == 0, answer.output
-        said = json.loads(answer.stdout)
-        assert said["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
-        assert said["run"]["options"]["write"] is True and said["margin"] == 0.1
+        report = json.loads(answer.stdout)
+        assert report["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
+        assert report["run"]["options"]["write"] is True and report["margin"] == 0.1

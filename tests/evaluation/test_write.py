@@ -1,4 +1,4 @@
-"""Where questions write, a memory is read and written as by `generate` with a cache that writes."""
+"""With the option `write`, questions update the memory as `generate` does with a writing cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def memories(model, tokenizer, task):
     return {"state": own, "zero_state": [adapter_of(model).empty_memory(1)] * len(own)}
 
 
-def test_answers_are_those_of_generate(model, tokenizer):
+def test_answers_match_generate(model, tokenizer):
     written = evaluate(model, tokenizer, TASK, MEMORY, write=True, retrieved=True)
     unwritten = evaluate(model, tokenizer, TASK, MEMORY, retrieved=True)
     for condition, starts in memories(model, tokenizer, TASK).items():
@@ -52,7 +52,7 @@ def test_answers_are_those_of_generate(model, tokenizer):
         assert answers(written, condition) == answers(unwritten, condition)
 
 
-def test_likelihoods_are_those_of_a_loop_that_writes(model, tokenizer):
+def test_likelihoods_match_a_loop_that_writes(model, tokenizer):
     task = Likely()
     found = evaluate(model, tokenizer, task, MEMORY, write=True, only=("state", "zero_state", "no_adapter"))
     views = Views(Subject.from_model(model, tokenizer), MEMORY, 0)
@@ -75,7 +75,7 @@ def test_likelihoods_are_those_of_a_loop_that_writes(model, tokenizer):
 
 
 @pytest.mark.slow
-def test_onnx_runtime_writes_the_same(model, tokenizer, tmp_path):
+def test_onnx_runtime_matches_pytorch_when_writing(model, tokenizer, tmp_path):
     export_onnx(model, tokenizer, tmp_path / "onnx")
     in_torch, in_onnx = (
         evaluate(one, its_tokenizer, TASK, MEMORY, write=True)
@@ -85,13 +85,13 @@ def test_onnx_runtime_writes_the_same(model, tokenizer, tmp_path):
         assert answers(in_onnx, condition.name) == answers(in_torch, condition.name), condition.name
 
 
-def test_records_are_of_one_way(model, tokenizer, tmp_path):
+def test_records_with_and_without_writing_are_not_mixed(model, tokenizer, tmp_path):
     evaluate(model, tokenizer, TASK, MEMORY, only=("state",), folder=tmp_path)
     with pytest.raises(DataError, match="Its write differ"):
         evaluate(model, tokenizer, TASK, MEMORY, only=("state",), folder=tmp_path, write=True)
 
 
-def test_segments_are_refused(tokenizer):
+def test_adapters_that_write_by_segment_raise(tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     attach(model, DeltaMemConfig(rank=4, granularity="message"))
     with pytest.raises(ConfigError, match=r"(?s)cannot write.*message by message"):

@@ -30,7 +30,7 @@ def model(request, tokenizer):
 
 
 @torch.no_grad()
-def told(model, tokenizer, sessions):
+def memories_one_by_one(model, tokenizer, sessions):
     """Message by message, in a context that begins anew with each session."""
     memory = None
     by_messages = adapter_of(model).config.granularity == "message"
@@ -48,20 +48,20 @@ def told(model, tokenizer, sessions):
 
 
 @pytest.mark.parametrize(("batch_size", "chunk"), [(100, 4096), (2, 4096), (100, 7)])
-def test_memories_are_of_their_own_histories(model, tokenizer, batch_size, chunk, monkeypatch):
+def test_each_memory_holds_its_own_history(model, tokenizer, batch_size, chunk, monkeypatch):
     monkeypatch.setattr(writing, "CHUNK", chunk)
     reports = []
     memory = memorise(Subject.from_model(model, tokenizer), HISTORIES, batch_size, lambda *done: reports.append(done))
     assert reports[-1] == (3, 3)
     for row, sessions in enumerate(HISTORIES):
-        alone = told(model, tokenizer, sessions)
+        alone = memories_one_by_one(model, tokenizer, sessions)
         for layer, state in alone.layers.items():
             assert len(memory.states[layer]) == 3
             np.testing.assert_allclose(memory.states[layer][row : row + 1], state, atol=STATE_TOLERANCE, rtol=0)
     assert not np.array_equal(memory.states[0][0], memory.states[0][1])
 
 
-def test_the_context_does_not_go_from_session_to_session(model, tokenizer):
+def test_each_session_starts_with_an_empty_context(model, tokenizer):
     """In one session the second half sees the first, so it writes something else."""
     two = HISTORIES[2]
     subject = Subject.from_model(model, tokenizer)
@@ -76,13 +76,13 @@ def test_a_session_that_is_too_long_is_named(tokenizer):
         memorise(reading(tokenizer, positions=80), histories, places=["a", "talks:3"])
 
 
-def test_a_session_that_is_no_text_is_named(tokenizer):
+def test_a_session_that_is_not_text_is_named(tokenizer):
     histories = [HISTORIES[1], [HISTORIES[1][0], [{"role": "user", "content": "half \ud83d"}]]]
     with pytest.raises(DataError, match=r"^talks:3: session 2 of its history: The conversation is not Unicode text"):
         memorise(reading(tokenizer, positions=80), histories, places=["a", "talks:3"])
 
 
-def test_the_tokenizers_padding_may_be_unknown_to_the_model(model, tokenizer):
+def test_a_padding_token_unknown_to_the_model_works(model, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
     expected = memorise(Subject.from_model(model, tokenizer), HISTORIES)

@@ -129,8 +129,8 @@ def test_generate_gives_a_batch_the_same_tokens(name, options):
 def test_a_row_that_ends_early_has_the_memory_it_has_alone(name):
     model = model_of(name)
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
-    said = [continue_alone(model, row)[0] for row in rows]
-    end = next(token for token in said[0][1:4] if token not in said[1])
+    answers = [continue_alone(model, row)[0] for row in rows]
+    end = next(token for token in answers[0][1:4] if token not in answers[1])
     alone = [continue_alone(model, ids, stop=end) for ids in rows]
     options = settings(eos_token_id=end, cache_implementation="static", return_dict_in_generate=True)
     output = model.generate(**left_padded(rows), **options)
@@ -228,10 +228,10 @@ def test_a_generation_that_would_not_fit_raises_before_feeding(name, how):
     with pytest.raises(MemoryStateError, match="no room"):
         model.generate(**prompt, attention_mask=mask, cache=cache, **settings(max_new_tokens=fits + 1, num_beams=2))
     assert cache.memory is before and int(cache.get_seq_length()) == past
-    said = model.generate(**prompt, attention_mask=mask, cache=cache, **settings(max_new_tokens=fits))
+    generated = model.generate(**prompt, attention_mask=mask, cache=cache, **settings(max_new_tokens=fits))
     assert int(cache.get_seq_length()) == ROOM
     expected = model.generate(ids, **settings(max_new_tokens=fits))
-    assert torch.equal(said[:, -fits:], expected[:, 10:])
+    assert torch.equal(generated[:, -fits:], expected[:, 10:])
 
 
 def test_sliding_window_layers_accept_any_length():

@@ -1,4 +1,4 @@
-"""`recipes/average.py`: between two adapters, and not between two that do not belong together."""
+"""`recipes/average.py`: interpolates two adapters, and rejects two that do not belong together."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def adapters(folder, *options):
         yield folder / f"adapter-{seed}"
 
 
-def test_the_weights_are_a_quarter_of_the_way(tmp_path):
+def test_weights_are_interpolated_by_the_given_share(tmp_path):
     first, second = adapters(tmp_path, {"rank": 4}, {"rank": 4})
     done = average(first, second, tmp_path / "between", "--share", 0.25)
     assert done.returncode == 0, done.stderr
     a, b, between = (read_adapter(folder) for folder in (first, second, tmp_path / "between"))
     assert (between.config, between.base) == (a.config, a.base)
     for name, weight in between.numbers().items():
-        wanted = a.numbers()[name] + 0.25 * (b.numbers()[name] - a.numbers()[name])
-        np.testing.assert_allclose(weight, wanted, atol=TOLERANCE, rtol=0)
+        expected = a.numbers()[name] + 0.25 * (b.numbers()[name] - a.numbers()[name])
+        np.testing.assert_allclose(weight, expected, atol=TOLERANCE, rtol=0)
     deltamem.load(tmp_path / "between")
 
 
-def test_two_mechanisms_have_nothing_between_them(tmp_path):
+def test_averaging_different_mechanisms_raises(tmp_path):
     first, second = adapters(tmp_path, {"rank": 4}, {"rank": 8})
     done = average(first, second, tmp_path / "between")
     assert done.returncode != 0 and "differ in their mechanism" in done.stderr

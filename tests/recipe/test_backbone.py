@@ -1,4 +1,4 @@
-"""The backbone that ships: small, plain transformers, and it answers from its context."""
+"""The shipped backbone: small, plain transformers, and able to answer from its context."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ASSETS / "backbone")
 
 
-def test_size_with_tokenizer_and_template():
+def test_the_backbone_with_tokenizer_and_template_is_small():
     assert sum(file.stat().st_size for file in (ASSETS / "backbone").rglob("*")) <= MAX_BYTES
 
 
@@ -27,12 +27,12 @@ def test_every_value_is_one_token(tokenizer):
             assert len(tokenizer(f" {value}").input_ids) == 1, value
 
 
-def test_any_text_encodes(tokenizer):
+def test_any_text_can_be_encoded(tokenizer):
     text = "Zürich 东京 🦜 snake_case\n\ttabs"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_answers_from_its_context(tokenizer):
+def test_the_backbone_answers_from_its_context(tokenizer):
     """Through `recall`'s own ceiling condition: plain generate, no adapter, conversations of held-out pairs."""
     from deltamem_tool import attach
     from deltamem_tool.evaluation.conditions import EvalProtocol

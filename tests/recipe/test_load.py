@@ -1,4 +1,4 @@
-"""A recipe is read strictly: what it says is what runs, and what it cannot mean is named."""
+"""A recipe is read strictly: every key takes effect, and every invalid one is named."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions, load_recipe
 
 
-def test_a_byte_order_mark_is_no_part_of_a_recipe(recipe):
+def test_a_byte_order_mark_is_ignored(recipe):
     read = load_recipe(recipe)
     recipe.write_text("\ufeff" + recipe.read_text().lstrip(), encoding="utf-8")
     assert load_recipe(recipe) == read
 
 
-def test_what_it_says_is_what_it_means(recipe):
+def test_every_section_of_a_recipe_is_read(recipe):
     read = load_recipe(recipe)
     assert read == Recipe(
         base="some/model",
@@ -41,7 +41,7 @@ def test_set_changes_keys(recipe):
     assert load_recipe(recipe, ["training.steps=3", "training.steps=5"]).training.steps == 5
 
 
-def test_set_makes_what_was_not_there(tmp_path):
+def test_set_adds_missing_keys(tmp_path):
     (tmp_path / "short.yaml").write_text("base: a\n")
     read = load_recipe(tmp_path / "short.yaml", ["out=b", "memory.rank=2", "data.growth=1", "training.steps=9"])
     assert (read.memory.rank, read.data.growth, read.training) == (2, 1.0, TrainingOptions(steps=9))
@@ -62,13 +62,13 @@ def test_set_makes_what_was_not_there(tmp_path):
         (b"base: !!python/object/apply:os.getcwd []\nout: b\n", "not YAML"),
     ],
 )
-def test_files_that_are_no_recipe_are_named(tmp_path, content, says):
+def test_files_that_are_not_recipes_raise(tmp_path, content, says):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=says):
         load_recipe(tmp_path / "recipe.yaml")
 
 
-def test_a_recipe_that_is_not_there(tmp_path):
+def test_a_missing_recipe_raises(tmp_path):
     with pytest.raises(ConfigError, match=r"There is no recipe .*\nThe file does not exist\.\nPass "):
         load_recipe(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigError, match=r"There is no recipe .*\nIt is a folder\.\nPass "):
@@ -96,7 +96,7 @@ training:
 """
 
 
-def test_all_errors_come_at_once_with_their_lines(tmp_path):
+def test_all_errors_are_reported_together_with_their_lines(tmp_path):
     path = tmp_path / "many.yaml"
     path.write_text(MANY)
     changes = ["training.bptt=0", "training.sead=3", "nothing", "out.name=[", "memory.alpha=-1", "data.growth=[1"]
@@ -128,7 +128,7 @@ def test_all_errors_come_at_once_with_their_lines(tmp_path):
     assert caught.value.next == "Correct them and try again."
 
 
-def test_what_is_wrong_by_itself_breaks_no_rule(recipe):
+def test_an_invalid_value_is_reported_once(recipe):
     """Not an error more for the default that would stand in its place."""
     for change in ("data.path=[a]", "training.steps=many"):
         with pytest.raises(ConfigError) as caught:
@@ -136,22 +136,22 @@ def test_what_is_wrong_by_itself_breaks_no_rule(recipe):
         assert len(caught.value.why.splitlines()) == 1, caught.value.why
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe, ["memory.delta_scale_max=x", "memory.delta_scale_init=5", "memory.beta_bias=y"])
-    said = caught.value.why
-    assert len(said.splitlines()) == 2 and "delta_scale_max must be" in said and "beta_bias must be" in said
+    reasons = caught.value.why
+    assert len(reasons.splitlines()) == 2 and "delta_scale_max must be" in reasons and "beta_bias must be" in reasons
 
 
-def test_a_change_takes_the_place_of_the_line(recipe):
-    said = "--set training={steps: 0}: training.steps must be 1 or more, not 0."
+def test_an_error_in_a_change_names_the_change_instead_of_a_line(recipe):
+    message = "--set training={steps: 0}: training.steps must be 1 or more, not 0."
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe, ["training={steps: 0}"])
-    assert caught.value.why == said
+    assert caught.value.why == message
     with pytest.raises(ConfigError, match="--out: out must not be empty"):
         load_recipe(recipe, out="")
     recipe.write_text(recipe.read_text().replace("steps: 7", "steps: 0"))
     assert load_recipe(recipe, ["training.steps=7"]).training.steps == 7
 
 
-def test_keys_that_are_merged_in(recipe):
+def test_yaml_merge_keys_are_read(recipe):
     recipe.write_text(recipe.read_text().replace("  path: chats.jsonl\n", "  <<: {path: chats.jsonl, growth: 2}\n"))
     with pytest.raises(ConfigError, match=r"line 9: data.growth must be 1 or less"):
         load_recipe(recipe)
@@ -159,25 +159,25 @@ def test_keys_that_are_merged_in(recipe):
 
 
 @pytest.mark.parametrize("written", ["2e-4", "2E-4", "+2.0e-04", "2.e-4", ".2e-3", "0.0002"])
-def test_numbers_as_people_write_them(recipe, written):
+def test_common_ways_to_write_numbers_are_read(recipe, written):
     assert load_recipe(recipe, [f"training.learning_rate={written}"]).training.learning_rate == 2e-4
 
 
-def test_every_default_is_one_that_a_file_may_give(recipe):
+def test_default_options_survive_json(recipe):
     """Options survive the way out through asdict and JSON, and back in."""
     read = load_recipe(
         recipe, ["training.scheduler_options={num_cycles: 2, min_lr: 1e-6}", "training.report_to=[wandb]"]
     )
     assert dict(read.training.scheduler_options) == {"num_cycles": 2, "min_lr": 1e-6}
-    said = json.loads(json.dumps(dataclasses.asdict(read)))
-    said["training"]["scheduler_options"] = dict(said["training"]["scheduler_options"])
-    del said["lora"]
-    recipe.write_text(json.dumps(said))
+    content = json.loads(json.dumps(dataclasses.asdict(read)))
+    content["training"]["scheduler_options"] = dict(content["training"]["scheduler_options"])
+    del content["lora"]
+    recipe.write_text(json.dumps(content))
     assert load_recipe(recipe) == read and hash(load_recipe(recipe)) == hash(read)
     assert dataclasses.replace(read, out="other") == load_recipe(recipe, out="other") != read
 
 
-def test_a_lora_in_place_of_a_memory(recipe):
+def test_a_recipe_may_train_a_lora_instead_of_a_memory(recipe):
     recipe.write_text("base: a\nout: b\nlora: {rank: 4}\ntraining: {steps: 3}\n")
     assert load_recipe(recipe).lora == LoraOptions(rank=4, alpha=16.0, dropout=0.0, targets=("q_proj", "o_proj"))
     for change, says in [
@@ -195,7 +195,7 @@ def test_a_lora_in_place_of_a_memory(recipe):
         Recipe("a", "b", memory=DeltaMemConfig(rank=4), lora=LoraOptions(), training=TrainingOptions(steps=1))
 
 
-def test_what_needs_no_memory_has_a_weight(recipe):
+def test_unrelated_data_needs_a_weight_and_vice_versa(recipe):
     recipe.write_text("base: a\nout: b\ntraining: {steps: 3}\n")
     both = ["objective.unrelated_kl=0.5", "data.unrelated=answers.jsonl"]
     read = load_recipe(recipe, both)
@@ -207,7 +207,7 @@ def test_what_needs_no_memory_has_a_weight(recipe):
         load_recipe(recipe, [*both, "static=true"])
 
 
-def test_how_long_a_run_goes_on(recipe):
+def test_the_length_of_a_run_is_steps_or_epochs(recipe):
     recipe.write_text("base: a\nout: b\n")
     for changes in [[], ["training.epochs=2"]]:
         with pytest.raises(ConfigError, match=r"without data.path, .* give training.steps or data.path"):
@@ -243,19 +243,19 @@ def test_how_long_a_run_goes_on(recipe):
         ),
     ],
 )
-def test_options_made_in_python_are_checked_too(make, says):
+def test_options_created_in_python_are_checked(make, says):
     with pytest.raises(ConfigError, match=says):
         make()
 
 
-def test_options_do_not_change():
+def test_options_are_immutable():
     options = TrainingOptions(steps=3, scheduler_options={"b": 1, "a": 2})
     assert options == TrainingOptions(steps=3, scheduler_options={"a": 2, "b": 1})
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.steps = 4
 
 
-def test_an_error_needs_no_transformers(recipe):
+def test_reporting_an_error_does_not_import_transformers(recipe):
     """It takes seconds to import; only a name that is not the usual one is looked up in it."""
     code = (
         "import sys\nfrom deltamem_tool.recipe.load import load_recipe\n"
@@ -266,7 +266,7 @@ def test_an_error_needs_no_transformers(recipe):
     assert "must be 1 or more" in done.stdout and done.stdout.endswith("False\n")
 
 
-def test_a_preset_and_what_changes_it(recipe):
+def test_a_preset_can_be_changed(recipe):
     recipe.write_text(recipe.read_text().replace("  rank: 4\n", "  preset: ssw\n  rank: 4\n"))
     memory = load_recipe(recipe).memory
     assert memory == DeltaMemConfig.preset("ssw", rank=4, branches=("q", "k"), layers=(0, 2), alpha=8)
@@ -275,7 +275,7 @@ def test_a_preset_and_what_changes_it(recipe):
         load_recipe(recipe, ["memory.preset=fast"])
 
 
-def test_an_option_by_its_older_name(tmp_path):
+def test_an_option_is_read_under_its_older_name(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("base: b\nout: o\nmemory:\n  heads: [k]\ntraining: {steps: 1}\n")
     with pytest.warns(FutureWarning, match=r"memory\.heads is now called memory\.branches"):

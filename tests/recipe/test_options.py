@@ -1,4 +1,4 @@
-"""What an option of a recipe cannot be, and what options cannot be together, is named."""
+"""Invalid options of a recipe, and invalid combinations of options, are named."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ from deltamem_tool.recipe.load import load_recipe
         ("out=''", "out must not be empty"),
     ],
 )
-def test_what_it_cannot_mean_is_named(recipe, change, says):
+def test_invalid_options_are_named(recipe, change, says):
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         load_recipe(recipe, [change])
 
 
-def test_the_most_facts_are_the_attributes_there_are(recipe):
+def test_there_are_at_most_as_many_facts_as_attributes(recipe):
     most = len(dialogues.KIND_OF)
     assert load_recipe(recipe, [f"data.facts_last={most}"]).data.facts_last == most
     with pytest.raises(ConfigError, match=f"must be {most} or less"):

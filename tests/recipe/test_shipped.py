@@ -43,7 +43,7 @@ PROCESSES = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != SHARDED], ids=lambda path: path.stem)
-def test_a_recipe_of_this_repository(path):
+def test_a_shipped_recipe_can_be_read(path):
     read = load_recipe(path)
     header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
     assert header is not None
@@ -70,7 +70,7 @@ def test_a_recipe_of_this_repository(path):
         assert (read.objective.write_sparsity, read.objective.write_target) == (0.01, 0.05)
 
 
-def test_the_recipe_of_a_base_that_is_shared():
+def test_the_recipe_for_a_sharded_base_can_be_read():
     path = shipped_recipe(f"{SHARDED}.yaml")
     read = load_recipe(path)
     assert (read.base, read.out, read.training.shard) == ("Qwen/Qwen2.5-72B-Instruct", SHARDED, "fsdp2")
@@ -82,7 +82,7 @@ def test_the_recipe_of_a_base_that_is_shared():
     assert f"recipes/{path.name} --dry-run --processes {PROCESSES}" in header and "emory: " in header
 
 
-def test_the_recipes_there_are():
+def test_the_package_contains_every_recipe():
     names = {f"{model}-{way}" for model in BASES for way in PRESETS}
     assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", SHARDED, *ON_THE_BACKBONE, *ON_SMOLLM2}
     said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
