@@ -111,10 +111,10 @@ def test_a_table_of_80_columns_shows_every_figure(result):
     console = Console(width=80, file=None, record=True, quiet=False, force_terminal=False)
     with console.capture() as capture:
         console.print(result.table(100))
-    said = capture.get()
+    output = capture.get()
     for figure in ("200", "150–200", "0.50× 0.33–0.50", "3,000", "15", "1.50×", "PyTorch", "memory"):
-        assert figure in said, said
-    assert max(map(len, said.splitlines())) <= 80 and "…" not in said
+        assert figure in output, output
+    assert max(map(len, output.splitlines())) <= 80 and "…" not in output
     text = "\n".join(result.sentences())
     assert (
         "quantised int8" in text

@@ -61,8 +61,8 @@ def test_rows_of_prompts_and_responses():
         {"messages": TALK, "prompt": "something else"},
     ):
         assert episodes_of(row, "here", "last") == expected
-    told = {"prompt": "What is it called?", "history": "A text on a dog, Rex.", "response": TOOLS[3:]}
-    assert episodes_of(told, "here", "last") == [
+    columns = {"prompt": "What is it called?", "history": "A text on a dog, Rex.", "response": TOOLS[3:]}
+    assert episodes_of(columns, "here", "last") == [
         Episode([user("A text on a dog, Rex.")], [[user("What is it called?"), *TOOLS[3:]]])
     ]
     system = {"prompt": "So?", "history": [SYSTEM, user("a")], "response": "b"}

@@ -191,10 +191,10 @@ def test_two_processes_encode_once(tmp_path):
     assert [pipe.recv() for pipe in pipes] == ["ready"] * 2
     for pipe in pipes:
         pipe.send("go")
-    said = [pipe.recv() for pipe in pipes]
+    received = [pipe.recv() for pipe in pipes]
     for process in both:
         process.join()
         assert process.exitcode == 0
-    assert sorted(reports for reports, _ in said) == [[], [(256, 300), (300, 300)]]
-    assert said[0][1] == said[1][1] and len(said[0][1]) == 300
+    assert sorted(reports for reports, _ in received) == [[], [(256, 300), (300, 300)]]
+    assert received[0][1] == received[1][1] and len(received[0][1]) == 300
     assert len(tables(tmp_path / "named")) == 1

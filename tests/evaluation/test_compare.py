@@ -1,5 +1,4 @@
-"""Two evaluations: by question where both asked the same, by their means where not, and refused where neither means
-anything."""
+"""Comparing two evaluations: paired by question where both asked the same, by means otherwise, or an error."""
 
 from __future__ import annotations
 
@@ -181,8 +180,8 @@ def test_the_compare_command_prints_the_differences(folders, tmp_path, deltamem,
     monkeypatch.chdir(tmp_path)
     done = deltamem("compare", folders / "a", folders / "b", "--out", "compared.json")
     assert done.code == 0, done.err
-    for said in ("Full context: B is 1.00 ± 0.15 higher than A.", "Paired by question", "bfloat16"):
-        assert said in done.out
+    for sentence in ("Full context: B is 1.00 ± 0.15 higher than A.", "Paired by question", "bfloat16"):
+        assert sentence in done.out
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.out.splitlines() if line[0] == "│"]
     rows = cells[next(at for at, row in enumerate(cells) if row[0].startswith("adapter: fingerprint")) :]
     assert "".join(row[1] for row in rows) == "a" * 64 and "".join(row[2] for row in rows) == "b" * 64

@@ -1,4 +1,4 @@
-"""Tiny models exported once: a memory in every layer, in the second layer alone, and one that writes by messages."""
+"""Tiny models exported once: with a memory in every layer, in only the second, and one that writes by message."""
 
 from __future__ import annotations
 

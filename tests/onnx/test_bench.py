@@ -1,4 +1,4 @@
-"""What `deltamem bench` times in ONNX Runtime computes what PyTorch computes, and the export is the adapter's."""
+"""The graphs that `deltamem bench` times in ONNX Runtime match PyTorch, and the export must be the adapter's."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def agree(one, other, vocab_size, steps=3):
 
 
 @pytest.mark.slow
-def test_base_and_memory_are_what_they_are_in_pytorch(by_message, tmp_path):
+def test_base_and_memory_match_pytorch(by_message, tmp_path):
     setting = Setting("adapter", models=(BASE, MEMORY), runtimes=(PYTORCH, ONNX), prompts=(PROMPT,), decode=3)
-    told = []
+    messages = []
     with apart(by_message.model) as (model, adapter):
         export = (by_message.folder, by_message.manifest)
-        graphs = write_graphs(model, adapter, setting, export, tmp_path, told.append)
-        assert told == ["exporting base"] and graphs[MEMORY].folder == by_message.folder
+        graphs = write_graphs(model, adapter, setting, export, tmp_path, messages.append)
+        assert messages == ["exporting base"] and graphs[MEMORY].folder == by_message.folder
         last = {}
         for name, side in torch_sides(model, adapter, setting).items():
             graph = OnnxSide(graphs[name], "cpu", 1)
@@ -70,7 +70,7 @@ def test_base_and_memory_are_what_they_are_in_pytorch(by_message, tmp_path):
     assert np.abs(last[BASE] - last[MEMORY]).max() > 10 * TOLERANCE
 
 
-def test_a_lora_in_buffers_of_fixed_length(fixed, tmp_path):
+def test_a_lora_in_buffers_of_fixed_length_matches_pytorch(fixed, tmp_path):
     options, interface = CallOptions(fixed.model, "last"), without_memory(fixed.manifest.interface)
     ids = torch.arange(9)[None]
     with apart(fixed.model) as (model, adapter), torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_lora_in_buffers_of_fixed_length(fixed, tmp_path):
     assert {shape[2] for shape in shapes} == {interface.max_length}
 
 
-def test_the_peak_grows_by_what_a_prompt_takes(qwen3):
+def test_the_peak_memory_grows_with_the_prompt(qwen3):
     """In a process of its own, of which this one's size is no part."""
     batch, prompts, interface = 16, (8, 408), qwen3.manifest.interface
     setting = Setting("adapter", prompts=prompts, decode=1, batch_size=batch, threads=1, runtimes=(ONNX,))
@@ -98,7 +98,7 @@ def test_the_peak_grows_by_what_a_prompt_takes(qwen3):
     assert peak.imports < 200e6, "it has imported PyTorch"
 
 
-def test_an_export_must_be_the_adapters(qwen3, fixed, monkeypatch):
+def test_an_export_of_another_adapter_raises(qwen3, fixed, monkeypatch):
     setting = Setting("adapter", runtimes=(ONNX,), prompts=(64,), decode=16)
     own = qwen3.manifest.adapter
     assert read_export(setting, str(qwen3.folder), own) == (qwen3.folder, qwen3.manifest)

@@ -202,14 +202,14 @@ def test_a_template_without_system_prompts_gets_none(recipe, tokenizer):
 
 def test_the_summary_records_the_training_options(recipe, tmp_path):
     result = train(recipe)
-    said = summary(recipe)
-    assert said["steps"] == result.steps == 6 and said["parameters"] == result.parameters
-    assert said["episodes"]["episodes"] == 24 and said["recipe"]["training.learning_rate"] == 1e-2
-    assert {row["step"] for row in said["log"] if "loss" in row} == set(range(1, 7))
-    assert all(0 < row["gates"] < 1 for row in said["log"] if "loss" in row)
+    content = summary(recipe)
+    assert content["steps"] == result.steps == 6 and content["parameters"] == result.parameters
+    assert content["episodes"]["episodes"] == 24 and content["recipe"]["training.learning_rate"] == 1e-2
+    assert {row["step"] for row in content["log"] if "loss" in row} == set(range(1, 7))
+    assert all(0 < row["gates"] < 1 for row in content["log"] if "loss" in row)
     assert (tmp_path / "adapter" / PLOT_FILE).read_bytes().startswith(PNG)
     assert str(tmp_path) not in (tmp_path / "adapter" / SUMMARY_FILE).read_text(), "a path of this machine"
-    assert set(said["versions"]) == {"deltamem", "torch", "transformers", "python"}
+    assert set(content["versions"]) == {"deltamem", "torch", "transformers", "python"}
 
 
 def test_logs_are_kept_after_the_run(recipe, tmp_path):

@@ -1,4 +1,4 @@
-"""Attention as one operator: the operator against the equation, and models whose attention is more than that."""
+"""Attention fused into one operator: the operator against the equation, and models that cannot use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEPTH = 4  # two rounds of a pattern of two layers
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize(("past", "tokens"), [(0, 11), (17, 1)])
-def test_the_operator_computes_the_equation(past: int, tokens: int, window: int, softcap: float, sinks: bool):
+def test_the_operator_matches_the_equation(past: int, tokens: int, window: int, softcap: float, sinks: bool):
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(BATCH, n, past + tokens, WIDTH, generator=random) for n in (HEADS, KV_HEADS, KV_HEADS))
     sink = torch.randn(HEADS, generator=random) if sinks else None
@@ -89,13 +89,13 @@ def flat(x: Tensor) -> np.ndarray:
         ("llama4_text", "computes something else"),
     ],
 )
-def test_whether_a_model_is_fused_is_tried(model_type: str, why: str | None):
+def test_fusion_obstacle_finds_models_that_cannot_be_fused(model_type: str, why: str | None):
     model = patched(model_type, DEPTH)
     found = fusion_obstacle(model, len(MemoryCache(model).layers))
     assert found is None if why is None else why in (found or "")
 
 
-def test_a_long_window_is_tried_in_short():
+def test_a_long_window_is_detected_with_a_short_text():
     """Llama 4 has its chunks in its masks alone, where a text of a few tokens does not reach them."""
     model = patched("llama4_text", DEPTH)
     size = 8192
@@ -119,7 +119,7 @@ def test_a_long_window_is_tried_in_short():
         "opt",  # no rotary embeddings
     ],
 )
-def test_a_fused_model_is_pytorchs(model_type: str, tmp_path):
+def test_a_fused_model_matches_pytorch(model_type: str, tmp_path):
     difference = exported_difference(model_type, tmp_path / "onnx", DEPTH)
     assert difference.packed
     assert difference.plain < TOLERANCE
@@ -136,7 +136,7 @@ def test_a_fused_model_is_pytorchs(model_type: str, tmp_path):
         ("glm4", {"head_dim": 32}),  # neighbours in a part of each head, which its rotary embedding cuts off
     ],
 )
-def test_the_operator_has_the_rotary_embedding_in_it(model_type: str, changes: dict[str, int], tmp_path):
+def test_the_operator_includes_the_rotary_embedding(model_type: str, changes: dict[str, int], tmp_path):
     difference = exported_difference(model_type, tmp_path / "onnx", 1, changes=changes)
     assert difference.plain < TOLERANCE
     assert difference.padded < TOLERANCE
@@ -147,7 +147,7 @@ def test_the_operator_has_the_rotary_embedding_in_it(model_type: str, changes: d
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_fused_is_exported_as_it_is(tmp_path):
+def test_a_model_that_cannot_be_fused_is_exported_unfused(tmp_path):
     difference = exported_difference("falcon", tmp_path / "onnx", DEPTH)
     assert not difference.packed
     assert difference.plain < TOLERANCE

@@ -1,4 +1,4 @@
-"""Qwen4's own methods and those that stand in for them choose and embed the same."""
+"""The replacements of Qwen4's own methods choose and embed the same blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_token_chooses_the_same_blocks(model):
     assert has_blocks(model)
 
 
-def test_n_grams_end_where_a_text_ends(model):
+def test_n_grams_do_not_cross_the_end_of_a_text(model):
     embedding = model.model.layers[0].ple.ple_embedding
     end = end_of_text(model)
     tokens = torch.tensor([[5, 6, end, 7, 8, 9], [end, end, 5, 6, 7, end]])

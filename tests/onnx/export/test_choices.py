@@ -1,4 +1,4 @@
-"""What is chosen by `topk`: the first of equal values, and as many as there are columns for."""
+"""`topk` in exported graphs: the first of equal values, and at most as many as there are columns."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_smaller_of_two_sizes_is_chosen_when_the_graph_runs():
     assert [program.module()(torch.rand(2, size)).shape[1] for size in (5, 8, 30)] == [5, 8, 8]
 
 
-def test_windows_are_those_of_every_token():
+def test_windows_match_those_of_all_tokens_at_once():
     """Two more than are whole, so that there are several in each call."""
     layer, every = CompressedLayer(4), torch.rand(1, 9, 2, dtype=torch.float32)
     for start, stop in ((0, 1), (1, 6), (6, 9)):
@@ -56,7 +56,7 @@ def test_windows_are_those_of_every_token():
 @pytest.mark.parametrize(
     ("options", "why"), [({"max_length": 64}, "grow with the text"), ({"target": "genai"}, "does not feed")]
 )
-def test_what_nothing_feeds_is_refused(options, why, tmp_path):
+def test_options_that_the_model_cannot_have_raise(options, why, tmp_path):
     tokenizer = tiny_tokenizer()
     with pytest.raises(ExportError, match=why):
         export_onnx(hybrid("deepseek_v32", tokenizer), tokenizer, tmp_path / "onnx", **options)

@@ -1,4 +1,4 @@
-"""Options of an export together: a memory that writes by messages, fixed lengths, quantisation, half precision."""
+"""Combined export options: a memory that writes by message, fixed lengths, quantisation, half precision."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def states(conversation: Conversation) -> list[NDArray]:
     return list(conversation.memory.states.values())
 
 
-def test_a_quantised_graph_says_what_it_cost_and_keeps_the_memorys_weights(quantised, fixed_by_message):
+def test_a_quantised_graph_reports_its_error_and_keeps_the_memory_weights(quantised, fixed_by_message):
     manifest, plain = quantised.manifest, fixed_by_message.manifest
     assert manifest.interface == plain.interface and manifest.interface.max_length == LENGTH
     assert plain.max_abs_diff < TOLERANCE < manifest.max_abs_diff < LARGEST[manifest.quantize]
@@ -76,7 +76,7 @@ def test_a_quantised_conversation_writes_its_messages(quantised, tmp_path):
         assert np.abs(x).max() > 0.01 and np.abs(x - y).max() > 0.01
 
 
-def test_greedy_tokens_come_out_of_segments_that_were_written(by_message):
+def test_greedy_tokens_depend_on_the_written_segments(by_message):
     """A graph that loses its states does not choose the same tokens."""
     graph, options = OnnxModel(by_message.folder).graph, CallOptions(by_message.model, "last")
     assert greedy_agreement(by_message.model, graph, options) == 1
@@ -92,7 +92,7 @@ def test_greedy_tokens_come_out_of_segments_that_were_written(by_message):
 
 
 @pytest.mark.slow
-def test_half_precision_for_cuda_by_message(exported_with):
+def test_a_half_precision_graph_for_cuda_that_writes_by_message(exported_with):
     """What ONNX Runtime's CPU provider runs of it is compared there; its types are what the contract says."""
     exported = exported_with("cuda-float16-by-message", BY_MESSAGE, torch.float16, target="cuda")
     manifest, graph = exported.manifest, onnx.load(exported.folder / "model.onnx").graph
@@ -107,7 +107,7 @@ def test_half_precision_for_cuda_by_message(exported_with):
     assert 0 < manifest.max_abs_diff < 0.02
 
 
-def test_windows_and_a_fixed_length(tmp_path):
+def test_sliding_windows_with_a_fixed_length_match_pytorch(tmp_path):
     """Layers of a window keep every column, and see the last few; those of PyTorch keep these alone."""
     model = model_of("sliding")
     manifest = export_onnx(model, tiny_tokenizer(), tmp_path / "out", max_length=LENGTH)

@@ -1,4 +1,4 @@
-"""The exported graph against PyTorch, call by call."""
+"""The exported graph compared with PyTorch, call by call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def described(values) -> dict[str, tuple[str, list]]:
     return {value.name: (value.type, value.shape) for value in values}
 
 
-def test_inputs_and_outputs_are_the_contract(qwen3):
+def test_inputs_and_outputs_match_the_contract(qwen3):
     session = onnxruntime.InferenceSession(qwen3.folder / "model.onnx", providers=["CPUExecutionProvider"])
     kv, state = (
         ("tensor(float)", ["batch_size", 2, "past_sequence_length", 16]),
@@ -73,13 +73,13 @@ def test_a_layer_without_a_memory_has_no_state(llama):
     assert described(session.get_outputs())["logits"] == ("tensor(float)", ["batch_size", "sequence_length", 259])
 
 
-def test_the_recurrence_is_one_operator_a_layer(qwen3):
+def test_the_recurrence_is_one_operator_per_layer(qwen3):
     operators = [(node.domain, node.op_type) for node in onnx.load(qwen3.folder / "model.onnx").graph.node]
     assert operators.count(("com.microsoft", "LinearAttention")) == 2
     assert not {"Loop", "Scan"} & {name for _, name in operators}
 
 
-def test_the_adapter_is_in_the_weights(qwen3):
+def test_adapter_weights_are_in_the_weights_file(qwen3):
     """And not in the graph's constants, where two adapters on one base would be two whole graphs."""
     graph = onnx.load(qwen3.folder / "model.onnx").graph
     initializers = [onnx.numpy_helper.to_array(tensor).ravel() for tensor in graph.initializer if tensor.dims]
@@ -93,7 +93,7 @@ def holds(numbers: np.ndarray, part: np.ndarray) -> bool:
     return any(np.array_equal(numbers[start : start + len(part)], part) for start in starts)
 
 
-def test_the_folder(qwen3):
+def test_the_folder_holds_the_expected_files(qwen3):
     assert {file.name for file in qwen3.folder.iterdir()} >= {
         "model.onnx",
         "model.onnx.data",
@@ -110,7 +110,7 @@ def test_the_folder(qwen3):
             assert path not in file.read_bytes()
 
 
-def test_the_manifest_says_what_was_exported(qwen3):
+def test_the_manifest_describes_the_export(qwen3):
     manifest = qwen3.manifest
     assert manifest == Manifest.from_json((qwen3.folder / "deltamem_onnx.json").read_text())
     assert (manifest.base_model, manifest.model_type) == ("someone/tiny-qwen3", "qwen3")
@@ -131,7 +131,7 @@ CALLS = (
 )
 
 
-def test_a_padded_batch_over_many_calls(exported):
+def test_a_padded_batch_over_many_calls_matches_pytorch(exported):
     """And every row of it gets what it gets alone, without padding, in PyTorch."""
     runtime = OnnxModel(exported.folder)
     random = np.random.default_rng(1)
@@ -160,7 +160,7 @@ def test_a_padded_batch_over_many_calls(exported):
                 torch.testing.assert_close(torch.from_numpy(state[row]), expected_state, rtol=0, atol=TOLERANCE)
 
 
-def test_the_write_mask_is_token_by_token(qwen3):
+def test_the_write_mask_applies_per_token(qwen3):
     runtime = OnnxModel(qwen3.folder)
     ids, mask = np.arange(6)[None] + 65, np.ones((1, 6), np.int64)
     write = np.array([[True, False, True, True, False, False]])
@@ -174,7 +174,7 @@ def test_the_write_mask_is_token_by_token(qwen3):
     assert all(not state.any() for state in runtime.graph.states(unwritten).values())
 
 
-def test_the_memory_matters(qwen3):
+def test_the_memory_changes_the_logits(qwen3):
     """Or the comparisons above would compare two base models."""
     runtime = OnnxModel(qwen3.folder)
     ids, mask, write = np.full((1, 1), 65), np.ones((1, 1), np.int64), np.ones((1, 1), bool)
@@ -184,7 +184,7 @@ def test_the_memory_matters(qwen3):
     assert np.abs(with_memory - without).max() > 0.1
 
 
-def test_a_graph_that_computes_something_else_leaves_nothing(qwen3, no_tracing, tmp_path):
+def test_a_wrong_graph_raises_and_leaves_nothing(qwen3, no_tracing, tmp_path):
     delta = adapter_of(qwen3.model).layers["1"].delta["o"].weight
     saved = delta.detach().clone()
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_graph_that_computes_something_else_leaves_nothing(qwen3, no_tracing, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_has_a_tokenizer_that_takes_texts_whole(qwen3, no_tracing, tmp_path):
+def test_the_exported_tokenizer_does_not_truncate_or_pad(qwen3, no_tracing, tmp_path):
     tokenizer = copy.deepcopy(qwen3.tokenizer)
     backend = tokenizer.backend_tokenizer
     backend.enable_truncation(8)
@@ -209,7 +209,7 @@ def test_the_folder_has_a_tokenizer_that_takes_texts_whole(qwen3, no_tracing, tm
     assert backend.truncation["max_length"] == 8 and backend.padding["length"] == 64  # the caller's own stays
 
 
-def test_ctrl_c_is_not_taken_for_a_failed_trace(qwen3, monkeypatch, tmp_path):
+def test_ctrl_c_is_not_reported_as_a_failed_trace(qwen3, monkeypatch, tmp_path):
     def interrupted(*_):
         try:
             raise KeyboardInterrupt
@@ -222,7 +222,7 @@ def test_ctrl_c_is_not_taken_for_a_failed_trace(qwen3, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_stays_unless_told_otherwise(qwen3, no_tracing, tmp_path):
+def test_an_existing_folder_is_kept_unless_overwriting(qwen3, no_tracing, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
@@ -233,7 +233,7 @@ def test_a_folder_that_is_there_stays_unless_told_otherwise(qwen3, no_tracing, t
     assert (out / "model.onnx").is_file() and not (out / "mine").exists()
 
 
-def test_what_a_target_cannot_do_is_refused(qwen3, monkeypatch, tmp_path):
+def test_options_that_a_target_does_not_support_raise(qwen3, monkeypatch, tmp_path):
     with pytest.raises(ExportError, match="no target 'gpu'"):
         export.export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "out", target="gpu")
     monkeypatch.setattr(type(qwen3.model), "dtype", torch.bfloat16)
@@ -264,7 +264,7 @@ INTERFACE |= {"genai": False, "max_length": 0}
         ({"interface": INTERFACE | {"genai": 1}}, "genai"),
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused(qwen3, changes, why):
+def test_an_invalid_manifest_raises(qwen3, changes, why):
     with pytest.raises(ExportError, match=why):
         Manifest.from_json(manifest_with(qwen3.manifest, **changes))
 
@@ -275,7 +275,7 @@ def test_fields_of_a_later_release_are_ignored(qwen3):
     assert Manifest.from_json(json.dumps(content)) == qwen3.manifest
 
 
-def test_a_manifest_that_lacks_a_field_is_refused(qwen3):
+def test_a_manifest_without_a_required_field_raises(qwen3):
     content = json.loads(qwen3.manifest.to_json())
     del content["mechanism"]
     with pytest.raises(ExportError, match="mechanism"):
@@ -284,7 +284,7 @@ def test_a_manifest_that_lacks_a_field_is_refused(qwen3):
         Manifest.from_json("{")
 
 
-def test_a_manifest_of_another_graph_is_refused(qwen3, llama, tmp_path):
+def test_a_manifest_of_another_graph_raises(qwen3, llama, tmp_path):
     folder = shutil.copytree(qwen3.folder, tmp_path / "mixed")
     shutil.copy(llama.folder / contract.MANIFEST_FILE, folder)
     with pytest.raises(ExportError, match="does not match the graph or this version"):
@@ -297,9 +297,9 @@ def test_a_manifest_of_another_graph_is_refused(qwen3, llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "packed", "told"), [("cpu", True, False), ("cpu", False, True), ("portable", False, False)]
+    ("target", "packed", "messages"), [("cpu", True, False), ("cpu", False, True), ("portable", False, False)]
 )
-def test_who_exports_is_told_that_attention_is_not_fused(qwen3, monkeypatch, tmp_path, target, packed, told):
+def test_exporting_without_fused_attention_reports_it(qwen3, monkeypatch, tmp_path, target, packed, messages):
     interface = dataclasses.replace(qwen3.manifest.interface, packed=packed)
     manifest = dataclasses.replace(qwen3.manifest, interface=interface)
     monkeypatch.setattr("deltamem_tool.adapter.load.load", lambda *args, **options: qwen3.model)
@@ -307,4 +307,4 @@ def test_who_exports_is_told_that_attention_is_not_fused(qwen3, monkeypatch, tmp
     monkeypatch.setattr(export, "export_onnx", lambda *args, **options: manifest)
     out = CliRunner().invoke(command, ["adapter", "--base", "base", "--target", target, "--out", str(tmp_path / "out")])
     assert out.exit_code == 0, out.output
-    assert ("is not ONNX Runtime's operator" in out.output) == told
+    assert ("is not ONNX Runtime's operator" in out.output) == messages

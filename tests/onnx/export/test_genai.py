@@ -1,4 +1,4 @@
-"""Folders for onnxruntime-genai, run by that package, against PyTorch."""
+"""Folders for onnxruntime-genai, run by that package and compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def long_prompt(model, tokenizer) -> list[int]:
     raise AssertionError("every answer stops")
 
 
-def test_greedy_tokens_and_states_are_those_of_pytorch(model, folder, long_prompt):
+def test_greedy_tokens_and_states_match_pytorch(model, folder, long_prompt):
     (found,), state = in_genai(folder, long_prompt, NEW_TOKENS)
     expected, memory = in_pytorch(model, long_prompt, NEW_TOKENS)
     assert found == expected and len(found) == NEW_TOKENS
@@ -182,7 +182,7 @@ def test_greedy_tokens_and_states_are_those_of_pytorch(model, folder, long_promp
 
 
 @pytest.mark.parametrize("quantize", [INT8, INT4])
-def test_a_quantised_folder(quantize, model, export_again, long_prompt, tmp_path):
+def test_a_quantised_folder_matches_onnx_runtime(quantize, model, export_again, long_prompt, tmp_path):
     """The package chooses the tokens that ONNX Runtime chooses by itself, and near those of PyTorch."""
     manifest = export_again(tmp_path / "out", quantize=quantize, group_size=16)
     nodes = {node.op_type for node in onnx_ir.load(tmp_path / "out" / "model.onnx").graph}
@@ -202,7 +202,7 @@ def test_a_quantised_folder(quantize, model, export_again, long_prompt, tmp_path
 
 
 @pytest.mark.slow
-def test_layers_that_differ(tokenizer, monkeypatch, tmp_path):
+def test_layers_of_different_shapes_match_pytorch(tokenizer, monkeypatch, tmp_path):
     """Keys of two widths, and layers that have the keys of others: Gemma 4."""
     monkeypatch.setattr(export, "trace_model", trace.trace_model)  # not the one trace for all
     torch.manual_seed(0)
@@ -219,13 +219,13 @@ def test_layers_that_differ(tokenizer, monkeypatch, tmp_path):
     assert_state(state, memory)
 
 
-def test_our_runtime_leaves_the_folder_to_the_package(folder):
+def test_our_runtime_rejects_the_folder(folder):
     with pytest.raises(ExportError, match="for onnxruntime-genai"):
         OnnxModel(folder)
 
 
 @pytest.mark.parametrize("way", ["default", "adapter file"])
-def test_it_starts_from_a_memory_file(model, folder, folder_with_memory, start, long_prompt, tmp_path, way):
+def test_a_folder_can_start_from_a_memory_file(model, folder, folder_with_memory, start, long_prompt, tmp_path, way):
     path, memory = start
     adapter = None
     if way == "adapter file":
@@ -238,7 +238,7 @@ def test_it_starts_from_a_memory_file(model, folder, folder_with_memory, start, 
     assert found != in_genai(folder, long_prompt, NEW_TOKENS)[0][0]  # the memory matters
 
 
-def test_a_batch_of_different_prompts(model, tokenizer, folder_with_memory, start):
+def test_a_batch_of_different_prompts_matches_each_alone(model, tokenizer, folder_with_memory, start):
     """Padded by onnxruntime-genai; every row starts from the memory, and gets what it gets alone."""
     texts = ["Remember the blue door, it is old.", "My dog is Bella."]
     ids = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder_with_memory))).encode_batch(texts).as_numpy()
@@ -300,13 +300,13 @@ def test_the_chat_template_renders_as_in_transformers(tokenizer, folder):
     assert ChatText.from_folder(folder).render(messages) == expected
 
 
-def test_raw_text_and_comments_of_a_template():
+def test_raw_blocks_and_comments_of_a_template_are_converted():
     assert genai.with_explicit_whitespace("{# no #}\n{% raw %}{{ x }}{% endraw %}\n\n{{ y -}}  \n z") == (
         '{{ "{{ x }}" }}{{ "\\n" }}{{ y -}}{{ "z" }}'
     )
 
 
-def test_the_folder(model, tokenizer, folder):
+def test_the_folder_holds_the_expected_files(model, tokenizer, folder):
     content = json.loads((folder / "genai_config.json").read_text())
     assert content["model"]["context_length"] == content["search"]["max_length"] == CONTEXT
     ends = model.generation_config.eos_token_id  # and what the template writes after an answer
@@ -323,7 +323,7 @@ def test_the_folder(model, tokenizer, folder):
     assert [value.name for value in session.get_overridable_initializers()] == ["initial.1.recurrent_state"]
 
 
-def test_a_start_that_is_not_in_the_graph_leaves_nothing(export_again, start, monkeypatch, tmp_path):
+def test_a_graph_without_the_initial_memory_raises_and_leaves_nothing(export_again, start, monkeypatch, tmp_path):
     set_defaults = genai.set_defaults
     monkeypatch.setattr(genai, "set_defaults", lambda program, interface, start: set_defaults(program, interface, None))
     with pytest.raises(ExportError, match="does not compute what PyTorch computes"):
@@ -350,7 +350,7 @@ def other_memories(start: MemoryState, adapter: str) -> dict[str, MemoryState]:
 
 
 @pytest.mark.parametrize("why", ["another adapter", "layers are", "state heads 1", "2 rows"])
-def test_another_memory_is_refused_before_tracing(model, tokenizer, folder, start, untraced, tmp_path, why):
+def test_a_memory_that_does_not_fit_raises_before_tracing(model, tokenizer, folder, start, untraced, tmp_path, why):
     path = tmp_path / "memory.safetensors"
     other_memories(start[1], adapter_of(model).fingerprint)[why].save(path)
     with pytest.raises(MemoryStateError, match=why):
@@ -360,7 +360,7 @@ def test_another_memory_is_refused_before_tracing(model, tokenizer, folder, star
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_other_targets_take_the_memory_when_they_run(model, tokenizer, start, untraced, tmp_path):
+def test_a_memory_option_for_other_targets_raises(model, tokenizer, start, untraced, tmp_path):
     with pytest.raises(ConfigError, match="takes the state as an input"):
         export.export_onnx(model, tokenizer, tmp_path / "out", memory=start[0])
     result = CliRunner().invoke(command, ["adapter", "--out", str(tmp_path / "out"), "--memory", str(start[0])])
@@ -374,7 +374,7 @@ def refused(model, tokenizer, out: Path, match: str) -> None:
     assert not out.exists()
 
 
-def test_what_onnxruntime_genai_cannot_run_is_refused_before_tracing(model, tokenizer, untraced, tmp_path, monkeypatch):
+def test_models_unsupported_by_onnxruntime_genai_raise_early(model, tokenizer, untraced, tmp_path, monkeypatch):
     by_messages = tiny_model("qwen3", vocab_size=len(tokenizer))
     attach(by_messages, DeltaMemConfig(granularity="message"))
     refused(by_messages, tokenizer, tmp_path / "out", "writes by messages")

@@ -1,4 +1,4 @@
-"""A model of half precision as a graph: what is float16, what stays float32, and what it is held to."""
+"""Exporting a half-precision model: which tensors are float16 or float32, and the tolerance of the comparison."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_keys_and_values_are_float16_and_the_memory_float32(float16):
     assert len(of_base) == 4 and {x.dtype for x in of_base} == {np.dtype(np.float16)}
 
 
-def test_it_computes_what_float32_computes_with_the_same_weights(float16):
+def test_a_half_precision_graph_matches_float32_with_the_same_weights(float16):
     _, folder, manifest = float16
     runtime, truth = OnnxModel(folder), one_layer(torch.float16, torch.float32)
     assert manifest.interface.dtype == "float16"
@@ -112,7 +112,7 @@ def test_it_computes_what_float32_computes_with_the_same_weights(float16):
 
 
 @pytest.mark.parametrize(("bits", "largest"), [(8, 0.3), (4, 3)])
-def test_it_can_be_quantised_too(bits, largest, float16, tmp_path):
+def test_a_half_precision_graph_can_be_quantised(bits, largest, float16, tmp_path):
     model, folder, _ = float16
     copy = shutil.copytree(folder, tmp_path / "quantised")
     assert quantize_graph(copy, Quantization(bits, 16, True), memory_in(model)) > 0
@@ -125,7 +125,7 @@ def test_it_can_be_quantised_too(bits, largest, float16, tmp_path):
     assert all(column.tobytes() in in_graph for weight in memory_in(model) for column in weight.T)
 
 
-def test_onnx_runtime_has_let_go_when_pytorch_goes_to_float32(float16, monkeypatch):
+def test_onnx_runtime_is_released_before_pytorch_converts_to_float32(float16, monkeypatch):
     """Both would hold the weights in float32."""
     model, folder, _ = float16
     opened = []
@@ -145,7 +145,7 @@ def test_onnx_runtime_has_let_go_when_pytorch_goes_to_float32(float16, monkeypat
     assert 0 < export._compare_with_pytorch(open_graph, model, export.CallOptions(model, "last")) < ROUNDING
 
 
-def test_more_than_rounding_is_refused(float16, qwen3, monkeypatch, tmp_path):
+def test_an_error_beyond_rounding_raises(float16, qwen3, monkeypatch, tmp_path):
     """An error that float32's tolerance would let pass in a large model, and PyTorch's own rounding does not."""
     model, folder, _ = float16
     graph = OnnxModel(folder).graph
@@ -161,7 +161,7 @@ def test_more_than_rounding_is_refused(float16, qwen3, monkeypatch, tmp_path):
         export._compare_with_pytorch(lambda: graph, model, options)
 
 
-def test_a_graph_that_no_provider_here_can_run_is_not_called_compared(qwen3, tmp_path):
+def test_a_graph_that_cannot_run_here_is_reported_as_not_compared(qwen3, tmp_path):
     """bfloat16 for CUDA, on a CPU; the same graph for a CPU is an error."""
     bfloat16 = TensorProto.BFLOAT16
     x, y = (helper.make_tensor_value_info(name, bfloat16, ["N", 4]) for name in "xy")

@@ -1,4 +1,4 @@
-"""What the graph of a hybrid takes and gives, and how the manifest says it."""
+"""Inputs and outputs of the graph of a hybrid model, and their description in the manifest."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def interface(name: str) -> Interface:
         ("falcon_h1", 0, {"conv_state", "ssm_state"}, True),  # all in one layer
     ],
 )
-def test_a_name_is_either_a_memorys_or_the_bases(name, layer, base, memory):
+def test_every_state_belongs_to_the_memory_or_the_base(name, layer, base, memory):
     described = interface(name).layers[layer]
     assert described.base_states.keys() == base and (described.state is not None) == memory
 
 
-def test_states_of_the_base_are_not_of_the_memory():
+def test_states_of_the_base_are_not_counted_as_memory():
     found = interface("falcon_h1")
     inputs, own = found.inputs(), found.base_states
     assert own.keys() <= inputs.keys() and all(inputs[name][0] == "float32" for name in own)
@@ -50,7 +50,7 @@ def test_states_of_the_base_are_not_of_the_memory():
     assert "base" in meanings["ssm_state"] and "convolution" in meanings["conv_state"]
 
 
-def test_layers_with_states_of_the_base_are_described_apart():
+def test_layers_with_base_states_are_described_separately():
     """Under one name, in one table: layers of linear attention, and those with a memory."""
     of_states = {row.meaning for row in rows(interface("qwen3_5_text")) if row.name.endswith("recurrent_state")}
     assert {"memory" in meaning for meaning in of_states} == {True, False}
@@ -71,7 +71,7 @@ LAYERS = (
 )
 
 
-def test_a_manifest_says_whose_each_state_is():
+def test_a_manifest_records_which_states_belong_to_the_base():
     content = manifest(LAYERS)
     assert Manifest.from_json(json.dumps(content)).interface.layers == LAYERS
     for layer in content["interface"]["layers"]:  # as folders before had it
@@ -102,7 +102,7 @@ def test_a_manifest_says_whose_each_state_is():
         ("columns", [["indexer_key", 8, 8]]),
     ],
 )
-def test_states_that_cannot_be_are_refused(field, value):
+def test_invalid_states_in_a_manifest_raise(field, value):
     content = manifest(LAYERS)
     content["interface"]["layers"][1][field] = value
     with pytest.raises(ExportError, match=rf"layers\.{field}"):
@@ -111,7 +111,7 @@ def test_states_that_cannot_be_are_refused(field, value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
-def test_a_hybrid_of_float16_computes_what_its_weights_say(name, tmp_path):
+def test_a_float16_hybrid_is_exported_with_float32_states(name, tmp_path):
     """The states of the base are float32 all the same; the export itself has compared it."""
     tokenizer = tiny_tokenizer()
     found = export_onnx(hybrid(name, tokenizer).half(), tokenizer, tmp_path / "onnx")

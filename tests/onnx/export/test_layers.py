@@ -1,4 +1,4 @@
-"""Layers that are alike are traced once: which ones are, and that copies compute what PyTorch computes."""
+"""Equal layers are traced once: which layers count as equal, and that copies match PyTorch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
         ("gemma4_text", {}),  # windows, and keys of other layers
     ],
 )
-def test_the_kinds_of_layers(model_type: str, expected: dict[int, int]):
+def test_equal_layers_are_found(model_type: str, expected: dict[int, int]):
     assert copies(patched(model_type, DEPTH)) == expected
 
 
@@ -89,13 +89,13 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("change", "expected"), CHANGES)
-def test_what_tells_layers_apart(change: Callable[[PreTrainedModel], None], expected: dict[int, int]):
+def test_layers_that_differ_are_traced_separately(change: Callable[[PreTrainedModel], None], expected: dict[int, int]):
     model = patched("llama", DEPTH)
     change(model)
     assert copies(model) == expected
 
 
-def test_a_memory_in_some_layers_alone():
+def test_layers_with_and_without_a_memory_are_traced_separately():
     assert copies(patched("llama", DEPTH, layers=[1, 3])) == {2: 0, 3: 1}
 
 
@@ -104,25 +104,25 @@ def with_lora(model: PreTrainedModel) -> PreTrainedModel:
     return hf_model(get_peft_model(model, config))
 
 
-def test_lora_in_some_layers_alone():
+def test_layers_with_and_without_lora_are_traced_separately():
     assert copies(with_lora(patched("llama", DEPTH))) == {2: 1, 3: 0}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [change for change, _ in CHANGES])
-def test_copies_compute_what_pytorch_computes(change: Callable[[PreTrainedModel], None], tmp_path: Path):
+def test_copied_layers_match_pytorch(change: Callable[[PreTrainedModel], None], tmp_path: Path):
     model = patched("llama", DEPTH)
     change(model)
     assert difference(model, tmp_path) < TOLERANCE
 
 
 @pytest.mark.slow
-def test_copies_with_a_memory_in_some_layers_alone(tmp_path: Path):
+def test_copied_layers_with_a_memory_in_some_match_pytorch(tmp_path: Path):
     assert difference(patched("llama", DEPTH, layers=[1, 3]), tmp_path) < TOLERANCE
 
 
 @pytest.mark.slow
-def test_copies_with_lora_in_some_layers_alone(tmp_path: Path):
+def test_copied_layers_with_lora_in_some_match_pytorch(tmp_path: Path):
     assert difference(with_lora(patched("llama", DEPTH)), tmp_path) < TOLERANCE
 
 

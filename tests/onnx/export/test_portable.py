@@ -1,4 +1,4 @@
-"""Graphs of standard ONNX operators, in two runtimes that share no code, against PyTorch."""
+"""Graphs of standard ONNX operators, in two independent runtimes, compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def runtime(request) -> Callable[[Path], Run]:
     return RUNTIMES[request.param]
 
 
-def test_conversations_are_pytorchs(portable, runtime):
+def test_conversations_match_pytorch(portable, runtime):
     """An empty past, padding, single tokens, writes on, off and mixed; alone and in a batch."""
     runner = GraphRunner(runtime(portable.folder / contract.MODEL_FILE), portable.manifest.interface)
     difference = largest_difference(portable.model, runner, CallOptions(portable.model, "last"))
     assert 0 < difference < TOLERANCE
 
 
-def test_it_says_what_the_graph_for_onnx_runtime_says(portable, fixed):
+def test_the_portable_graph_gives_the_same_answer_as_the_fused_one(portable, fixed):
     assert portable.manifest.target == "portable"
     found, expected = (
         Conversation(OnnxModel(model.folder)).generate("Hello", Sampling(8)) for model in (portable, fixed)
@@ -90,7 +90,7 @@ def test_every_operator_is_standard(portable):
     onnx.checker.check_model(portable.folder / contract.MODEL_FILE, full_check=True)
 
 
-def test_its_opset_is_released():
+def test_the_opset_is_released():
     newest = onnx.defs.onnx_opset_version()  # which may still change
     released = [opset for _, _, opset, *_ in onnx.helper.VERSION_TABLE if opset < newest]
     assert PORTABLE_OPSET in released
@@ -170,21 +170,21 @@ def named(file: Path, inputs: tuple[Tensor, ...]) -> dict[str, NDArray]:
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 100])
 @pytest.mark.parametrize("kind", ["random", "gates of 0 and 1", "one key"])
-def test_the_scan_is_the_token_loop(scan, scan_file, kind, tokens):
+def test_the_scan_matches_a_token_loop(scan, scan_file, kind, tokens):
     inputs = scan_inputs(kind, tokens)
     found = scan(named(scan_file, inputs))
     for name, expected in zip(RESULTS, naive_scan(*inputs), strict=True):
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=SCAN_TOLERANCE)
 
 
-def test_masked_tokens_leave_the_state_bit_for_bit(scan, scan_file):
+def test_masked_tokens_leave_the_state_bit_identical(scan, scan_file):
     q, k, v, *gates, state = scan_inputs("random", 5)
     nothing = [torch.zeros_like(gate) for gate in gates]
     assert np.array_equal(scan(named(scan_file, (q, k, v, *nothing, state)))[RESULTS[1]], state)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 100])
-def test_sums_begin_anew_after_every_segment(sums, sums_file, tokens):
+def test_sums_restart_after_every_segment(sums, sums_file, tokens):
     inputs = sums_inputs(tokens)
     found = sums(named(sums_file, inputs))
     for name, expected in zip(RESULTS, cumulative_sums(*inputs), strict=True):
@@ -192,7 +192,7 @@ def test_sums_begin_anew_after_every_segment(sums, sums_file, tokens):
 
 
 @pytest.mark.parametrize("file", ["scan_file", "sums_file"])
-def test_the_loops_are_standard(file, request):
+def test_the_loops_use_standard_operators(file, request):
     file = request.getfixturevalue(file)
     onnx.checker.check_model(file, full_check=True)
     program = onnx_ir.load(file)
@@ -225,18 +225,18 @@ TOO_NEW = "g (float[2] x) => (float[2] y) { y = Gelu (x) }"  # since opset 20
         (TOO_NEW, "ai.onnx::Gelu"),
     ],
 )
-def test_an_operator_of_a_runtimes_own_is_refused(text, operator):
+def test_a_runtime_specific_operator_raises(text, operator):
     with pytest.raises(ExportError, match=f"(?s)SomeModel.*{operator}, which opset 18 does not have"):
         require_standard(graph_of(text), "SomeModel")
 
 
-def test_domains_that_nothing_needs_are_forgotten():
+def test_unused_operator_domains_are_removed():
     program = graph_of("g (float[2] x) => (float[2] y) { y = Relu (x) }")
     require_standard(program, "it")
     assert program.opset_imports == {"": 18}
 
 
-def test_a_refused_export_leaves_nothing(portable, monkeypatch, tmp_path):
+def test_a_rejected_export_leaves_nothing(portable, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "trace_model", lambda *args: graph_of(FOREIGN))
     with pytest.raises(ExportError, match="Qwen3ForCausalLM cannot be written in standard ONNX operators"):
         export.export_onnx(portable.model, portable.tokenizer, tmp_path / "out", target="portable")
@@ -249,7 +249,7 @@ def test_a_refused_export_leaves_nothing(portable, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["y = Relu (x)", "y = Relo (x)"])
-def test_a_file_that_onnx_minds_is_refused(text, tmp_path):
+def test_a_file_rejected_by_the_onnx_checker_raises(text, tmp_path):
     onnx_ir.save(graph_of(f"g (float[2] x) => (float[3] y) {{ {text} }}"), tmp_path / "bad.onnx")
     with pytest.raises(ExportError, match="not valid ONNX"):
         check_file(tmp_path / "bad.onnx")

@@ -1,4 +1,4 @@
-"""Quantising the base's weights: what they become, and that the memory's stay what they were."""
+"""Quantising the base's weights, and that the memory's weights are unchanged."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ def operators(folder: Path) -> list[str]:
     return sorted(node.op_type for node in onnx.load(folder / "model.onnx").graph.node)
 
 
-def steps(weight: np.ndarray, how: Quantization) -> np.ndarray:
+def steps(weight: np.ndarray, method: Quantization) -> np.ndarray:
     """What lies between two values that each entry of `weight` `[in, out]` can take.
 
     It may be off by half of it, and by all of it at the ends of a group, where the zero is rounded or a side is short.
     """
-    padded = np.pad(weight, ((0, -len(weight) % how.group_size), (0, 0)))
-    groups = padded.reshape(-1, how.group_size, weight.shape[1])
+    padded = np.pad(weight, ((0, -len(weight) % method.group_size), (0, 0)))
+    groups = padded.reshape(-1, method.group_size, weight.shape[1])
     low, high = np.minimum(groups.min(axis=1), 0), np.maximum(groups.max(axis=1), 0)
-    step = np.maximum(high, -low) / 2 ** (how.bits - 1) if how.symmetric else (high - low) / (2**how.bits - 1)
-    return np.repeat(step, how.group_size, axis=0)[: len(weight)]
+    step = np.maximum(high, -low) / 2 ** (method.bits - 1) if method.symmetric else (high - low) / (2**method.bits - 1)
+    return np.repeat(step, method.group_size, axis=0)[: len(weight)]
 
 
 @pytest.mark.parametrize("how", [INT8_32, INT4_32, ASYMMETRIC, Quantization(8, 64, False)], ids=str)
@@ -126,7 +126,7 @@ def test_a_tied_embedding_is_stored_once(how, stored, weights, tmp_path):
     assert off.max() > ROUNDING and (off <= steps(weights["head"].T, how).T + ROUNDING).all()
 
 
-def test_an_embedding_of_its_own_is_stored_beside_the_logits_matrix(weights, tmp_path):
+def test_an_untied_embedding_is_stored_separately(weights, tmp_path):
     weights["embedding"] = weights["head"][::-1].copy()
     write_graph(tmp_path, weights, "embedding head")
     quantize_graph(tmp_path, INT8_32, [])
@@ -135,14 +135,14 @@ def test_an_embedding_of_its_own_is_stored_beside_the_logits_matrix(weights, tmp
     assert sum("quantized" in name for name in constants(tmp_path)) == 2
 
 
-def test_an_embedding_whose_rows_are_no_whole_groups_stays(weights, tmp_path):
+def test_an_embedding_with_incomplete_groups_is_not_quantised(weights, tmp_path):
     write_graph(tmp_path, weights, "embedding head")
     quantize_graph(tmp_path, Quantization(4, 64, True), [])
     assert operators(tmp_path) == ["Gather", "MatMulNBits"]
     np.testing.assert_array_equal(constants(tmp_path)["head"], weights["head"])
 
 
-def test_a_matrix_is_stored_once_for_each_way_in_which_it_is_read(tmp_path):
+def test_a_matrix_is_stored_once_per_orientation(tmp_path):
     """Twice as it is, once transposed: two sets of groups."""
     weight = np.random.default_rng(0).normal(size=(WIDE, WIDE)).astype(np.float32)
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])
@@ -158,7 +158,7 @@ def test_a_matrix_is_stored_once_for_each_way_in_which_it_is_read(tmp_path):
     assert (np.abs(c - weight.T) <= steps(weight.T, INT4_32) + ROUNDING).all()
 
 
-def test_scaled_logits_and_tokens_in_another_shape_and_order(weights, tmp_path):
+def test_embeddings_are_found_behind_scaled_logits_and_reshaped_tokens(weights, tmp_path):
     """As fusion leaves the capped logits of Gemma 2, and as GPT-2 looks its tokens up; a lookup by position stays."""
     head = weights["head"]
     inputs = [
@@ -189,7 +189,7 @@ def test_scaled_logits_and_tokens_in_another_shape_and_order(weights, tmp_path):
 
 @pytest.mark.parametrize("how", [INT4_32, Quantization(4, 32, False), INT8_32], ids=str)
 @pytest.mark.parametrize("rows", [16, 40, 96])
-def test_groups_that_are_not_full_or_not_even_in_number(how, rows, tmp_path):
+def test_incomplete_and_odd_numbers_of_groups_are_quantised(how, rows, tmp_path):
     """Half a group, one and a quarter, three: in ONNX Runtime's kernel."""
     weight = np.random.default_rng(rows).normal(size=(rows, 5)).astype(np.float32)
     weight[:, 0] = 0
@@ -202,7 +202,7 @@ def test_groups_that_are_not_full_or_not_even_in_number(how, rows, tmp_path):
     assert (np.abs(found - weight) <= steps(weight, how) + ROUNDING).all()
 
 
-def test_a_matrix_that_holds_a_part_of_the_memory_stays(weights, tmp_path):
+def test_a_matrix_with_a_part_of_the_memory_is_not_quantised(weights, tmp_path):
     """Fusions put the weights that read one input side by side."""
     packed = np.concatenate([weights["base"], weights["memory"]], axis=1)
     write_graph(tmp_path, {**weights, "base": packed}, "base gemm")
@@ -212,7 +212,7 @@ def test_a_matrix_that_holds_a_part_of_the_memory_stays(weights, tmp_path):
     np.testing.assert_array_equal(run(tmp_path, x)["base_out"], before["base_out"])
 
 
-def test_what_fusion_has_packed_beside_the_memory_is_quantised(weights, tmp_path):
+def test_base_weights_packed_with_the_memory_are_quantised(weights, tmp_path):
     """Two of the base's matrices, the memory's between them, in one product that is split: the base's leave it."""
     base, memory = weights["base"], weights["memory"]
     packed, sizes = np.concatenate([base, memory, base], axis=1), np.array([48, 16, 48], np.int64)
@@ -234,7 +234,7 @@ def test_what_fusion_has_packed_beside_the_memory_is_quantised(weights, tmp_path
     assert 1e-3 < np.abs(first - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_what_repeats_in_the_memory_is_stored_once_and_computes_the_same(weights, tmp_path):
+def test_repeated_columns_of_the_memory_are_stored_once(weights, tmp_path):
     """Columns of zeros and columns twice, as a fused memory has them, and rows of zeros."""
     own = weights["memory"].copy()
     own[32:] = 0
@@ -254,7 +254,7 @@ def test_what_repeats_in_the_memory_is_stored_once_and_computes_the_same(weights
     assert "Gather" not in {node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node}
 
 
-def test_a_memory_that_cannot_be_told_apart_is_refused(weights, tmp_path):
+def test_a_memory_that_cannot_be_located_raises(weights, tmp_path):
     write_graph(tmp_path, {**weights, "memory": weights["memory"] * 3})
     files = [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")]
     with pytest.raises(ExportError, match="16 of their columns"):
@@ -262,7 +262,7 @@ def test_a_memory_that_cannot_be_told_apart_is_refused(weights, tmp_path):
     assert [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")] == files
 
 
-def test_a_graph_with_nothing_to_quantise_is_refused(weights, tmp_path):
+def test_a_graph_with_nothing_to_quantise_raises(weights, tmp_path):
     write_graph(tmp_path, weights, "memory")
     with pytest.raises(ExportError, match="nothing to quantise"):
         quantize_graph(tmp_path, INT8_32, [weights["memory"]])

@@ -1,4 +1,4 @@
-"""Quantised exports: what was lost is measured, what does not go together is refused, and how large a folder is."""
+"""Quantised exports: the measured error, invalid combinations of options, and the size of the folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def memory_of(exported) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("how", [INT8_32, INT4_32], ids=str)
-def test_an_exported_model(how, llama, tmp_path):
+def test_a_quantised_graph_stays_close_to_the_original(how, llama, tmp_path):
     folder = shutil.copytree(llama.folder, tmp_path / "quantised")
     memory = memory_of(llama)
     quantize_graph(folder, how, memory)
@@ -58,7 +58,7 @@ def test_an_exported_model(how, llama, tmp_path):
     assert all(column.tobytes() in found for weight in memory for column in weight.T)
 
 
-def test_what_was_lost_is_in_the_manifest(llama, no_tracing_of_llama, tmp_path):
+def test_the_manifest_records_the_quantisation_error(llama, no_tracing_of_llama, tmp_path):
     manifest = export.export_onnx(
         llama.model, llama.tokenizer, tmp_path / "out", logits="all", quantize=INT8, group_size=16, symmetric=False
     )
@@ -70,14 +70,14 @@ def test_what_was_lost_is_in_the_manifest(llama, no_tracing_of_llama, tmp_path):
 
 
 def test_progress_counts_calls_and_matrices(llama, no_tracing_of_llama, tmp_path):
-    told: dict[str, list[tuple[int, int]]] = {}
+    progress: dict[str, list[tuple[int, int]]] = {}
 
     def note(stage, done, of):
-        told.setdefault(stage, []).append((done, of))
+        progress.setdefault(stage, []).append((done, of))
 
     export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", logits="all", quantize=INT8, progress=note)
-    counted = {stage: counts for stage, counts in told.items() if len(counts) > 1}
-    assert list(told)[:2] == ["Tracing the model", "Writing the graph"]
+    counted = {stage: counts for stage, counts in progress.items() if len(counts) > 1}
+    assert list(progress)[:2] == ["Tracing the model", "Writing the graph"]
     assert list(counted) == [
         "Comparing ONNX Runtime with PyTorch",
         "Quantising",
@@ -91,7 +91,7 @@ def test_progress_counts_calls_and_matrices(llama, no_tracing_of_llama, tmp_path
     assert counted["Quantising"][-1][1] == sum(node.op_type == "MatMulNBits" for node in nodes)
 
 
-def test_a_wrong_graph_is_refused_before_it_is_quantised(llama, no_tracing_of_llama, monkeypatch, tmp_path):
+def test_a_wrong_graph_raises_before_it_is_quantised(llama, no_tracing_of_llama, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "quantize_graph", lambda *args: pytest.fail("it was quantised"))
     norm = llama.model.model.norm.weight
     saved = norm.detach().clone()
@@ -115,7 +115,7 @@ def test_a_wrong_graph_is_refused_before_it_is_quantised(llama, no_tracing_of_ll
         ("cpu", "float32", "int3", "cpu does not support the quantisation int3"),
     ],
 )
-def test_what_does_not_go_together_is_refused(target, dtype, quantize, why):
+def test_invalid_combinations_of_options_raise(target, dtype, quantize, why):
     with pytest.raises(ExportError, match=why):
         target_of(target, dtype, quantize)
 
@@ -128,13 +128,13 @@ def test_what_does_not_go_together_is_refused(target, dtype, quantize, why):
         (64, 96, r"does not divide the width, 96\.\n.*16, 32\."),
     ],
 )
-def test_groups_that_no_operator_takes_are_refused(group_size, width, why):
+def test_unsupported_group_sizes_raise(group_size, width, why):
     with pytest.raises(ExportError, match=f"(?s){why}"):
         quantization_of(INT4, group_size, True, width)
     assert quantization_of("none", group_size, True, width) is None
 
 
-def test_groups_that_do_not_divide_the_width_are_refused_before_any_work(llama, monkeypatch, tmp_path):
+def test_groups_that_do_not_divide_the_width_raise_before_any_work(llama, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "trace_model", lambda *args: pytest.fail("it was traced"))
     with pytest.raises(ExportError, match="groups of 64"):
         export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", quantize=INT4, group_size=64)
@@ -151,7 +151,7 @@ def test_groups_that_do_not_divide_the_width_are_refused_before_any_work(llama, 
         ("--quantize int8 --target cuda --dtype bfloat16", "int8 does not support models of bfloat16"),
     ],
 )
-def test_the_command_refuses_before_it_looks_for_the_adapter(options, why, tmp_path):
+def test_the_command_checks_its_options_before_the_adapter(options, why, tmp_path):
     result = CliRunner().invoke(command, ["nowhere", "--out", str(tmp_path / "out"), *options.split()])
     assert result.exit_code != 0
     assert why in (result.output if isinstance(result.exception, SystemExit) else str(result.exception))
@@ -177,7 +177,7 @@ def assert_size_is_the_builders(checkpoint: Path, folder: Path, scratch: Path) -
 
 
 @pytest.mark.slow
-def test_a_folder_is_no_larger_than_the_builders(tmp_path):
+def test_a_folder_is_no_larger_than_that_of_onnxruntime_genais_builder(tmp_path):
     """One layer of SmolLM2's shape."""
     checkpoint = random_checkpoint(tmp_path / "checkpoint", layers=1)
     with_memory(checkpoint, tmp_path / "ours", INT4)
@@ -185,13 +185,13 @@ def test_a_folder_is_no_larger_than_the_builders(tmp_path):
 
 
 @pytest.mark.real_model
-def test_smollm2_in_4_and_8_bits(smollm2, tmp_path):
+def test_smollm2_in_4_and_8_bits_agrees_with_the_original(smollm2, tmp_path):
     for quantize, agreement in AGREEMENT.items():
         assert with_memory(smollm2, tmp_path / quantize, quantize).greedy_agreement >= agreement
     assert_size_is_the_builders(smollm2, tmp_path / INT4, tmp_path / "builder")
 
 
-def test_its_import_leaves_logging_alone():
+def test_importing_the_quantiser_does_not_configure_logging():
     """ONNX Runtime's quantiser calls `logging.basicConfig(level=INFO)` when it is imported."""
     code = "import logging, deltamem_tool.onnx.export.quantized_matrices as _; root = logging.getLogger()\n"
     code += "assert not root.handlers and root.level == logging.WARNING"

@@ -1,4 +1,4 @@
-"""A published checkpoint with a memory: its graph says what PyTorch says, and of its base what another graph says."""
+"""A published checkpoint with a memory: its graph matches PyTorch, and its base matches another exporter's graph."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exported(smollm2, tmp_path_factory):
     return model, tokenizer, folder, export_onnx(model, tokenizer, folder)
 
 
-def test_conversations_are_those_of_pytorch(exported):
+def test_conversations_match_pytorch(exported):
     model, tokenizer, folder, manifest = exported
     assert manifest.max_abs_diff < TOLERANCE
     ours, torchs = Conversation(OnnxModel(folder)), Conversation(TorchModel(model, tokenizer))
@@ -40,6 +40,6 @@ def test_conversations_are_those_of_pytorch(exported):
         assert len(answer) > 0 and answer == torchs.generate(question, GREEDY).text
 
 
-def test_while_the_memory_is_empty_the_base_is_onnxruntime_genais(exported, smollm2, tmp_path):
+def test_with_an_empty_memory_the_graph_matches_onnxruntime_genais(exported, smollm2, tmp_path):
     build(smollm2, tmp_path / "base", "float32", [])
     assert difference(tmp_path / "base", exported[2], threads=1) < TOLERANCE

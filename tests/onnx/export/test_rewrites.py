@@ -1,4 +1,4 @@
-"""Every rewrite by its numbers: a graph before and after, and the lean memory beside PyTorch's."""
+"""Every graph rewrite gives the same numbers before and after, and the lean memory matches PyTorch."""
 
 from __future__ import annotations
 
@@ -102,23 +102,23 @@ def lean(memories, tmp_path_factory) -> onnxruntime.InferenceSession:
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 5), (2, 130)])
 @torch.no_grad()
-def test_the_lean_memory_computes_what_pytorch_computes(memories, lean, batch, tokens):
+def test_the_lean_memory_matches_pytorch(memories, lean, batch, tokens):
     hidden, writes, states = memories.arguments(batch, tokens)
     expected = memories(hidden, writes, states)
-    given = [hidden, writes, *states]
-    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), given, strict=True)}
+    inputs = [hidden, writes, *states]
+    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), inputs, strict=True)}
     for found, right in zip(lean.run(None, feed), expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(found), right, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_lean_memory_keeps_a_state_bit_for_bit_where_nothing_is_written(memories, lean):
+def test_the_lean_memory_keeps_an_unwritten_state_bit_identical(memories, lean):
     hidden, writes, states = memories.arguments(2, 7)
     for state in states:
         state[0, 0, 0] = 0.0
-    given = [hidden, torch.zeros_like(writes), *states]
-    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), given, strict=True)}
+    inputs = [hidden, torch.zeros_like(writes), *states]
+    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), inputs, strict=True)}
     found = iter(lean.run(None, feed))
     for (name, memory), state in zip(memories.memories.items(), states, strict=True):
         assert np.array_equal(next(found), state.numpy()), name
@@ -286,7 +286,7 @@ def run(model: onnx_ir.Model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_rewrite_computes_what_it_replaces(name):
+def test_each_rewrite_preserves_the_results(name):
     before, after = parsed(GRAPHS[name]), parsed(GRAPHS[name])
     optimize(after, TARGETS["cpu"], without=set(REWRITES) - {name})
     assert len(before.graph) - len(after.graph) == FEWER[name]  # it was done
@@ -298,7 +298,7 @@ def test_a_rewrite_computes_what_it_replaces(name):
 
 
 @pytest.mark.parametrize("text", [*GRAPHS.values()])
-def test_all_together_compute_what_they_replace(text):
+def test_all_rewrites_together_preserve_the_results(text):
     before, after = parsed(text), parsed(text)
     optimize(after, TARGETS["cpu"])
     for output, array in run(before).items():
@@ -306,13 +306,13 @@ def test_all_together_compute_what_they_replace(text):
 
 
 @pytest.mark.parametrize("text", [*GRAPHS.values()])
-def test_without_any_rewrite_the_graph_stays(text):
+def test_without_rewrites_the_graph_is_unchanged(text):
     before, after = parsed(text), parsed(text)
     optimize(after, TARGETS["cpu"], without=REWRITES)
     assert [node.op_type for node in after.graph] == [node.op_type for node in before.graph]
 
 
-def test_reshapes_that_change_something_stay():
+def test_reshapes_that_have_an_effect_are_kept():
     """Queries, keys and values of two heads come to have three; what comes of them has three before and after."""
     text = ATTENTION.replace("int64[4] apart = {0,0,2,-1}", "int64[4] apart = {0,0,3,-1}")
     before, after = parsed(text), parsed(text)
@@ -332,7 +332,7 @@ agraph (float[B,T,4] x, float[B,T,4] a, float[4] w) => (float[B,T,4] y, float16[
 """
 
 
-def test_a_norm_of_float32_weights_takes_a_sum_of_float16():
+def test_a_float32_norm_accepts_a_float16_sum():
     model = parsed(MIXED_NORM)
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match="bound to different types"):
         run(model)
@@ -346,19 +346,19 @@ def test_a_norm_of_float32_weights_takes_a_sum_of_float16():
     np.testing.assert_allclose(found["y"], expected, rtol=0, atol=HALF)
 
 
-def test_a_norm_of_one_type_stays_with_its_sum():
+def test_a_norm_of_one_dtype_is_not_split():
     model = parsed(MIXED_NORM.replace("<to=10>", "<to=1>").replace("float16", "float"))
     split_mixed_norms(model.graph)
     assert [node.op_type for node in model.graph][-1] == "SkipSimplifiedLayerNormalization"
 
 
-def test_a_rewrite_that_there_is_not_is_refused():
+def test_an_unknown_rewrite_raises():
     with pytest.raises(ExportError, match=r"(?s)no rewrite 'faster'.*The rewrites are lean_memory, "):
         optimize(parsed(ATTENTION), TARGETS["cpu"], without=["faster"])
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_export_for_any_target_refuses_it(target, qwen3, tmp_path):
+def test_exporting_without_an_unknown_rewrite_raises_for_any_target(target, qwen3, tmp_path):
     with pytest.raises(ExportError, match="no rewrite 'faster'"):
         export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "out", target=target, without=["lean_memory", "faster"])
     assert list(tmp_path.iterdir()) == []
@@ -368,7 +368,7 @@ MORE_NODES = 17  # at most, a layer
 
 
 @pytest.mark.slow
-def test_a_layer_with_a_memory_has_few_nodes_more_than_the_plain_one(qwen3, tmp_path):
+def test_a_memory_adds_few_nodes_per_layer(qwen3, tmp_path):
     """Of two states and three branches, which is more than the default has."""
     options, interface = CallOptions(qwen3.model, "last"), plain_interface(qwen3.manifest.interface)
     with without_memory():

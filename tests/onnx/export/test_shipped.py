@@ -1,4 +1,4 @@
-"""The shipped adapter as an ONNX folder in the user's cache: exported once, whole or not at all."""
+"""The shipped adapter as an ONNX folder in the user's cache: exported once, completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_is_exported_once_and_without_the_exporter_served_from_then_on(cache, monkeypatch):
+def test_the_shipped_adapter_is_exported_once_and_then_cached(cache, monkeypatch):
     installed = {"cpu", "export"}
     monkeypatch.setattr("deltamem_tool.cli.engines.is_installed", lambda *extras: installed.issuperset(extras))
     engine = shipped_engine(ADAPTER)
@@ -36,7 +36,7 @@ def test_it_is_exported_once_and_without_the_exporter_served_from_then_on(cache,
 
 
 @pytest.mark.slow
-def test_an_export_that_fails_leaves_nothing(cache, monkeypatch):
+def test_a_failed_export_leaves_nothing(cache, monkeypatch):
     def fail(plan, path):
         path.write_bytes(b"a part")
         raise ExportError("It was interrupted.", "", "")
@@ -56,7 +56,7 @@ def test_another_version_has_another_folder(cache, monkeypatch):
     assert shipped_folder(ADAPTER) != folder and shipped_folder(ADAPTER).parent == folder.parent
 
 
-def test_only_adapters_are_shipped_as_folders(cache, monkeypatch):
+def test_the_backbone_has_no_exported_folder(cache, monkeypatch):
     assert is_shipped(ADAPTER) and not is_shipped(BACKBONE) and not is_shipped("adapter")
     assert shipped_engine(BACKBONE) is None and not cache.exists()
     monkeypatch.setattr("deltamem_tool.cli.engines.is_installed", lambda *extras: "export" not in extras)

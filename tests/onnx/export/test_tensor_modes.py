@@ -1,4 +1,4 @@
-"""Calls that stand in for others while a model is traced give the same numbers."""
+"""Replacements of operations during tracing give the same numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOLERANCE = 1e-5  # float32, sums in another order
 
 
 @pytest.mark.parametrize("part", [(slice(None), None), (Ellipsis, slice(1, 3)), 1])
-def test_parts_of_complex_numbers(part: object):
+def test_indexing_complex_numbers_matches_torch(part: object):
     numbers = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     with ExportableCalls():
         found = numbers[part]
@@ -39,7 +39,7 @@ class Sums(TorchFunctionMode):
 
 
 @pytest.mark.parametrize(("model_type", "computed"), [("dbrx", 4), ("longcat_flash", 2), ("qwen3_moe", 0)])
-def test_a_loop_over_chosen_experts_goes_over_all_of_them(model_type: str, computed: int):
+def test_a_loop_over_chosen_experts_covers_all_experts(model_type: str, computed: int):
     """All four of DBRX; LongCat asks which have tokens, which it knows here; Qwen3's are not in a loop."""
     model = patched(model_type)
     experts = next(part for name, part in model.named_modules() if name.endswith("experts"))

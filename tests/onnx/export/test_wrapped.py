@@ -1,4 +1,4 @@
-"""An export of a model inside a wrapper, and of one that is not called as it counts."""
+"""Exporting wrapped models, and models whose positions depend on padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow  # it traces
 TOLERANCE = 1e-4
 
 
-def test_a_padded_row_is_the_row_alone_in_pytorch(tokenizer, tmp_path):
+def test_a_padded_row_matches_the_row_alone_in_pytorch(tokenizer, tmp_path):
     base = gpt2(n_layer=1)
     model = compiled(with_lora(base))
     randomise(attach(base, DeltaMemConfig(rank=4)))
@@ -26,7 +26,7 @@ def test_a_padded_row_is_the_row_alone_in_pytorch(tokenizer, tmp_path):
     check_padded_rows(tmp_path / "out", base)
 
 
-def test_where_padding_moves_a_text_rows_go_in_by_themselves(tokenizer, tmp_path, monkeypatch):
+def test_models_whose_positions_count_padding_run_row_by_row(tokenizer, tmp_path, monkeypatch):
     """The base counts columns: a graph that does the same gives a padded row what no text alone gives."""
     base = gpt2(n_layer=1)
     randomise(attach(base, DeltaMemConfig(rank=4)))

@@ -1,4 +1,4 @@
-"""Keys and values that are written in place, in buffers of a fixed length or that grow, and who shares them."""
+"""Keys and values written in place, in buffers of a fixed or growing length, and how pasts share them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def bound(monkeypatch):
     return seen
 
 
-def test_the_graph_says_how_long_it_is(fixed, model):
+def test_the_graph_reports_its_length(fixed, model):
     interface = fixed.manifest.interface
     assert interface.max_length == fixed.manifest.interface.max_length == model.max_length
     assert fixed.manifest.max_abs_diff <= TOLERANCE
@@ -83,7 +83,7 @@ def test_the_graph_says_how_long_it_is(fixed, model):
     assert interface.inputs()[contract.PAST_LENGTH] == (contract.INT64, (1,))
 
 
-def test_a_conversation_is_what_it_is_in_pytorch(fixed, model):
+def test_a_conversation_matches_pytorch(fixed, model):
     """Turns, an undone one, and one that goes another way from there."""
     talks = [
         Conversation(model),
@@ -111,7 +111,7 @@ def test_conversations_of_different_lengths_answer_together(model):
         np.testing.assert_allclose(one.memory.states[0], other.memory.states[0], atol=CLOSE)
 
 
-def test_keys_and_values_stay_where_they_are(fixed, bound):
+def test_keys_and_values_are_not_copied(fixed, bound):
     """Every call reads and writes the same buffers; single tokens go through two bindings, there and back."""
     graph = open_graph(fixed.folder, fixed.manifest.interface)
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
@@ -125,7 +125,7 @@ def test_keys_and_values_stay_where_they_are(fixed, bound):
     assert steps[0][state] == steps[1]["present.0.recurrent_state"] != steps[1][state]
 
 
-def test_a_step_that_runs_again_gives_the_same(graph):
+def test_repeating_a_step_gives_the_same_result(graph):
     """As it does when a CUDA graph is recorded: nothing that a step reads has been changed by it."""
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     _, past = fed(graph, [68, 69], past)
@@ -136,7 +136,7 @@ def test_a_step_that_runs_again_gives_the_same(graph):
     same(content(graph, after), before)
 
 
-def test_a_past_is_not_changed_by_what_goes_on_from_it(graph):
+def test_continuing_from_a_past_does_not_change_it(graph):
     """Though its buffers are: another call from it works on a copy."""
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     _, past = fed(graph, [68, 69], past)
@@ -152,7 +152,7 @@ def test_a_past_is_not_changed_by_what_goes_on_from_it(graph):
     assert one.lease is past.lease and other.lease is not past.lease
 
 
-def test_every_step_can_be_kept(graph):
+def test_pasts_of_every_step_stay_valid(graph):
     """Memories that wait in the two slots are copied before they are written over."""
     _, past = called(graph, [[65, 66]], graph.empty_past(1))
     kept = [past]
@@ -164,15 +164,15 @@ def test_every_step_can_be_kept(graph):
         same(content(graph, past), expected)
 
 
-def test_the_beginning_is_cut_off_without_a_copy(graph):
+def test_truncating_a_past_makes_no_copy(graph):
     _, past = called(graph, [[65, 66, 67, 68]], graph.empty_past(1))
     cut = graph.take(past, 0, np.arange(3))
     assert cut.lease is past.lease and cut.length == 3
     _, expected = called(graph, [[65, 66, 67]], graph.empty_past(1))
     expected = graph.with_memory(expected, graph.states(past), {})
     found, _ = called(graph, [[90]], cut)
-    wanted, _ = called(graph, [[90]], expected)
-    np.testing.assert_allclose(found, wanted, atol=CLOSE)
+    logits, _ = called(graph, [[90]], expected)
+    np.testing.assert_allclose(found, logits, atol=CLOSE)
     assert to_numpy(past.lease.buffers.cache["past_key_values.0.key"])[:, :, 3].any()
     moved = graph.take(past, 0, np.array([1, 3]))
     assert moved.lease is not past.lease
@@ -181,7 +181,7 @@ def test_the_beginning_is_cut_off_without_a_copy(graph):
     assert np.array_equal(content(graph, moved)[key], whole[:, :, [1, 3]])
 
 
-def test_buffers_are_used_again(model):
+def test_buffers_are_reused(model):
     graph = model.graph
     gc.collect()
     _, past = called(graph, [[65, 66]], graph.empty_past(1))
@@ -194,7 +194,7 @@ def test_buffers_are_used_again(model):
     assert np.array_equal(fed(graph, [67, 68, 69], past)[0], logits)
 
 
-def test_buffers_with_nan_are_not_used_again(model):
+def test_buffers_with_nan_are_not_reused(model):
     graph = model.graph
     nan = {0: np.full((1, 2, 4, 4), np.nan, np.float32)}
     _, past = called(graph, [[65, 66]], graph.empty_past(1, nan))
@@ -203,7 +203,7 @@ def test_buffers_with_nan_are_not_used_again(model):
     assert graph.empty_past(1).lease.buffers is not buffers
 
 
-def test_a_long_prompt_goes_in_by_pieces(graph, monkeypatch, bound):
+def test_a_long_prompt_is_fed_in_pieces(graph, monkeypatch, bound):
     tokens = [list(range(65, 76))]
     whole, past = called(graph, tokens, graph.empty_past(1))
     monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
@@ -214,7 +214,7 @@ def test_a_long_prompt_goes_in_by_pieces(graph, monkeypatch, bound):
     np.testing.assert_allclose(graph.states(other)[0], graph.states(past)[0], atol=CLOSE)
 
 
-def test_threads_that_go_on_from_one_past(graph):
+def test_threads_can_continue_from_one_past(graph):
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     expected = {start: fed(graph, range(start, start + 8), past)[0] for start in (70, 90, 110)}
     found = {}
@@ -229,7 +229,7 @@ def test_threads_that_go_on_from_one_past(graph):
     same(found, expected)
 
 
-def test_a_conversation_that_outgrows_the_buffers_is_refused(fixed, model, bound):
+def test_a_conversation_that_outgrows_the_buffers_raises(fixed, model, bound):
     graph, room = model.graph, fixed.manifest.interface.max_length
     _, past = called(graph, [[65] * (room - 1)], graph.empty_past(1))
     _, past = called(graph, [[66]], past)
@@ -247,7 +247,7 @@ def test_a_conversation_that_outgrows_the_buffers_is_refused(fixed, model, bound
         talk.generate("x" * room, SHORT)
 
 
-def test_a_cuda_graph_needs_cuda_and_a_fixed_length(fixed):
+def test_cuda_graphs_need_cuda_and_a_fixed_length(fixed):
     with pytest.raises(ExportError, match="CUDA graph") as caught:
         OnnxModel(fixed.folder, cuda_graph=True)
     assert "provider is cpu" in caught.value.why
@@ -256,7 +256,7 @@ def test_a_cuda_graph_needs_cuda_and_a_fixed_length(fixed):
     assert "--max-length" in caught.value.next
 
 
-def test_what_onnx_runtime_is_told_of_cuda_graphs(fixed, monkeypatch):
+def test_run_options_for_cuda_graphs(fixed, monkeypatch):
     """Steps are recorded under an id of their binding's own, other calls never; and one thread makes them all. The
     session itself is on the CPU here."""
     session, asked = onnxruntime.InferenceSession, []
@@ -300,7 +300,7 @@ def test_what_onnx_runtime_is_told_of_cuda_graphs(fixed, monkeypatch):
     assert "one thread" in caught[0].why
 
 
-def test_a_window_in_the_model_is_refused_where_attention_has_none():
+def test_a_sliding_window_raises_where_attention_has_none():
     model = model_of("sliding")
     with pytest.raises(ExportError, match="fixed length") as caught:
         interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["portable"], 64)

@@ -1,4 +1,4 @@
-"""Conversations in ONNX Runtime: the tokens and memories that PyTorch gives, and files that both read."""
+"""Conversations in ONNX Runtime: the same tokens and memories as in PyTorch, and memory files that both read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def stopping_at(folder, tokens) -> OnnxModel:
     return OnnxModel(folder)
 
 
-def test_greedy_turns_are_those_of_generate(exported):
+def test_greedy_turns_match_generate(exported):
     conversation = Conversation(OnnxModel(exported.folder))
     answers = [conversation.generate(turn, Sampling(8)) for turn in TURNS]
     expected, memory = in_pytorch(exported, TURNS, 8)
@@ -72,7 +72,7 @@ def test_greedy_turns_are_those_of_generate(exported):
     assert_close(conversation.memory, memory)
 
 
-def test_prompts_are_answered_in_one_batch(exported):
+def test_several_prompts_are_answered_in_one_batch(exported):
     model, prompts = OnnxModel(exported.folder), ["my cat", "what is it?"]
     empty = empty_memory(model)
     memory = StoredMemory({i: np.repeat(state, 2, 0) for i, state in empty.states.items()}, {}, model.adapter)
@@ -82,7 +82,7 @@ def test_prompts_are_answered_in_one_batch(exported):
     assert answers == expected
 
 
-def test_logits_of_every_position_are_had_where_the_graph_gives_them(qwen3, llama):
+def test_all_logits_are_available_if_the_graph_returns_them(qwen3, llama):
     ids, every = np.array([[72, 73, 74]]), np.ones((1, 3), bool)
     model, in_torch = OnnxModel(llama.folder), TorchModel(llama.model, llama.tokenizer)
     logits, expected = (
@@ -105,7 +105,7 @@ def test_every_stop_token_stops(qwen3, folder):
         assert answer.tokens == (free[: free.index(at) + 1] if at is not None else free)
 
 
-def test_quantised_weights_do_not_stay_in_their_file(folder):
+def test_mapping_quantised_weights_raises(folder):
     file = folder / "deltamem_onnx.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantize": "int4"}))
     with pytest.raises(ConfigError, match="dozens of times as long"):
@@ -113,7 +113,7 @@ def test_quantised_weights_do_not_stay_in_their_file(folder):
     OnnxModel(folder)
 
 
-def test_the_model_s_positions_are_the_window(qwen3, folder):
+def test_the_window_defaults_to_the_positions_of_the_model(qwen3, folder):
     positions = qwen3.model.config.max_position_embeddings
     assert TorchModel(qwen3.model, qwen3.tokenizer).max_length == positions
     talk = Conversation(OnnxModel(folder))
@@ -127,7 +127,7 @@ def test_the_model_s_positions_are_the_window(qwen3, folder):
     assert OnnxModel(folder).max_length is None
 
 
-def test_a_token_that_the_graph_does_not_know_is_named(folder):
+def test_a_token_unknown_to_the_graph_is_named(folder):
     """onnxruntime would read another row of the embedding, or stop."""
     file = folder / "tokenizer.json"
     words = json.loads(file.read_text())
@@ -140,7 +140,7 @@ def test_a_token_that_the_graph_does_not_know_is_named(folder):
     assert talk.context.tokens == 0 and talk.generate("my dog").tokens
 
 
-def test_what_the_template_writes_after_an_answer_stops_too(qwen3, folder):
+def test_the_end_token_of_the_template_stops_too(qwen3, folder):
     """The model's generation config names no token; the exported one names it for every runtime."""
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [257]
     assert qwen3.model.generation_config.eos_token_id is None
@@ -148,7 +148,7 @@ def test_what_the_template_writes_after_an_answer_stops_too(qwen3, folder):
     assert TorchModel(qwen3.model, qwen3.tokenizer).stop_tokens == {257}
 
 
-def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
+def test_a_conversation_continues_after_its_end_of_turn(qwen3, folder):
     """With the end-of-turn token as the one that stops: it is fed once, by the template, as in PyTorch."""
     weight = qwen3.model.lm_head.weight
     saved = weight.detach().clone()
@@ -179,7 +179,7 @@ def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
     assert_close(conversation.memory, memory)
 
 
-def test_memories_go_from_onnx_runtime_to_pytorch_and_back(exported, tmp_path):
+def test_memory_files_move_between_onnx_runtime_and_pytorch(exported, tmp_path):
     model = OnnxModel(exported.folder)
     conversation = Conversation(model)
     conversation.generate(TURNS[0], Sampling(4))
@@ -199,7 +199,7 @@ def test_memories_go_from_onnx_runtime_to_pytorch_and_back(exported, tmp_path):
         assert np.array_equal(after.layers[layer].numpy(), state)
 
 
-def test_a_memory_of_another_adapter_is_refused(qwen3, llama, tmp_path):
+def test_a_memory_of_another_adapter_raises(qwen3, llama, tmp_path):
     file = tmp_path / "memory.safetensors"
     MemoryState({i: torch.zeros(1, 2, 4, 4) for i in (0, 1)}, "another").save(file)
     with pytest.raises(MemoryStateError, match="another adapter"):
@@ -209,7 +209,7 @@ def test_a_memory_of_another_adapter_is_refused(qwen3, llama, tmp_path):
         Conversation(OnnxModel(qwen3.folder), read_memory(file))
 
 
-def test_a_memory_that_does_not_fit_is_refused(qwen3):
+def test_a_memory_that_does_not_fit_raises(qwen3):
     model = OnnxModel(qwen3.folder)
     with pytest.raises(MemoryStateError, match="does not fit"):
         Conversation(model, StoredMemory({0: np.zeros((1, 2, 4, 4), np.float32)}, {}, model.adapter))
@@ -217,7 +217,7 @@ def test_a_memory_that_does_not_fit_is_refused(qwen3):
         Conversation(model, StoredMemory({i: np.zeros((2, 2, 4, 4), np.float32) for i in (0, 1)}, {}, model.adapter))
 
 
-def test_a_conversation_that_does_not_write_remembers_what_it_had(qwen3):
+def test_a_conversation_that_does_not_write_keeps_its_memory(qwen3):
     model = OnnxModel(qwen3.folder)
     first = Conversation(model)
     first.generate(TURNS[0], Sampling(2))
@@ -227,7 +227,7 @@ def test_a_conversation_that_does_not_write_remembers_what_it_had(qwen3):
         assert np.array_equal(second.memory.states[layer], state)
 
 
-def test_conversations_of_one_model_do_not_meet(qwen3):
+def test_conversations_of_one_model_are_independent(qwen3):
     """Not in turn, and not from several threads at once."""
     model = OnnxModel(qwen3.folder)
 
@@ -286,7 +286,7 @@ def memory_of(memory: StoredMemory) -> MemoryState:
 
 
 @pytest.mark.parametrize("exported", ["qwen3", *OTHERS], indirect=True)
-def test_answers_together_are_those_alone(exported):
+def test_answers_in_a_batch_match_answers_alone(exported):
     model, _ = both(exported, frozenset(range(0, 256, 9)))
     contents = ("Hello", TURNS[0], "a much longer text than the others are")
     together, alone = ([Conversation(model) for _ in contents] for _ in range(2))
@@ -315,7 +315,7 @@ def test_sampling_follows_its_seed_and_top_p(qwen3):
         say(top_p=0.0)
 
 
-def test_streamed_pieces_are_the_answer(qwen3):
+def test_streamed_pieces_add_up_to_the_answer(qwen3):
     pieces = []
     answer = Conversation(OnnxModel(qwen3.folder)).generate(TURNS[0], Sampling(12), on_text=pieces.append)
     assert "".join(pieces) == answer.text

@@ -1,4 +1,4 @@
-"""An exported folder that is not whole is refused, and one of an older release is read."""
+"""An incomplete exported folder raises, and one of an older release can be read."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 @pytest.mark.parametrize(
     "name", ["model.onnx", "model.onnx.data", "deltamem_onnx.json", "tokenizer.json", "tokenizer_config.json"]
 )
-def test_a_folder_that_lacks_a_file_is_refused(folder, name):
+def test_a_folder_without_a_required_file_raises(folder, name):
     (folder / name).unlink()
     with pytest.raises(ExportError, match=name):
         OnnxModel(folder)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"])
-def test_a_file_that_is_cut_short_is_refused(folder, name):
+def test_a_truncated_file_raises(folder, name):
     file = folder / name
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ExportError):
         OnnxModel(folder)
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_an_empty_folder_raises(tmp_path):
     with pytest.raises(ExportError, match="lacks"):
         OnnxModel(tmp_path)
     with pytest.raises(ExportError, match="no such folder"):
         OnnxModel(tmp_path / "nowhere")
 
 
-def test_a_folder_of_release_0_1_runs_as_it_did(portable, tmp_path):
+def test_a_folder_of_release_0_1_still_runs(portable, tmp_path):
     """Its graph is the one that standard operators still give; its manifest knows nothing of packed keys."""
     folder = shutil.copytree(portable.folder, tmp_path / "older")
     manifest = json.loads((folder / MANIFEST_FILE).read_text())

@@ -1,4 +1,4 @@
-"""A graph in ONNX Runtime: what it carries stays where it is, and a provider that is not to be had is an error."""
+"""A graph in ONNX Runtime: carried tensors are not copied, and an unavailable provider raises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def called(graph, tokens, past):
     return graph.step(ids, np.ones((len(ids), length), np.int64), np.ones(ids.shape, bool), past)
 
 
-def test_what_comes_out_of_a_call_goes_into_the_next_as_it_is(portable, monkeypatch):
+def test_outputs_are_passed_to_the_next_call_without_a_copy(portable, monkeypatch):
     """The same tensors, at the same addresses: nothing is copied and nothing becomes numpy but the logits."""
     graph = OnnxModel(portable.folder).graph
     bound: dict[str, int] = {}
@@ -47,7 +47,7 @@ def test_what_comes_out_of_a_call_goes_into_the_next_as_it_is(portable, monkeypa
     assert read == [[1, 1, graph.interface.vocab_size]]
 
 
-def test_a_past_is_not_changed_by_the_call_that_it_goes_into(portable):
+def test_a_call_does_not_change_its_past(portable):
     graph = OnnxModel(portable.folder).graph
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     before = {name: to_numpy(value).copy() for name, value in past.items()}
@@ -67,7 +67,7 @@ def test_states_are_copies(qwen3):
     assert all((state == 1).all() for state in graph.states(past).values())
 
 
-def test_rows_are_joined_and_taken(portable):
+def test_rows_are_joined_and_selected(portable):
     """Shorter rows get zeros on the left; one row with its own columns is what it was."""
     graph = OnnxModel(portable.folder).graph
     _, short = called(graph, [[65, 66]], graph.empty_past(1))
@@ -83,7 +83,7 @@ def test_rows_are_joined_and_taken(portable):
 
 
 @pytest.mark.parametrize("dtype", contract.DTYPES)
-def test_tensors_of_every_type_come_back(dtype):
+def test_tensors_of_every_dtype_are_returned(dtype):
     """bfloat16, which numpy has not, as its bits."""
     stored = {contract.FLOAT32: np.float32, contract.FLOAT16: np.float16, contract.BFLOAT16: np.uint16}[dtype]
     for shape in ((2, 3, 4), (2, 0, 4)):
@@ -97,7 +97,7 @@ def test_tensors_of_every_type_come_back(dtype):
     assert not to_numpy(value).any()
 
 
-def test_threads_of_a_call(qwen3, monkeypatch):
+def test_the_number_of_threads_is_set(qwen3, monkeypatch):
     def threads(model):
         return model.graph._session.get_session_options().intra_op_num_threads
 
@@ -116,7 +116,7 @@ def test_threads_of_a_call(qwen3, monkeypatch):
         OnnxModel(qwen3.folder)
 
 
-def test_a_provider_that_there_is_not_is_refused(qwen3, monkeypatch):
+def test_an_unknown_provider_raises(qwen3, monkeypatch):
     with pytest.raises(ExportError, match="no provider 'tpu'"):
         OnnxModel(qwen3.folder, "tpu")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [providers.PROVIDERS["cpu"]])
@@ -124,7 +124,7 @@ def test_a_provider_that_there_is_not_is_refused(qwen3, monkeypatch):
         OnnxModel(qwen3.folder, "cuda")
 
 
-def test_a_session_that_has_gone_on_without_its_provider_is_refused(qwen3, monkeypatch):
+def test_a_session_that_fell_back_to_another_provider_raises(qwen3, monkeypatch):
     """ONNX Runtime falls back to the CPU with no more than a line on stderr, as it does where there is no GPU."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(providers.PROVIDERS.values()))
     monkeypatch.setattr(providers, "_load_cuda", lambda: None)
@@ -152,7 +152,7 @@ def test_a_missing_library_of_cuda_is_named(qwen3, capfd):
         pytest.skip("CUDA's libraries are here")
 
 
-def test_a_library_is_named_out_of_the_loaders_message(monkeypatch):
+def test_the_missing_library_is_taken_from_the_loader_message(monkeypatch):
     """Whichever is missing first; what is no missing library is left to ONNX Runtime."""
     monkeypatch.setattr(providers, "_CUDA_LIBRARY", providers.Path(__file__))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: None)

@@ -1,4 +1,4 @@
-"""Conversations of exported models that keep more than keys and values: what PyTorch says, alone and in batches,
+"""Conversations of exported hybrid models match PyTorch, alone and in batches,
 undone, joined and taken."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def close(found, expected) -> None:
         np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=TOLERANCE)
 
 
-def test_turns_and_memories_are_those_of_pytorch(engines, tmp_path):
+def test_turns_and_memories_match_pytorch(engines, tmp_path):
     here, there = map(Conversation, engines)
     for content in TURNS:
         assert here.generate(content, Sampling(8)).tokens == there.generate(content, Sampling(8)).tokens
@@ -57,7 +57,7 @@ def test_turns_and_memories_are_those_of_pytorch(engines, tmp_path):
     assert read_memory(tmp_path / "memory.safetensors").shape == there.memory.shape  # nothing of the base's own
 
 
-def test_together_each_is_as_if_alone(engines):
+def test_conversations_in_a_batch_match_each_alone(engines):
     engine = engines[0]
     together, alone = ([Conversation(engine) for _ in TURNS] for _ in range(2))
     for contents in (TURNS, OTHERS):
@@ -68,7 +68,7 @@ def test_together_each_is_as_if_alone(engines):
         close(one.memory, other.memory)
 
 
-def test_undone_turns_are_as_if_they_had_not_been(engines):
+def test_undone_turns_leave_no_trace(engines):
     conversation = Conversation(engines[0])
     conversation.generate(TURNS[0], Sampling(8))
     memory = conversation.memory
@@ -110,7 +110,7 @@ def test_padding_anywhere_changes_nothing(engines):
             np.testing.assert_allclose(logits[row], expected[0], rtol=0, atol=TOLERANCE)
 
 
-def test_tokens_are_taken_back_where_nothing_but_columns_is_kept(engines):
+def test_tokens_can_be_removed_only_without_base_states(engines):
     engine = engines[0]
     assert engine.takes_back == (not engine.manifest.interface.base_states)
     ids = np.array([[11, 12, 13, 14]])

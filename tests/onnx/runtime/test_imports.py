@@ -1,4 +1,4 @@
-"""ONNX Runtime's conversations need neither torch nor transformers, and are imported in a moment."""
+"""Conversations in ONNX Runtime need neither torch nor transformers, and import quickly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 IMPORT_SECONDS = 1.0  # of CPU
 
 
-def test_it_runs_without_torch_and_transformers(qwen3, tmp_path):
+def test_a_conversation_runs_without_torch_and_transformers(qwen3, tmp_path):
     script = """
 import sys
 from deltamem_tool.chat.conversation import Conversation, Sampling
@@ -25,7 +25,7 @@ assert not {"torch", "transformers"} & sys.modules.keys()
     subprocess.run(arguments, check=True)
 
 
-def test_it_is_imported_in_a_moment():
+def test_the_runtime_imports_quickly():
     code = "import time, deltamem_tool.onnx.runtime.engine, deltamem_tool.chat.conversation; print(time.process_time())"
     seconds = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

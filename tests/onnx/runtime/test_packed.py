@@ -1,4 +1,4 @@
-"""Rows of packed keys and values: each says what it says alone, whatever its length and padding."""
+"""Rows of packed keys and values: each matches the same row alone, whatever its length and padding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def close_states(graph, past, row, expected):
         close(state[row], expected[layer])
 
 
-def test_a_text_that_outgrows_its_buffers_goes_on_in_larger_ones(qwen3, packed, small_rooms):
+def test_a_text_that_outgrows_its_buffers_continues_in_larger_ones(qwen3, packed, small_rooms):
     text = texts(1, 40)[0]
     logits, states = in_pytorch(qwen3, text)
     past, end, rooms = packed.empty_past(1), 0, []
@@ -59,7 +59,7 @@ PADDING = {
 
 @pytest.mark.parametrize("first", PADDING)
 @pytest.mark.parametrize("second", PADDING)
-def test_rows_of_different_length_say_what_each_says_alone(qwen3, packed, small_rooms, first, second):
+def test_rows_of_different_length_match_each_alone(qwen3, packed, small_rooms, first, second):
     """Over prompts, single tokens, and tokens of some rows alone."""
     masks = [PADDING[first], ["1", "1", "1"], ["1", "0", "1"], PADDING[second], ["1", "1", "0"], ["1", "1", "1"]]
     valid = np.array([[int(digit) for digit in "".join(row)] for row in zip(*masks, strict=True)])
@@ -78,7 +78,7 @@ def test_rows_of_different_length_say_what_each_says_alone(qwen3, packed, small_
 
 
 @pytest.mark.parametrize("masks", [[[1] * 6], [[1] * 6, [0, 0, 1, 1, 1, 1]]], ids=["one row", "two rows"])
-def test_what_lies_behind_the_tokens_is_not_read(packed, masks):
+def test_buffer_contents_after_the_tokens_are_not_read(packed, masks):
     """Not a number, there: what another conversation has left, or nobody has written."""
     mask = np.array(masks)
     rows, new = texts(len(masks), 9), np.ones((len(masks), 3), np.int64)
@@ -97,7 +97,7 @@ def test_what_lies_behind_the_tokens_is_not_read(packed, masks):
     assert np.array_equal(*logits)
 
 
-def test_rows_of_different_length_are_joined_and_taken(qwen3, packed):
+def test_rows_of_different_length_are_joined_and_selected(qwen3, packed):
     lengths, more = (5, 12, 2), texts(3, 6)
     prompts = [texts(1, length)[0] for length in lengths]
     alone = [in_pytorch(qwen3, np.concatenate([prompt, new])) for prompt, new in zip(prompts, more, strict=True)]
@@ -120,7 +120,7 @@ def test_rows_of_different_length_are_joined_and_taken(qwen3, packed):
         close_states(packed, after, 0, states)
 
 
-def test_tokens_between_are_taken_out(packed):
+def test_columns_in_the_middle_can_be_selected(packed):
     """Of a row with padding: the columns are those of the mask."""
     mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
     _, past = called_with(packed, texts(2, 6), mask, packed.empty_past(2))
@@ -132,7 +132,7 @@ def test_tokens_between_are_taken_out(packed):
 
 
 @pytest.mark.parametrize("valid", ["11111100000", "00000111111", "01100000000", "11111111111"])
-def test_the_last_logits_of_a_prompt_in_pieces_are_of_its_last_token(qwen3, packed, monkeypatch, valid):
+def test_a_prompt_in_pieces_returns_the_logits_of_its_last_token(qwen3, packed, monkeypatch, valid):
     monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
     mask, ids = np.array([[int(digit) for digit in valid]]), texts(1, 11)
     logits, states = in_pytorch(qwen3, ids[mask > 0])
@@ -141,7 +141,7 @@ def test_the_last_logits_of_a_prompt_in_pieces_are_of_its_last_token(qwen3, pack
     close_states(packed, past, 0, states)
 
 
-def test_prompts_of_a_batch_go_in_by_pieces(qwen3, packed, monkeypatch):
+def test_prompts_of_a_batch_are_fed_in_pieces(qwen3, packed, monkeypatch):
     monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
     ids = texts(2, 16)
     mask = np.ones_like(ids)

@@ -1,4 +1,4 @@
-"""`deltamem run`: what it says, passes on and keeps is what the library does."""
+"""`deltamem run`: output, options and memory files match the library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
 
-def test_the_command(qwen3, tmp_path):
+def test_the_command_matches_the_library(qwen3, tmp_path):
     file = tmp_path / "memory.safetensors"
     options = [
         "--prompt",
@@ -32,8 +32,8 @@ def test_the_command(qwen3, tmp_path):
     assert result.exit_code == 0, result.output
     conversation = Conversation(OnnxModel(qwen3.folder))
     answers = [conversation.generate(turn, Sampling(4)).text for turn in TURNS]
-    said = {"answers": answers, "ended_by": ["length", "length"], "tokens": 8, "memory_file": str(file)}
-    assert json.loads(result.stdout) == said
+    report = {"answers": answers, "ended_by": ["length", "length"], "tokens": 8, "memory_file": str(file)}
+    assert json.loads(result.stdout) == report
 
     options = ["--prompt", "Hi", "--system", "Be brief.", "--memory", str(file), "--max-new-tokens", "4"]
     result = CliRunner().invoke(command, [str(qwen3.folder), *options])
@@ -42,7 +42,7 @@ def test_the_command(qwen3, tmp_path):
     assert result.stdout == conversation.generate(messages, Sampling(4)).text + "\n"
 
 
-def test_texts_are_without_byte_order_marks_and_halves_of_characters(qwen3):
+def test_byte_order_marks_are_removed_and_invalid_characters_raise(qwen3):
     tokens = ["--max-new-tokens", "3"]
     plain = CliRunner().invoke(command, [str(qwen3.folder), "--prompt", "Hi", "--system", "Be brief.", *tokens])
     marked = ["--prompt", "\ufeffHi", "--system", "\ufeffBe brief."]
@@ -52,7 +52,7 @@ def test_texts_are_without_byte_order_marks_and_halves_of_characters(qwen3):
         assert result.exit_code == 2 and option in result.stderr and "not Unicode text" in result.stderr
 
 
-def test_the_command_passes_its_options_on(qwen3, monkeypatch):
+def test_the_command_passes_its_options_to_the_library(qwen3, monkeypatch):
     seen = []
 
     def generate(self, content, sampling, on_text):
@@ -71,7 +71,7 @@ def test_the_command_passes_its_options_on(qwen3, monkeypatch):
     assert seen[1][::2] == (positions, Sampling())  # the command's defaults are the library's
 
 
-def test_the_command_ends_where_its_answer_is_interrupted(qwen3, monkeypatch, tmp_path):
+def test_an_interrupted_answer_ends_the_command_and_is_remembered(qwen3, monkeypatch, tmp_path):
     """And keeps what was said until then, as it does where a later turn is refused; but not in the place of a file that
     is no memory."""
     options = ["--prompt", "Hi", "--save-memory", str(tmp_path / "memory")]

@@ -25,7 +25,7 @@ def test_text_streams_in_whole_characters(qwen3):
     assert stream.flush() == "\ufffd" and stream.flush() == ""
 
 
-def test_what_a_folders_tokenizer_was_told_before_does_not_reach_a_text(qwen3, folder):
+def test_saved_truncation_and_padding_of_a_tokenizer_are_ignored(qwen3, folder):
     text = "a text of more than eight tokens"
     for name, setting in (("truncation", {"max_length": 8}), ("padding", {"length": 64})):
         tokenizer = Tokenizer.from_file(str(qwen3.folder / "tokenizer.json"))
@@ -34,7 +34,7 @@ def test_what_a_folders_tokenizer_was_told_before_does_not_reach_a_text(qwen3, f
         assert ChatText.from_folder(folder).encode(text) == qwen3.tokenizer(text).input_ids
 
 
-def test_a_byte_order_mark_before_a_folders_template_is_no_text(folder):
+def test_a_byte_order_mark_before_a_template_is_ignored(folder):
     messages = [{"role": "user", "content": "Hi"}]
     expected = ChatText.from_folder(folder).render(messages)
     for name in ("chat_template.jinja", "tokenizer_config.json"):
@@ -62,7 +62,7 @@ def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
         ChatText.from_folder(folder).render(messages)
 
 
-def test_a_template_that_reorders_the_past_is_refused(folder):
+def test_a_template_that_reorders_the_past_raises(folder):
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
@@ -74,7 +74,7 @@ def test_a_template_that_reorders_the_past_is_refused(folder):
     assert conversation.context == before
 
 
-def test_without_a_template_text_is_text(qwen3, folder):
+def test_without_a_template_prompts_are_plain_text(qwen3, folder):
     (folder / "chat_template.jinja").unlink()
     conversation = Conversation(OnnxModel(folder))
     answer = conversation.generate("abc", Sampling(3))

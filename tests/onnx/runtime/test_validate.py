@@ -1,4 +1,4 @@
-"""ONNX folders of strangers: refused before ONNX Runtime sees them, wherever in the graph the harm is."""
+"""Untrusted ONNX folders: rejected before ONNX Runtime loads them, wherever in the graph the problem is."""
 
 from __future__ import annotations
 
@@ -166,19 +166,19 @@ def refused(folder, sessions, says=None):
     assert sessions == [] and len(str(refusal.value).splitlines()) == 3
 
 
-def test_good_folders_load(folder, sessions):
+def test_valid_folders_load(folder, sessions):
     assert check_onnx_folder(folder) == OnnxModel(folder).manifest
     assert sessions == [str(folder / MODEL_FILE)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "portable", "fixed"])
-def test_what_is_exported_is_trusted(kind, request):
+def test_exported_folders_pass_validation(kind, request):
     check_onnx_folder(request.getfixturevalue(kind).folder)
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_tensors_are_refused_wherever_they_are(folder, sessions, place):
+def test_unsafe_tensors_raise_wherever_they_are(folder, sessions, place):
     original = graph_of(folder)
     for tensor, says in BAD_TENSORS:
         model = onnx.ModelProto()
@@ -189,14 +189,14 @@ def test_tensors_are_refused_wherever_they_are(folder, sessions, place):
 
 
 @pytest.mark.parametrize(("damage", "says"), BAD_GRAPHS)
-def test_graphs_are_refused(folder, sessions, damage, says):
+def test_unsafe_graphs_raise(folder, sessions, damage, says):
     model = graph_of(folder)
     damage(model)
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
     refused(folder, sessions, says)
 
 
-def test_every_place_of_the_export_itself_is_checked(folder, sessions):
+def test_every_tensor_of_an_exported_graph_is_checked(folder, sessions):
     """Its own weights, sent elsewhere one by one."""
     original = graph_of(folder)
     there = [i for i, tensor in enumerate(original.graph.initializer) if tensor.external_data]
@@ -209,18 +209,18 @@ def test_every_place_of_the_export_itself_is_checked(folder, sessions):
         refused(folder, sessions, "in a file other than")
 
 
-def test_weights_that_are_cut_short_are_refused(folder, sessions):
+def test_truncated_weights_raise(folder, sessions):
     os.truncate(folder / DATA_FILE, (folder / DATA_FILE).stat().st_size - 1)
     refused(folder, sessions, "does not fit")
 
 
-def test_fields_that_this_onnx_does_not_know_are_refused(folder, sessions):
+def test_unknown_fields_of_a_graph_raise(folder, sessions):
     with (folder / MODEL_FILE).open("ab") as file:
         file.write(b"\xc2\x3e\x03abc")  # field 1000
     refused(folder, sessions, "does not know")
 
 
-def test_a_file_that_is_no_graph_is_refused(folder, sessions, monkeypatch):
+def test_a_file_that_is_not_a_graph_raises(folder, sessions, monkeypatch):
     for content in (b"\xff" * 100, b"\x3a\x80", b"PK\x03\x04", b"\x3a\x02" * 9):
         (folder / MODEL_FILE).write_bytes(content)
         with pytest.raises(ExportError):
@@ -230,7 +230,7 @@ def test_a_file_that_is_no_graph_is_refused(folder, sessions, monkeypatch):
     refused(folder, [], "larger than 1000")
 
 
-def test_graphs_in_each_other_without_end_are_refused(folder, sessions):
+def test_deeply_nested_graphs_raise(folder, sessions):
     """Deeper than protobuf reads, so written by hand: fields `graph`, and again and again `node`, `attribute`, `g`."""
     content = inner(external("/etc/passwd")).SerializeToString()
     for field in [6, 5, 1] * 100 + [7]:
@@ -242,7 +242,7 @@ def test_graphs_in_each_other_without_end_are_refused(folder, sessions):
     refused(folder, sessions, "cannot be read")
 
 
-def test_links_lead_to_the_hubs_cache_and_nowhere_else(folder, tmp_path, sessions):
+def test_symbolic_links_may_lead_only_to_the_hub_cache(folder, tmp_path, sessions):
     linked = tmp_path / "snapshots" / "main"
     shutil.copytree(folder, tmp_path / "blobs")
     linked.mkdir(parents=True)
@@ -259,13 +259,13 @@ def test_links_lead_to_the_hubs_cache_and_nowhere_else(folder, tmp_path, session
 
 
 def change(folder, path, value, file=MANIFEST_FILE):
-    said = json.loads((folder / file).read_text())
+    content = json.loads((folder / file).read_text())
     *places, last = path.split(".")
-    part = said
+    part = content
     for place in places:
         part = part[int(place) if isinstance(part, list) else place]
     part[last] = value
-    (folder / file).write_text(json.dumps(said))
+    (folder / file).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -293,12 +293,12 @@ def change(folder, path, value, file=MANIFEST_FILE):
         ("format_version", True, "has format True"),
     ],
 )
-def test_manifests_are_refused(folder, sessions, path, value, says):
+def test_invalid_manifests_raise(folder, sessions, path, value, says):
     change(folder, path, value)
     refused(folder, sessions, says)
 
 
-def test_a_manifest_of_an_older_version_is_silent_about_groups(qwen3):
+def test_a_manifest_of_an_older_version_may_lack_groups(qwen3):
     content = json.loads(qwen3.manifest.to_json())
     del content["quantization"]
     assert Manifest.from_json(json.dumps({**content, "quantize": "int4"})).quantization is None
@@ -315,7 +315,7 @@ def test_a_manifest_of_an_older_version_is_silent_about_groups(qwen3):
         ("5", None, "Export the adapter again."),
     ],
 )
-def test_other_formats_say_what_to_do(folder, sessions, version, packages, next):
+def test_other_format_versions_say_what_to_install(folder, sessions, version, packages, next):
     change(folder, "format_version", version)
     change(folder, "packages", packages)
     with pytest.raises(ExportError, match=f"has format {version}") as refusal:
@@ -337,16 +337,16 @@ def test_other_formats_say_what_to_do(folder, sessions, version, packages, next)
         ("chat_template.jinja", "{{" * 300),
     ],
 )
-def test_other_files_are_refused(folder, sessions, file, content):
+def test_other_invalid_files_raise(folder, sessions, file, content):
     (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(folder, sessions)
 
 
-def test_odd_entries_of_a_tokenizer_are_passed_over(folder):
+def test_odd_entries_of_a_tokenizer_config_are_ignored(folder):
     (folder / "chat_template.jinja").unlink()
     for template in (5, [5], [{"name": "default"}], {"default": []}, None):
-        said = {"chat_template": template, "eos_token": {"no": "content"}, "bos_token": {"content": 5}}
-        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+        content = {"chat_template": template, "eos_token": {"no": "content"}, "bos_token": {"content": 5}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(content))
         assert not OnnxModel(folder).text.has_template
 
 
@@ -368,7 +368,7 @@ def mutated(content, chance):
 
 
 @pytest.mark.parametrize("name", [MODEL_FILE, MANIFEST_FILE])
-def test_any_bytes_are_refused_or_harmless(folder, name):
+def test_mutated_graphs_raise_or_are_harmless(folder, name):
     """What is let through has its weights where they may be, and operators that are known."""
     content = (folder / name).read_bytes()
     chance, outcomes = random.Random(0), {True: 0, False: 0}

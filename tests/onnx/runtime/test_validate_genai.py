@@ -48,21 +48,21 @@ GENAI = {
         ("engine", {}, "engine"),
     ],
 )
-def test_configurations_for_onnxruntime_genai_are_refused(folder, path, value, says):
+def test_unsafe_configurations_for_onnxruntime_genai_raise(folder, path, value, says):
     (folder / GENAI_CONFIG_FILE).write_text(json.dumps(GENAI))
     check_onnx_folder(folder)
-    said = json.loads(json.dumps(GENAI))
+    config = json.loads(json.dumps(GENAI))
     *places, last = path.split(".")
-    part = said
+    part = config
     for place in places:
         part = part[place]
     part[last] = value
-    (folder / GENAI_CONFIG_FILE).write_text(json.dumps(said))
+    (folder / GENAI_CONFIG_FILE).write_text(json.dumps(config))
     with pytest.raises(ExportError, match=says):
         check_onnx_folder(folder)
 
 
-def test_what_the_export_writes_for_onnxruntime_genai_is_trusted(qwen3, tmp_path):
+def test_exported_configurations_for_onnxruntime_genai_pass(qwen3, tmp_path):
     qwen3.model.generation_config.eos_token_id = 257
     try:
         content = genai.configuration(qwen3.model, qwen3.tokenizer, qwen3.manifest.interface)
