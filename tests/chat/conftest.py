@@ -1,4 +1,4 @@
-"""The models that the tests of conversations talk to."""
+"""Models for the tests of conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of a launch run whose conversations one of them leads: functions a forked process can import."""
+"""Conversations run by the processes of a launch, led by the first; a forked process can import the functions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Watched(TorchModel):
         return logits, past
 
 
-def said(engine: Engine) -> tuple[Any, list[StoredMemory]]:
+def answers_and_memories(engine: Engine) -> tuple[Any, list[StoredMemory]]:
     """The answers of two conversations, with all that can happen to one, and their memories after it."""
     first, second = Conversation(engine, window=48), Conversation(engine)
     texts = [first.generate("My dog is Rex.", SAMPLING).text]
@@ -84,7 +84,7 @@ def talk(folder: Path) -> None:
     words, memories = None, []
     if number == 0:
         led = LeaderModel(model)
-        words, memories = said(led)
+        words, memories = answers_and_memories(led)
         led.close()
     else:
         follow_leader(model)

@@ -1,4 +1,4 @@
-"""Tiny models to talk to, and what a conversation holds, for the tests of this folder."""
+"""Tiny models, and the contents of a conversation, for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the context's window is full: the oldest turns leave it, and the memory keeps their trace."""
+"""When the context window is full, the oldest turns are dropped from it and stay in the memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.memories import take_rows
 
 
-def test_when_the_window_is_full_the_oldest_turns_leave(stopping):
+def test_a_full_window_drops_the_oldest_turns(stopping):
     """The turns that stay are read again, in an empty context and without writing, from the memory as it was."""
     window = 110
     conversation = Conversation(stopping, window=window)
@@ -93,7 +93,7 @@ def stored(memory: MemoryState):
     return StoredMemory({i: state.numpy() for i, state in memory.layers.items()}, {}, memory.adapter)
 
 
-def test_the_last_word_is_written_before_it_leaves(engine):
+def test_the_last_token_is_written_before_its_turn_is_dropped(engine):
     """The last token of an answer that ran out of room has not been fed when the next turn comes."""
     conversation, twin = Conversation(engine, window=44), Conversation(engine)
     say(conversation, TURNS[0])
@@ -110,7 +110,7 @@ def test_the_last_word_is_written_before_it_leaves(engine):
     assert_same_memory(engine.memory(calls[0][1]), engine.memory(past), TOLERANCE)
 
 
-def test_undo_brings_back_what_had_left(engine):
+def test_undo_restores_dropped_turns(engine):
     """Of the contexts from before turns left, one is kept: undo goes back to it, and over the turns before it."""
     conversation, places, answers = Conversation(engine, window=80), [], []
     turns = [*TURNS, *OTHERS, *TURNS]
@@ -140,7 +140,7 @@ def test_a_prompt_that_is_longer_than_the_window_changes_nothing(engine):
         Conversation(engine, window=1)
 
 
-def test_an_answer_ends_where_the_window_does(engine):
+def test_an_answer_ends_at_the_end_of_the_window(engine):
     conversation = Conversation(engine, window=40)
     answer = conversation.generate(OTHERS[0], Sampling(1000))
     assert answer.why == "length" and conversation.context.tokens == 40
@@ -148,7 +148,7 @@ def test_an_answer_ends_where_the_window_does(engine):
     say(conversation, OTHERS[1])  # and there is room for another turn
 
 
-def test_plain_text_goes_through_the_window_too(engine):
+def test_plain_text_is_dropped_from_the_window_too(engine):
     conversation = Conversation(plain(engine), window=30)
     for _ in range(6):
         say(conversation, "one two three ")
@@ -166,13 +166,13 @@ def learned(positions: int) -> TorchModel:
 
 
 @pytest.mark.parametrize("make", [learned, lambda positions: make_engine(max_position_embeddings=positions)])
-def test_the_window_is_what_the_model_has_positions_for(make):
+def test_the_window_is_limited_by_the_positions_of_the_model(make):
     positions = 64
     engine = make(positions)
-    conversation, given = Conversation(engine), Conversation(engine, window=positions)
-    assert say(conversation, *TURNS[:1] * 6, tokens=4) == say(given, *TURNS[:1] * 6, tokens=4)
-    assert conversation.context == given.context
-    assert given.context.window == positions >= given.context.tokens and given.context.dropped
+    conversation, limited = Conversation(engine), Conversation(engine, window=positions)
+    assert say(conversation, *TURNS[:1] * 6, tokens=4) == say(limited, *TURNS[:1] * 6, tokens=4)
+    assert conversation.context == limited.context
+    assert limited.context.window == positions >= limited.context.tokens and limited.context.dropped
     with pytest.raises(ConfigError, match="at most 64"):
         Conversation(engine, window=positions + 1)
     before = seen(conversation)
@@ -181,14 +181,14 @@ def test_the_window_is_what_the_model_has_positions_for(make):
     assert_unchanged(conversation, before)
 
 
-def test_answers_to_prompts_end_where_the_positions_do():
+def test_answers_to_prompts_end_at_the_last_position():
     engine = learned(40)
     prompts = [engine.text.encode("hello there"), engine.text.encode("my cat is Bella")]
     answers = answer_prompts(engine, take_rows(empty_memory(engine), [0, 0]), prompts, 100)
     assert [len(prompt) + len(answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)] == [40, 40]
 
 
-def test_a_token_that_the_model_does_not_know_is_named():
+def test_a_token_unknown_to_the_model_is_named():
     """A tokenizer with more tokens than the model has embeddings."""
     engine, tokenizer = make_engine(), tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -44,7 +44,7 @@ from deltamem_tool.memory.shared_file import MemoryConflict
     ],
     ids=["qwen3", "smollm3", "a window in a layer"],
 )
-def test_greedy_turns_are_those_of_generate(changes):
+def test_greedy_turns_match_generate(changes):
     engine = make_engine(**changes)
     conversation = Conversation(engine)
     expected, memory = in_generate(engine, TURNS, 6)
@@ -53,13 +53,13 @@ def test_greedy_turns_are_those_of_generate(changes):
         torch.testing.assert_close(torch.from_numpy(state), memory.layers[layer], rtol=0, atol=TOLERANCE)
 
 
-def test_it_needs_neither_torch_nor_onnx_runtime():
+def test_the_module_imports_neither_torch_nor_onnx_runtime():
     code = "import sys, deltamem_tool.chat.conversation; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "onnxruntime"} & set(done.stdout.split())
 
 
-def test_the_context_and_the_messages_are_told(engine):
+def test_context_and_messages_are_reported(engine):
     conversation = Conversation(engine, window=400)
     assert conversation.context == Context(0, 400, 0, 0) and conversation.messages == []
     answer = conversation.generate([SYSTEM, {"role": "user", "content": TURNS[0]}], Sampling(3))
@@ -72,7 +72,7 @@ def test_the_context_and_the_messages_are_told(engine):
     ]
 
 
-def test_undo_takes_turns_back_one_by_one(engine):
+def test_undo_removes_turns_one_by_one(engine):
     conversation, places = Conversation(engine), []
     for turn in TURNS:
         places.append(seen(conversation))
@@ -88,7 +88,7 @@ def test_undo_takes_turns_back_one_by_one(engine):
     assert conversation.context.tokens == 0 and conversation.messages == []
 
 
-def test_what_is_said_after_undo_is_as_if_nothing_had_been(engine):
+def test_turns_after_undo_match_a_conversation_without_the_undone_ones(engine):
     straight, back = Conversation(engine), Conversation(engine)
     say(straight, TURNS[0])
     say(back, TURNS[0], OTHERS[0], OTHERS[2])
@@ -97,7 +97,7 @@ def test_what_is_said_after_undo_is_as_if_nothing_had_been(engine):
     assert_same_memory(back.memory, straight.memory)
 
 
-def test_forget_is_a_new_conversation(engine):
+def test_forget_starts_a_new_conversation(engine):
     conversation = Conversation(engine)
     say(conversation, *TURNS)
     conversation.forget()
@@ -106,7 +106,7 @@ def test_forget_is_a_new_conversation(engine):
     assert say(conversation, OTHERS[0]) == say(Conversation(engine), OTHERS[0])
 
 
-def test_a_memory_is_loaded_and_the_context_stays(engine, tmp_path):
+def test_loading_a_memory_keeps_the_context(engine, tmp_path):
     other, conversation = Conversation(engine), Conversation(engine)
     say(other, OTHERS[2])
     other.save_memory(tmp_path / "memory")
@@ -131,7 +131,7 @@ def test_a_memory_is_loaded_and_the_context_stays(engine, tmp_path):
     assert not any(state.any() for state in conversation.memory.states.values())
 
 
-def test_a_loaded_file_is_saved_unless_another_changed_it(engine, tmp_path):
+def test_a_loaded_file_is_saved_unless_another_program_changed_it(engine, tmp_path):
     """Two programs load a file, talk, and save it: what the first has saved stays."""
     one, two, file = Conversation(engine), Conversation(engine), tmp_path / "me"
     one.save_memory(file)
@@ -148,7 +148,7 @@ def test_a_loaded_file_is_saved_unless_another_changed_it(engine, tmp_path):
     assert_same_memory(read_memory(file), one.memory)
 
 
-def test_ctrl_c_while_text_is_shown_keeps_what_was_said(engine):
+def test_ctrl_c_while_text_is_shown_keeps_the_answer_so_far(engine):
     conversation, pieces = Conversation(engine), []
 
     def show(piece):
@@ -170,7 +170,7 @@ def test_ctrl_c_while_text_is_shown_keeps_what_was_said(engine):
 
 @pytest.mark.parametrize("call", [1, 2, 4])
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
-def test_ctrl_c_between_tokens_leaves_a_conversation_that_goes_on(call, after):
+def test_a_conversation_continues_after_ctrl_c_between_tokens(call, after):
     """In the call over the prompt, too: then nothing was said, and nothing has changed."""
     engine, twin_engine = make_engine(), make_engine()
     step, calls = engine.step, []
@@ -201,7 +201,7 @@ def test_ctrl_c_between_tokens_leaves_a_conversation_that_goes_on(call, after):
     assert_same_memory(conversation.memory, twin.memory, TOLERANCE)
 
 
-def test_what_stands_for_answers_is_no_prompt(engine):
+def test_placeholders_of_answers_are_rejected_in_a_prompt(engine):
     conversation = Conversation(engine)
     before = seen(conversation)
     with pytest.raises(ExportError, match=r"U\+E000"):
@@ -209,7 +209,7 @@ def test_what_stands_for_answers_is_no_prompt(engine):
     assert_unchanged(conversation, before)
 
 
-def test_an_error_in_the_middle_changes_nothing(engine):
+def test_an_error_during_an_answer_changes_nothing(engine):
     conversation = Conversation(engine)
     say(conversation, TURNS[0])
     before = seen(conversation)
@@ -223,7 +223,7 @@ def test_an_error_in_the_middle_changes_nothing(engine):
         assert_unchanged(conversation, before)
 
 
-def test_stop_strings_end_the_answer_before_them(engine):
+def test_an_answer_ends_before_a_stop_string(engine):
     free = Conversation(engine).generate(TURNS[0], Sampling(12))
     stop = free.text[4:7]
     assert free.text.index(stop) == 4
@@ -236,10 +236,10 @@ def test_stop_strings_end_the_answer_before_them(engine):
     say(conversation, TURNS[1])
 
 
-def test_what_may_become_a_stop_string_is_held_back(engine):
+def test_text_that_may_become_a_stop_string_is_held_back(engine):
     encode = engine.text.encode
 
-    def said(text, *stop):
+    def streamed(text, *stop):
         pieces = []
         answer = AnswerStream(engine.text, stop, pieces.append)
         stopped = any(answer.push(token) for token in encode(text))
@@ -248,15 +248,15 @@ def test_what_may_become_a_stop_string_is_held_back(engine):
         assert "".join(pieces) == answer.text
         return pieces, stopped
 
-    assert said("xSTxSTOPy", "STOP") == (["x", "STx"], True)
-    assert said("xST", "STOP") == (["x", "ST"], False)  # it never came
-    assert said("aab", "ab") == (["a"], True)  # one that starts within the beginning of another
-    assert said("abc", "zzz") == (["a", "b", "c"], False)
-    assert said("oneEND", "END", "neE") == (["o"], True)  # the first to be complete
+    assert streamed("xSTxSTOPy", "STOP") == (["x", "STx"], True)
+    assert streamed("xST", "STOP") == (["x", "ST"], False)  # it never came
+    assert streamed("aab", "ab") == (["a"], True)  # one that starts within the beginning of another
+    assert streamed("abc", "zzz") == (["a", "b", "c"], False)
+    assert streamed("oneEND", "END", "neE") == (["o"], True)  # the first to be complete
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"temperature": 50.0, "seed": 0}], ids=str)
-def test_logits_that_mean_no_token_are_never_chosen(options):
+def test_logits_without_a_token_are_never_chosen(options):
     """More logits than tokens, and than the configuration says: likelier than any token's."""
     engine = make_engine()
     step, tokens = engine.step, len(tiny_tokenizer())
@@ -277,7 +277,7 @@ def test_logits_that_mean_no_token_are_never_chosen(options):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
 @pytest.mark.parametrize("fed", [1, 3])
-def test_a_model_that_gives_no_numbers_changes_nothing(options, fed):
+def test_nan_logits_raise_and_change_nothing(options, fed):
     """At once, or in the middle of an answer."""
     engine = make_engine()
     conversation = Conversation(engine)
@@ -298,7 +298,7 @@ def test_a_model_that_gives_no_numbers_changes_nothing(options, fed):
     assert say(conversation, TURNS[1]) == say(Conversation(engine), *TURNS[:2])[1:]
 
 
-def test_many_threads_answer_as_one(engine):
+def test_answers_in_threads_match_sequential_ones(engine):
     def talk(number: int):
         conversation = Conversation(engine)
         return say(conversation, OTHERS[number % 3], TURNS[number % 3]), conversation.memory
@@ -310,7 +310,7 @@ def test_many_threads_answer_as_one(engine):
             assert_same_memory(memory, expected[number % 3][1])
 
 
-def test_a_slow_tokenizer_is_refused(engine):
+def test_a_slow_tokenizer_raises(engine):
     class Slow:
         is_fast = False
 

@@ -1,4 +1,4 @@
-"""Conversations whose memory writes by segments have the states that PyTorch has for the same tagged messages."""
+"""Conversations whose memory writes by segment reach the same states as tagged messages in PyTorch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def assert_close(memory, expected: MemoryState) -> None:
         )
 
 
-def test_messages_are_marked_as_in_pytorch(engine):
+def test_messages_are_tagged_as_in_pytorch(engine):
     turns = [[SYSTEM, user(TURNS[0])], [user(TURNS[1])], [user(TURNS[2])]]
     conversation = Conversation(engine)
     expected, cache = in_generate(engine, turns)
@@ -102,7 +102,7 @@ def test_a_system_message_writes_nothing(engine):
     assert {int(segment[0, -1]) for segment in other.memory.open_segments.values()} == {1}
 
 
-def test_a_segment_that_another_conversation_left_open_is_written_first(by_message, tmp_path):
+def test_an_open_segment_of_another_conversation_is_written_first(by_message, tmp_path):
     first = Conversation(by_message)
     talk(first, [[user(TURNS[0])]])
     first.save_memory(tmp_path / "memory")
@@ -120,7 +120,7 @@ def test_a_segment_that_another_conversation_left_open_is_written_first(by_messa
 
 
 @pytest.mark.parametrize("window", [None, 48], ids=["", "turns leave"])
-def test_a_loaded_segment_is_never_mixed_with_this_conversations(window, tmp_path):
+def test_a_loaded_open_segment_is_never_mixed_with_new_messages(window, tmp_path):
     """Whatever was said before and whether turns leave the context: it is written before the next token is fed."""
     engine = make_engine()
     other = Conversation(engine)
@@ -144,15 +144,15 @@ def test_a_loaded_segment_is_never_mixed_with_this_conversations(window, tmp_pat
     assert_close(fed[0], cache.memory)
 
 
-def test_undo_opens_the_segment_again(by_message):
+def test_undo_reopens_the_segment(by_message):
     conversation = Conversation(by_message)
     talk(conversation, [[user(TURNS[0])]])
     before = conversation.memory
-    said = talk(conversation, [[user(TURNS[1])]])
+    answers = talk(conversation, [[user(TURNS[1])]])
     assert conversation.undo()
     for layer, segment in conversation.memory.open_segments.items():
         assert np.array_equal(segment, before.open_segments[layer]) and segment[0, -1] == NEW
-    assert talk(conversation, [[user(TURNS[1])]]) == said
+    assert talk(conversation, [[user(TURNS[1])]]) == answers
 
 
 def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
@@ -162,10 +162,10 @@ def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
     )
     engine = make_engine(template=template)
     conversation = Conversation(engine)
-    (said,) = talk(conversation, [[user("one")]])
+    (answer,) = talk(conversation, [[user("one")]])
     talk(conversation, [[user("two")]])
     encode = engine.text.encode
-    ids = [*encode("<|user|>one<|assistant|>"), *said, *encode("<|user|>two<|assistant|>")]
+    ids = [*encode("<|user|>one<|assistant|>"), *answer, *encode("<|user|>two<|assistant|>")]
     ids += conversation._place.transcript.turns[-1].tokens[:-1]
     one, two = len(encode("<|user|>one")), len(encode("<|user|>two"))
     tags = [1] * (one - 1) + [2] + [1] * NEW + [2] + [1] * (two - 1) + [2] + [1] * NEW
@@ -176,7 +176,7 @@ def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
     assert_close(conversation.memory, cache.memory)
 
 
-def test_a_batch_of_segments_is_its_rows(by_message):
+def test_a_batch_with_segments_matches_its_rows(by_message):
     together, alone = ([Conversation(by_message) for _ in TURNS] for _ in range(2))
     for contents in (TURNS, TURNS[::-1]):
         found = generate_together(together, contents, Sampling(NEW))
@@ -187,7 +187,7 @@ def test_a_batch_of_segments_is_its_rows(by_message):
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_what_leaves_the_window_has_been_written(by_message, stays):
+def test_turns_are_written_before_they_leave_the_window(by_message, stays):
     """Where the last answer leaves with all the rest, its segment ends there; else the template ends it."""
     encode, conversation = by_message.text.encode, Conversation(by_message)
     talk(conversation, [[user(text)] for text in ((TURNS[0], TURNS[2]) if stays else TURNS[:1])])
@@ -215,7 +215,7 @@ def test_what_leaves_the_window_has_been_written(by_message, stays):
     assert_close(conversation.memory, cache.memory)
 
 
-def test_text_without_a_template_has_no_segments(by_message):
+def test_writing_by_segment_without_a_template_raises(by_message):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="writes by message"):

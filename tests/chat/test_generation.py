@@ -1,4 +1,4 @@
-"""Prompts that are answered in one batch, from memories of their own, in either runtime."""
+"""Prompts answered in one batch, each from its own memory, in either runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def memories(engine):
     return StoredMemory(states, {}, engine.adapter)
 
 
-def test_prompts_are_answered_as_each_by_itself(engine, memories):
+def test_prompts_in_a_batch_are_answered_as_each_alone(engine, memories):
     prompts = [engine.text.encode(f"<|user|>{turn}<|end|><|assistant|>") for turn in TURNS[1:]]
     assert len(prompts[0]) != len(prompts[1])
     together = answer_prompts(engine, memories, prompts, 6)
@@ -38,7 +38,7 @@ def test_prompts_are_answered_as_each_by_itself(engine, memories):
     assert conversation.generate(TURNS[2]).tokens[:6] == together[1].tokens
 
 
-def test_an_answer_ends_by_itself_and_the_others_go_on(engine, memories):
+def test_other_answers_continue_after_one_ends(engine, memories):
     prompts = [engine.text.encode(f"<|user|>{turn}<|end|><|assistant|>") for turn in TURNS[:2]]
     short, long = (answer.tokens for answer in answer_prompts(engine, memories, prompts, 12))
     stop = next(token for token in short if token not in long)
@@ -49,7 +49,7 @@ def test_an_answer_ends_by_itself_and_the_others_go_on(engine, memories):
     assert [answer.tokens for answer in answers] == [short[: short.index(stop) + 1], long]
 
 
-def test_logits_of_every_position_end_with_those_of_the_last(engine):
+def test_all_logits_and_last_logits_agree(engine):
     tokens = [Token(token, True) for token in engine.text.encode(TURNS[0])]
     past, mask = engine.start(empty_memory(engine)), np.zeros((1, 0), np.int64)
     last, _, after = feed(engine, past, mask, [tokens])

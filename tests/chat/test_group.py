@@ -1,4 +1,4 @@
-"""Rows of a group that stay when others leave: what they would be taken one by one, and copied all at once."""
+"""Rows that stay in a group when others leave equal the rows selected one by one, and are copied at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def part_of(engine, length, seed):
 
 
 @pytest.mark.parametrize("leaving", [{2}, {0, 3}, {0, 1, 2}])
-def test_who_stays_goes_on_as_before(engine, leaving, monkeypatch):
+def test_remaining_rows_are_unchanged_when_others_leave(engine, leaving, monkeypatch):
     parts = [part_of(engine, length, seed) for seed, length in enumerate(LENGTHS)]
     staying = [row for row in range(len(parts)) if row not in leaving]
     first, second = Token(7, True), Token(9, True)

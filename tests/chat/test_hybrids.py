@@ -25,7 +25,7 @@ def engine(request) -> TorchModel:
     return engine
 
 
-def test_greedy_turns_are_those_of_generate(engine):
+def test_greedy_turns_match_generate(engine):
     conversation = Conversation(engine)
     answers, memory = in_generate(engine, TURNS, 6)
     assert say(conversation, *TURNS) == answers
@@ -33,7 +33,7 @@ def test_greedy_turns_are_those_of_generate(engine):
         np.testing.assert_allclose(state, memory.layers[layer].numpy(), rtol=0, atol=TOLERANCE)
 
 
-def test_together_each_is_as_if_alone(engine):
+def test_conversations_in_a_batch_match_each_alone(engine):
     """Prompts of several lengths and answers that end at several times: padding on both sides of texts."""
     together, alone = ([Conversation(engine) for _ in TURNS] for _ in range(2))
     engine.stop_tokens = frozenset(range(0, len(engine.text.ids), 9))
@@ -49,7 +49,7 @@ def test_together_each_is_as_if_alone(engine):
         assert_same_memory(one.memory, other.memory, TOLERANCE)
 
 
-def test_undone_turns_are_as_if_they_had_not_been(engine):
+def test_undone_turns_leave_no_trace(engine):
     conversation = Conversation(engine)
     say(conversation, TURNS[0])
     before = seen(conversation)
@@ -61,7 +61,7 @@ def test_undone_turns_are_as_if_they_had_not_been(engine):
     assert say(conversation, TURNS[1]) == answer
 
 
-def test_turns_that_left_the_context_are_not_in_its_states(engine):
+def test_dropped_turns_are_not_in_the_base_states(engine):
     """What stays is read again from the beginning, and nothing of it written."""
     conversation = Conversation(engine)
     say(conversation, *TURNS)
@@ -75,7 +75,7 @@ def test_turns_that_left_the_context_are_not_in_its_states(engine):
 
 
 @pytest.mark.parametrize("name", ["jamba", "zamba"])
-def test_several_tokens_go_on_from_the_states(name):
+def test_several_tokens_continue_from_the_states(name):
     """Not from zeros, as transformers' Mamba does where it is given several tokens."""
     tokenizer = tiny_tokenizer()
     engine = TorchModel(hybrid(name, tokenizer), tokenizer)

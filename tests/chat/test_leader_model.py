@@ -1,4 +1,4 @@
-"""Conversations on a base whose weights two processes share: the first talks, and the other does as it does."""
+"""Conversations on a base sharded over two processes: the first leads, and the other follows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from chat.leader import Watched, lose, said, talk
+from chat.leader import Watched, answers_and_memories, lose, talk
 from helpers.processes import started, together
 from helpers.tiny import tiny_tokenizer
 from memory.test_tensor_parallel import CASES, PROCESSES, TOLERANCE, make
@@ -20,12 +20,12 @@ LIMIT = 60  # seconds in which a process has to notice that another one has ende
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_say_and_remember_what_one_does(name, tmp_path):
+def test_two_processes_answer_and_remember_like_one(name, tmp_path):
     """After a call that was refused, an interruption, an undone turn and others that have left the window."""
     folder = make(tmp_path, name)
     together(PROCESSES, talk, folder)
     alone = Watched(load_on("cpu", str(folder / "adapter"), {}), tiny_tokenizer())
-    words, memories = said(alone)
+    words, memories = answers_and_memories(alone)
     first, other = (torch.load(folder / f"led-{number}.pt", weights_only=False) for number in range(PROCESSES))
     assert first["words"] == words and "does not know" in words[0][1]
     for found, expected in zip(first["memories"], memories, strict=True):
@@ -37,7 +37,7 @@ def test_two_processes_say_and_remember_what_one_does(name, tmp_path):
 
 
 @pytest.mark.parametrize("lost", range(PROCESSES))
-def test_a_process_ends(lost, tmp_path):
+def test_the_end_of_a_process_is_reported(lost, tmp_path):
     """The other one says which, and the first takes no further call: it would be out of step."""
     folder, ready, go = make(tmp_path / "model", "qwen3"), tmp_path / "ready", tmp_path / "go"
     with started(PROCESSES, lose, folder, ready, go) as processes:
@@ -48,7 +48,7 @@ def test_a_process_ends(lost, tmp_path):
         go.touch()
         processes[1 - lost].join(LIMIT)
         assert processes[1 - lost].exitcode == 0
-    said = (folder / f"lost-{1 - lost}").read_text().split("\n\n")
-    assert said[0].startswith(f"Process {lost} (pid {processes[lost].pid}) of this run has ended.")
-    assert all(line.startswith("The processes of this run are no longer in step.") for line in said[1:])
-    assert len(said) == 1 + lost
+    lines = (folder / f"lost-{1 - lost}").read_text().split("\n\n")
+    assert lines[0].startswith(f"Process {lost} (pid {processes[lost].pid}) of this run has ended.")
+    assert all(line.startswith("The processes of this run are no longer in step.") for line in lines[1:])
+    assert len(lines) == 1 + lost

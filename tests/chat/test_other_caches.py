@@ -1,4 +1,4 @@
-"""Conversations in PyTorch with models whose caches are of their own kind."""
+"""Conversations in PyTorch with models that have their own cache classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CALLS = (11, 1, 9, 1, 1)  # tokens of each
 
 
 @pytest.mark.parametrize("name", OTHER_CACHES)
-def test_a_text_in_pieces_is_the_whole_text(name):
+def test_a_text_in_pieces_matches_the_whole(name):
     tokenizer = tiny_tokenizer()
     engine = TorchModel(hybrid(name, tokenizer), tokenizer)
     ids = np.random.default_rng(0).integers(10, len(tokenizer), (1, sum(CALLS)))

@@ -72,14 +72,14 @@ def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 @pytest.mark.parametrize("seed", range(5))
-def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers(options, seed):
+def test_kept_tokens_and_their_probabilities_match_transformers(options, seed):
     sampling = Sampling(**{"temperature": 1.0, **options})
     found, expected = of_the_package(logits(seed), sampling), in_transformers(logits(seed), sampling)
     assert np.array_equal(found > 0, expected > 0)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_the_order_is_that_of_generate():
+def test_processors_run_in_the_order_of_generate():
     """A model's `generate` builds the same list of processors from the same options."""
     from helpers.tiny import tiny_model
     from transformers import GenerationConfig
@@ -97,7 +97,7 @@ def test_the_order_is_that_of_generate():
     ]
 
 
-def test_what_is_drawn_has_these_probabilities():
+def test_drawn_tokens_have_the_expected_probabilities():
     """Of 20,000 draws, each token's share is within five standard deviations."""
     draws, scores = 20_000, logits(0)
     sampling = Sampling(temperature=1.5, top_k=6, seed=0)
@@ -109,7 +109,7 @@ def test_what_is_drawn_has_these_probabilities():
     assert (np.abs(counts - draws * chances) <= 5 * deviation).all()
 
 
-def test_greedy_takes_the_likeliest_and_the_penalty_counts_what_was_said():
+def test_greedy_takes_the_likeliest_and_the_penalty_counts_generated_tokens():
     scores = np.full(VOCABULARY, -5.0, np.float32)
     scores[[10, 20]] = 4.0, 3.0
     greedy = Sampler(Sampling(), CONTEXT, token_mask(range(VOCABULARY)))
@@ -120,7 +120,7 @@ def test_greedy_takes_the_likeliest_and_the_penalty_counts_what_was_said():
     assert after.pick(scores) == 20  # 10 is in the context
 
 
-def test_only_tokens_are_chosen_whatever_the_logits_and_the_context():
+def test_only_valid_tokens_are_chosen():
     """Logits for less than the context's tokens, and for more than there are tokens."""
     for length in (90, 600):
         sampler = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, token_mask([3, 50, 400]))
@@ -134,7 +134,7 @@ SETTINGS = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 @pytest.mark.parametrize("damage", ["one NaN", "all NaN", "infinity", "no token is possible"])
-def test_logits_that_are_no_numbers_are_an_error(options, damage):
+def test_nan_logits_raise(options, damage):
     scores = logits(0)
     scores[{"one NaN": 7, "infinity": 7}.get(damage, slice(None))] = {
         "infinity": np.inf,
@@ -145,7 +145,7 @@ def test_logits_that_are_no_numbers_are_an_error(options, damage):
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_tokens_that_a_model_rules_out_are_no_error(options):
+def test_minus_infinity_logits_are_allowed(options):
     """Some models give minus infinity to what they never say; and what is no token means nothing."""
     scores = np.full(VOCABULARY, -np.inf, np.float32)
     scores[[10, 20]] = 1.0, np.nan
@@ -188,12 +188,12 @@ def test_options_at_the_edge_of_their_range_choose_a_token(options):
     ],
     ids=str,
 )
-def test_an_option_out_of_range_is_refused(options):
+def test_an_option_out_of_range_raises(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Sampling(**options)
 
 
-def test_many_greedy_samplers_choose_as_each_alone():
+def test_a_batch_of_greedy_samplers_matches_each_alone():
     """Whatever the logits of tokens that may be chosen, and of those that may not."""
     random = np.random.default_rng(0)
     ids = {7, 11, 300, *random.choice(400, 40).tolist()}

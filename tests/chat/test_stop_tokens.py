@@ -1,4 +1,4 @@
-"""What ends an answer: the generation config's tokens, the tokenizer's, and the one that the chat template writes."""
+"""Tokens that end an answer: from the generation config, the tokenizer and the chat template."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WORDS = "{% for message in messages %}### {{ message.role }}\n{{ message.content
     ],
 )
 @pytest.mark.parametrize("special", [True, False])
-def test_the_token_with_which_the_template_ends_a_message(template, end, special):
+def test_the_end_of_message_token_is_found_in_the_template(template, end, special):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in TOKENS])
     tokenizer.chat_template = template
@@ -57,7 +57,7 @@ def test_the_token_with_which_the_template_ends_a_message(template, end, special
     assert text.stop_tokens(70) == text.stop_tokens([70]) == expected | {70}
 
 
-def test_an_answer_ends_where_the_template_would_end_it():
+def test_an_answer_ends_at_the_end_token_of_the_template():
     """The generation config knows another token, and the tokenizer none."""
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None

@@ -1,4 +1,4 @@
-"""Text becomes tokens whole, whatever a tokenizer was last used for, and whatever the text is."""
+"""Text is tokenised completely, whatever state the tokenizer was left in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def set_to_split(tokenizer):
 
 
 @pytest.mark.parametrize("spoil", [cut, filled_up, called_by_another, set_to_split])
-def test_what_a_tokenizer_was_told_before_does_not_reach_a_text(engine, spoil):
+def test_earlier_truncation_and_padding_settings_are_ignored(engine, spoil):
     clean, spoilt = tiny_tokenizer(), tiny_tokenizer()
     spoil(spoilt)
     text = f"<|user|>{TURNS[0]}<|end|>"
@@ -59,7 +59,7 @@ def test_what_a_tokenizer_was_told_before_does_not_reach_a_text(engine, spoil):
     assert answers + say(talk, *TURNS[1:]) == say(Conversation(engine), *TURNS)
 
 
-def test_a_chat_leaves_the_tokenizer_as_it_was():
+def test_a_chat_does_not_change_the_tokenizer():
     tokenizer = tiny_tokenizer()
     cut(tokenizer), filled_up(tokenizer)
     before = tokenizer.backend_tokenizer.to_str()
@@ -67,7 +67,7 @@ def test_a_chat_leaves_the_tokenizer_as_it_was():
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-def test_the_shipped_tokenizer_takes_texts_whole():
+def test_the_shipped_tokenizer_does_not_truncate():
     from deltamem_tool.io.names import ASSETS
 
     tokenizer = Tokenizer.from_file(str(ASSETS / "backbone" / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Conversations answered together are those answered alone, and go on as a whole or not at all."""
+"""Conversations answered in a batch match those answered alone, and change all together or not at all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ctrl_c_in_one_prompt_of_a_batch_changes_no_conversation():
         assert_unchanged(conversation, was)
 
 
-def test_a_batch_has_room_for_each_of_its_rows():
+def test_a_batch_uses_the_whole_room_for_each_row():
     """An engine with room for so many columns and no more: padding and ended rows make way for those still going."""
     engine = make_engine()
     contents = ("hi", " ".join(TURNS * 3))
@@ -65,7 +65,7 @@ def test_a_batch_has_room_for_each_of_its_rows():
         assert_same_memory(one.memory, twin.memory, TOLERANCE)
 
 
-def test_answers_together_are_those_alone(engine):
+def test_answers_in_a_batch_match_answers_alone(engine):
     """Different prompts, contexts of different lengths, and none of them is disturbed by another's end."""
     stop = make_engine(frozenset(range(0, len(tiny_tokenizer()), 5)))
     for model in (engine, stop):
@@ -90,7 +90,7 @@ def test_answers_together_are_those_alone(engine):
     assert len({len(answer.tokens) for answer in found}) > 1  # they did end at different times
 
 
-def test_a_batch_in_a_model_whose_layers_have_windows():
+def test_a_batch_in_a_model_with_sliding_windows_matches_answers_alone():
     model = make_engine(use_sliding_window=True, sliding_window=7, layer_types=["sliding_attention"] * 2)
     together, alone = ([Conversation(model) for _ in OTHERS] for _ in range(2))
     for contents in (OTHERS, TURNS):
@@ -100,7 +100,7 @@ def test_a_batch_in_a_model_whose_layers_have_windows():
             assert_same_memory(one.memory, other.memory, TOLERANCE)
 
 
-def test_ctrl_c_in_a_batch_leaves_every_row_where_it_was(engine):
+def test_ctrl_c_in_a_batch_leaves_every_row_unchanged(engine):
     together, alone = ([Conversation(engine) for _ in OTHERS] for _ in range(2))
     calls = []
 
@@ -155,7 +155,7 @@ def failing_change(engine, conversations, monkeypatch):
 
 
 @pytest.mark.parametrize("fail", [failing_callback, failing_memory, failing_change])
-def test_a_batch_goes_on_as_a_whole_or_not_at_all(fail, monkeypatch):
+def test_a_failed_batch_changes_no_conversation(fail, monkeypatch):
     engine = make_engine()
     conversations, twins = ([Conversation(engine) for _ in range(3)] for _ in range(2))
     for group in (conversations, twins):

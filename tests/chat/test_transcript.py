@@ -1,4 +1,4 @@
-"""Templates that write the past in other words later on: a conversation goes on as it was read.
+"""Templates that render earlier turns differently later: a conversation continues as it was first fed.
 
 What it must be is what a template says that writes the same text from the beginning, and only appends.
 """
@@ -39,7 +39,7 @@ REWRITING = {
         *((name, granularity) for name in list(REWRITING)[:2] for granularity in ("message", "sentence")),
     ],
 )
-def test_a_conversation_goes_on_as_it_was_read(name, granularity, monkeypatch):
+def test_a_conversation_continues_as_it_was_first_fed(name, granularity, monkeypatch):
     class Clock(datetime):
         today = datetime(2026, 11, 29, 23, 59)
 
@@ -60,7 +60,7 @@ def test_a_conversation_goes_on_as_it_was_read(name, granularity, monkeypatch):
     assert_same_memory(found.memory, expected.memory)
 
 
-def test_turns_that_leave_the_window_are_read_as_they_were():
+def test_dropped_turns_do_not_change_how_the_others_are_rendered():
     found, expected = (Conversation(make_engine("message", template), window=80) for template in (THINKING, APPENDING))
     assert say(found, *TURNS * 2) == say(expected, *TURNS * 2)
     assert found.context == expected.context and found.context.dropped > 0
@@ -93,7 +93,7 @@ def test_a_system_message_that_moves_to_the_last_question():
     ],
     ids=["the new messages come first", "the first is said again"],
 )
-def test_what_does_not_continue_is_refused(template):
+def test_a_rendering_that_does_not_continue_raises(template):
     conversation = Conversation(make_engine("token", template))
     say(conversation, TURNS[0])
     before = conversation.context
@@ -114,7 +114,7 @@ EITHER = CHAT_TEMPLATE.replace(
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, PARTS_ALONE, EITHER])
-def test_a_list_of_texts_is_their_text_for_any_template(template):
+def test_lists_of_texts_are_joined_for_any_template(template):
     engine, plain = make_engine("message", template), make_engine("message")
     for content in (PARTS, TURNS[0]):
         found, expected = Conversation(engine), Conversation(plain)
@@ -142,7 +142,7 @@ def test_a_list_of_texts_is_their_text_for_any_template(template):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, PARTS_ALONE])
-def test_what_is_no_message_is_refused(template, messages, says):
+def test_invalid_messages_raise(template, messages, says):
     conversation = Conversation(make_engine("token", template))
     say(conversation, TURNS[0])
     before, memory = conversation.context, conversation.memory
@@ -154,7 +154,7 @@ def test_what_is_no_message_is_refused(template, messages, says):
     assert_same_memory(conversation.memory, memory)
 
 
-def test_a_system_message_that_the_template_knows_nothing_of_is_refused():
+def test_a_system_message_that_the_template_drops_raises():
     silent = CHAT_TEMPLATE.replace("in messages %}", "in messages if message.role != 'system' %}")
     conversation = Conversation(make_engine("token", silent))
     with pytest.raises(DataError, match=r"leaves out message 1 \(system\)"):
@@ -162,7 +162,7 @@ def test_a_system_message_that_the_template_knows_nothing_of_is_refused():
     assert say(conversation, TURNS[0]) == say(Conversation(make_engine("token")), TURNS[0])
 
 
-def test_a_mark_at_the_beginning_of_a_template_is_no_text(tokenizer):
+def test_a_byte_order_mark_in_a_template_is_ignored(tokenizer):
     marked = make_engine("token", "\ufeff" + CHAT_TEMPLATE)
     assert say(Conversation(marked), *TURNS) == say(Conversation(make_engine("token")), *TURNS)
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, chat_template="\ufeff" + CHAT_TEMPLATE)

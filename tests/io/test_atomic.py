@@ -1,4 +1,4 @@
-"""Where files and folders are written, and what is kept of those that are there."""
+"""Atomic writing of files and folders, and the attributes of existing ones that are kept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _write_folder(path):
 
 
 @pytest.mark.parametrize("write", [lambda path: check_overwrite(path, True), check_writable, _write_folder])
-def test_a_circle_of_links_is_an_error(tmp_path, write):
+def test_circular_links_raise(tmp_path, write):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(DeltaMemError, match="form a loop"):
@@ -70,14 +70,14 @@ def test_a_file_keeps_its_mode_and_gets_a_new_time(tmp_path, mode):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_new_file_has_the_mode_of_any_other(tmp_path):
+def test_a_new_file_has_the_default_mode(tmp_path):
     write_atomically(tmp_path / "file", b"new")
     (tmp_path / "other").write_bytes(b"")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_link_stays_and_its_target_is_written(tmp_path, there):
+def test_writing_through_a_link_keeps_the_link(tmp_path, there):
     (tmp_path / "vault").mkdir()
     target, link = tmp_path / "vault" / "file", tmp_path / "link"
     if there:
@@ -88,7 +88,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path, there):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "vault"]
 
 
-def test_a_second_name_is_that_of_the_same_file(tmp_path):
+def test_hard_links_are_kept(tmp_path):
     (tmp_path / "one").write_bytes(b"old and longer")
     (tmp_path / "two").hardlink_to(tmp_path / "one")
     write_atomically(tmp_path / "one", b"new")
@@ -96,7 +96,7 @@ def test_a_second_name_is_that_of_the_same_file(tmp_path):
 
 
 @needs_root
-def test_the_owner_stays(tmp_path):
+def test_the_owner_is_kept(tmp_path):
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_bytes(b"old")
     folder.mkdir(mode=0o750)
@@ -110,7 +110,7 @@ def test_the_owner_stays(tmp_path):
 
 
 @needs_root
-def test_somebody_elses_file_is_written_in_place_or_refused(public_folder):
+def test_a_file_of_another_user_is_written_in_place_or_raises(public_folder):
     """By a user who may write the file and not its folder, or the folder and not the file."""
     ours, theirs = public_folder / "ours", public_folder / "theirs"
     ours.write_bytes(b"old and longer")
@@ -135,7 +135,7 @@ def test_somebody_elses_file_is_written_in_place_or_refused(public_folder):
 
 
 @pytest.mark.parametrize("error", [errno.EBUSY, errno.EACCES])
-def test_a_name_that_cannot_be_taken_is_written_in_place(tmp_path, monkeypatch, error):
+def test_a_file_that_cannot_be_renamed_is_written_in_place(tmp_path, monkeypatch, error):
     file = tmp_path / "file"
     file.write_bytes(b"old and longer")
     inode = file.stat().st_ino
@@ -149,7 +149,7 @@ def test_a_name_that_cannot_be_taken_is_written_in_place(tmp_path, monkeypatch, 
 
 
 @needs_root
-def test_a_mount_point_is_written(tmp_path):
+def test_a_mount_point_is_written_in_place(tmp_path):
     if why := why_not():
         pytest.skip(why)
     (tmp_path / "real").write_bytes(b"old")
@@ -160,7 +160,7 @@ def test_a_mount_point_is_written(tmp_path):
     assert (tmp_path / "real").read_bytes() == b"new" and (tmp_path / "mounted").read_bytes() == b""
 
 
-def test_a_disk_that_is_full_leaves_what_is_written_in_place(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_file_when_writing_in_place(tmp_path, monkeypatch):
     (tmp_path / "one").write_bytes(b"old")
     (tmp_path / "two").hardlink_to(tmp_path / "one")
     real, calls = os.fsync, []
@@ -177,7 +177,7 @@ def test_a_disk_that_is_full_leaves_what_is_written_in_place(tmp_path, monkeypat
     assert (tmp_path / "two").read_bytes() == b"old"
 
 
-def test_a_pipe_is_written_into(tmp_path):
+def test_a_pipe_is_written_to(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -198,7 +198,7 @@ def test_a_pipe_is_written_into(tmp_path):
 # What a program leaves that is killed
 
 
-def test_what_a_killed_program_has_left_of_a_folder_is_removed_when_it_is_written_again(tmp_path):
+def test_leftovers_of_a_killed_program_are_removed_on_the_next_write(tmp_path):
     """And nothing of a program that is still writing it, nor what only has a similar name."""
     killed = subprocess.Popen([sys.executable, "-c", WRITING, tmp_path / "onnx"], stdout=subprocess.PIPE)
     assert killed.stdout is not None and killed.stdout.readline()
@@ -221,7 +221,7 @@ def test_what_a_killed_program_has_left_of_a_folder_is_removed_when_it_is_writte
 
 
 @pytest.mark.parametrize("there_before", [True, False])
-def test_a_folder_that_came_to_be_is_left_and_the_result_lies_beside(tmp_path, there_before):
+def test_a_folder_created_meanwhile_is_kept_and_the_result_gets_another_name(tmp_path, there_before):
     if there_before:  # empty, as whoever made it left it
         (tmp_path / "onnx").mkdir()
 
@@ -236,7 +236,7 @@ def test_a_folder_that_came_to_be_is_left_and_the_result_lies_beside(tmp_path, t
     assert sorted(path for path in listing(tmp_path) if not path.endswith("/")) == ["onnx-2/result", "onnx/thesis"]
 
 
-def test_a_folder_that_is_another_by_now_is_not_replaced(tmp_path):
+def test_a_folder_exchanged_meanwhile_is_not_replaced(tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "result").write_text("of before")
 
@@ -252,7 +252,7 @@ def test_a_folder_that_is_another_by_now_is_not_replaced(tmp_path):
     assert (tmp_path / "onnx" / "thesis").exists() and (tmp_path / "onnx-2" / "result").read_text() == "ours"
 
 
-def test_files_of_a_folder_that_is_replaced_keep_their_mode(tmp_path):
+def test_files_in_a_replaced_folder_keep_their_mode(tmp_path):
     (tmp_path / "onnx" / "inside").mkdir(parents=True)
     for name in ("private", "inside/private"):
         (tmp_path / "onnx" / name).write_text("of before")
@@ -265,7 +265,7 @@ def test_files_of_a_folder_that_is_replaced_keep_their_mode(tmp_path):
     assert modes == [0o600, 0o600, 0o666 & ~umask()] and (tmp_path / "onnx" / "private").read_text() == "ours"
 
 
-def test_an_empty_folder_is_taken_and_keeps_its_mode(tmp_path):
+def test_an_empty_folder_is_replaced_and_keeps_its_mode(tmp_path):
     (tmp_path / "onnx").mkdir(mode=0o700)
     with atomic_folder(tmp_path / "onnx") as staged:
         (staged / "result").write_text("ours")
@@ -276,7 +276,7 @@ def test_an_empty_folder_is_taken_and_keeps_its_mode(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_folder_never_takes_the_place_of_a_file(tmp_path, overwrite):
+def test_a_folder_never_replaces_a_file(tmp_path, overwrite):
     (tmp_path / "thesis.txt").write_text("theirs")
     with pytest.raises(DeltaMemError, match="It is a file, not a folder"):
         check_overwrite(tmp_path / "thesis.txt", overwrite)
@@ -286,7 +286,7 @@ def test_a_folder_never_takes_the_place_of_a_file(tmp_path, overwrite):
 # The home folder
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_in_an_output_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     write_atomically("~/file", b"new")

@@ -1,4 +1,4 @@
-"""Threads are as many as a process may use: affinity, quotas of control groups, OMP_NUM_THREADS."""
+"""The number of threads follows what a process may use: affinity, control group quotas, OMP_NUM_THREADS."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def machine(monkeypatch, tmp_path):
         ("0::/\n", {"cpu.max": "nonsense\n"}, CORES),
     ],
 )
-def test_quotas(machine, groups, files, expected):
+def test_quotas_of_control_groups_limit_the_cores(machine, groups, files, expected):
     machine(groups, files)
     assert usable_cores() == default_threads() == expected
 
 
-def test_no_control_groups_at_all(machine, tmp_path):
+def test_without_control_groups_all_cores_are_used(machine, tmp_path):
     machine("", {})
     (tmp_path / "groups").unlink()
     assert usable_cores() == CORES
@@ -71,7 +71,7 @@ def test_no_control_groups_at_all(machine, tmp_path):
     ("value", "expected"),
     [("3", 3), ("4,2", 4), (" 64 ", 64), *((value, 2) for value in ("", "0", "-1", "many", "9" * 20))],
 )
-def test_the_users_number_of_threads(machine, monkeypatch, value, expected):
+def test_omp_num_threads_takes_precedence(machine, monkeypatch, value, expected):
     machine("0::/\n", {"cpu.max": "200000 100000\n"})
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert default_threads() == expected
@@ -79,7 +79,7 @@ def test_the_users_number_of_threads(machine, monkeypatch, value, expected):
     assert os.environ["OMP_NUM_THREADS"] == value
 
 
-def test_pytorch_is_told_of_a_quota_and_of_nothing_else(machine, monkeypatch):
+def test_only_a_quota_changes_the_threads_of_pytorch(machine, monkeypatch):
     machine("0::/\n", {"cpu.max": "max 100000\n"})
     respect_quota()
     assert "OMP_NUM_THREADS" not in os.environ
@@ -91,7 +91,7 @@ def test_pytorch_is_told_of_a_quota_and_of_nothing_else(machine, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
-def test_affinity():
+def test_affinity_limits_the_cores():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     code += "from deltamem_tool.io.cores import usable_cores; print(usable_cores())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What is wrong with the installed packages is said before anything runs, and stops only what needs them.
+"""Problems of installed packages are reported before anything runs, and stop only commands that need them.
 
 Other versions are files in front of the real ones on the path: what pip would have left.
 """
@@ -70,7 +70,7 @@ NEEDS_EVERYTHING = [
 
 @pytest.mark.parametrize("version", ["5.22.0", "5.25.0", "6.0.0.dev0"])
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING[:2])
-def test_transformers_of_another_version(in_front, deltamem, words, version):  # noqa: F811
+def test_an_unsupported_transformers_version_raises(in_front, deltamem, words, version):  # noqa: F811
     installed(in_front, "transformers", version)
     bounds = BOUNDS["transformers"]
     deltamem(*words.split()).assert_short_error(
@@ -79,13 +79,13 @@ def test_transformers_of_another_version(in_front, deltamem, words, version):  #
 
 
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING)
-def test_a_package_of_another_version(in_front, deltamem, words):  # noqa: F811
+def test_an_unsupported_package_version_raises(in_front, deltamem, words):  # noqa: F811
     installed(in_front, "numpy", "1.26.0")
     bounds = BOUNDS["numpy"]
     deltamem(*words.split()).assert_short_error("numpy 1.26.0 is installed", f"pip install 'numpy{bounds}'", code=1)
 
 
-def test_what_does_not_need_it_works(process, tmp_path):
+def test_commands_that_do_not_need_the_package_work(process, tmp_path):
     installed(tmp_path, "transformers", "5.22.0")
     for words in ("--help", "train --help", "inspect builtin:adapter", "architectures qwen3"):
         done = process(*words.split())
@@ -103,7 +103,7 @@ def test_the_bounds_can_be_ignored(process, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_runtimes_over_each_other(process, tmp_path):
+def test_two_installed_runtimes_raise(process, tmp_path):
     runtimes = [name for name in ("onnxruntime", "onnxruntime-gpu") if installation._installed_version(name)]
     assert len(runtimes) == 1, "these tests run where one is installed"
     other = ({"onnxruntime", "onnxruntime-gpu"} - set(runtimes)).pop()
@@ -120,7 +120,7 @@ def test_two_runtimes_over_each_other(process, tmp_path):
     assert "installed together" not in done.err
 
 
-def test_a_torch_that_does_not_import(process, tmp_path):
+def test_a_broken_torch_is_reported(process, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(
         "raise ImportError('libcudart.so.13: cannot open shared object file: No such file or directory')"
@@ -132,7 +132,7 @@ def test_a_torch_that_does_not_import(process, tmp_path):
     assert done.code == 0
 
 
-def test_the_library_says_so_too(tmp_path):
+def test_the_library_raises_the_same_error(tmp_path):
     installed(tmp_path, "transformers", "5.22.0")
     code = "import deltamem_tool\ntry: deltamem_tool.attach\nexcept ImportError as error: print(error)"
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -149,7 +149,7 @@ def without(monkeypatch, *names: str) -> None:
     monkeypatch.setattr(installation, "_installed_version", lambda name: None if name in names else own(name))
 
 
-def test_an_extra_that_is_missing(monkeypatch):
+def test_a_missing_extra_is_named(monkeypatch):
     without(monkeypatch, "torch", "transformers", "accelerate", "datasets")
     with pytest.raises(InstallationError) as raised:
         check_installation("train")
@@ -163,21 +163,21 @@ def test_an_extra_that_is_missing(monkeypatch):
         check_installation("cpu")
 
 
-def test_what_only_some_options_need_may_be_missing(monkeypatch):
+def test_packages_needed_only_by_some_options_may_be_missing(monkeypatch):
     without(monkeypatch, *OPTIONAL)
     check_installation("train", "eval")
     assert {each.name for each in declared()} >= OPTIONAL
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
-def test_no_runtime(monkeypatch, extra):
+def test_a_missing_runtime_is_named(monkeypatch, extra):
     without(monkeypatch, *installation.RUNTIMES)
     with pytest.raises(InstallationError, match=r"(?s)ONNX Runtime, which is not.*deltamem-tool\[cpu\]"):
         check_installation(extra)
 
 
 @pytest.mark.parametrize("runtime", installation.RUNTIMES)
-def test_any_one_runtime_will_do(monkeypatch, runtime):
+def test_any_single_runtime_is_accepted(monkeypatch, runtime):
     own, found = installation._installed_version, {runtime: "1.31.1"}
     monkeypatch.setattr(
         installation, "_installed_version", lambda name: found.get(name) if name in installation.RUNTIMES else own(name)
@@ -188,11 +188,11 @@ def test_any_one_runtime_will_do(monkeypatch, runtime):
         check_installation("cpu")
 
 
-def test_every_extra_is_here():
+def test_every_extra_is_installed_here():
     check_installation("cpu", "torch", "export", "train", "eval")
 
 
-def test_a_tree_that_is_not_installed_has_no_bounds(monkeypatch):
+def test_an_uninstalled_source_tree_has_no_bounds(monkeypatch):
     def missing(name):
         raise installation.PackageNotFoundError(name)
 
@@ -234,7 +234,7 @@ def test_every_requirement_has_an_upper_bound():
     assert all(any(bound.operator == "<" for bound in each.specifier) for each in declared())
 
 
-def test_what_is_reached_into_is_bounded_at_the_next_minor_version():
+def test_packages_with_borrowed_names_are_bounded_at_the_next_minor_version():
     reached = {"transformers", "torch", "onnxscript", "onnxruntime", "onnxruntime-gpu", "huggingface-hub"}
     newest = {
         name: max(Version(pin.version) for each in found for pin in each.specifier)

@@ -1,4 +1,4 @@
-"""Names of files that people type."""
+"""File names as typed by users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["half \ud83d", "a\0b", "~nobody-of-this-name/x"])
-def test_a_name_that_no_file_can_have(name):
+def test_an_invalid_file_name_raises(name):
     with pytest.raises(ConfigError, match="is not a valid path"):
         expand_user(name)
     assert expand_user("caf\udce9") == Path("caf\udce9")  # bytes that are not UTF-8, as the command line gives them
@@ -33,7 +33,7 @@ def test_a_name_that_no_file_can_have(name):
         ("hf://someone/model/tiny.gguf", None, "tiny.gguf"),
     ],
 )
-def test_a_gguf_file_on_the_hub(name, revision, file):
+def test_the_name_of_a_gguf_file_on_the_hub_is_parsed(name, revision, file):
     hub = hub_name(name)
     assert hub is not None and (hub.id, hub.revision, hub.path_in_repo) == ("someone/model", revision, file)
     assert short_name(hub) == f"someone/model:{file}"
@@ -43,11 +43,11 @@ def test_a_gguf_file_on_the_hub(name, revision, file):
     "name",
     ["tiny.gguf", "models/tiny.gguf", "./a:b.gguf", "~/a:b.gguf", "/a/b:c.gguf", "C:\\tiny.gguf", "a:b.gguf"],
 )
-def test_a_gguf_file_here(name):
+def test_the_name_of_a_local_gguf_file_is_parsed(name):
     assert hub_name(name) is None
 
 
-def test_a_file_here_goes_before_one_on_the_hub(tmp_path, monkeypatch):
+def test_a_local_file_takes_precedence_over_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone").mkdir()
     (tmp_path / "someone" / "model:tiny.gguf").touch()

@@ -1,4 +1,4 @@
-"""A picture has the format that its name says, whatever draws it."""
+"""A picture has the format of its suffix, whichever function draws it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BEGINS |= {"webp": b"RIFF", "tif": b"II*", "tiff": b"II*", "eps": b"%!PS-Adobe-3
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format(tmp_path, kind):
+def test_every_format_is_written(tmp_path, kind):
     for name in (f"picture.{kind}", f"picture.{kind.upper()}"):
         write_picture(Figure(figsize=(1, 1)), tmp_path / name, 50)
         assert (tmp_path / name).read_bytes().startswith(BEGINS[kind])
 
 
-def test_all_that_draw(tmp_path):
+def test_every_plot_follows_the_suffix(tmp_path):
     states = {0: np.ones((1, 2, 2), np.float32)}
     for kind in ("svg", "pdf"):
         path = tmp_path / f"picture.{kind}"
@@ -52,7 +52,7 @@ def test_no_suffix_is_png_and_an_unknown_one_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 @pytest.mark.parametrize("name", ["caf\udce9", "$x^{", "東京 🦜", "a\tb\nc\x1b[2J", "[b]"])
-def test_any_name_in_a_title(tmp_path, kind, name):
+def test_any_name_can_be_in_a_title(tmp_path, kind, name):
     path = tmp_path / f"picture.{kind}"
     plot_memory({0: np.ones((1, 2, 2), np.float32)}, path, f"Memory: {name}")
     assert path.read_bytes().startswith(BEGINS[kind])
