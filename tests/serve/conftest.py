@@ -1,4 +1,4 @@
-"""The models and the database that servers of these tests have."""
+"""Models and the database for the servers of these tests."""
 
 from __future__ import annotations
 

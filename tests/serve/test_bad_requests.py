@@ -1,4 +1,4 @@
-"""What a server says to requests that are wrong: an error in OpenAI's form, and nothing is written."""
+"""Invalid requests: an error in OpenAI's format, and nothing is written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_refused(answer, status, param=None):
     ],
 )
 @pytest.mark.parametrize("path", ["/chat/completions", "/responses", "/memories/x/fork"])
-def test_bodies_that_are_no_json_objects(http, path, content, status):
+def test_bodies_that_are_not_json_objects_are_rejected(http, path, content, status):
     assert_refused(http.post(path, content=content), status)
 
 
@@ -110,7 +110,7 @@ def test_bodies_that_are_no_json_objects(http, path, content, status):
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )
-def test_parameters_that_are_wrong_or_not_supported(http, server, change, param):
+def test_invalid_and_unsupported_parameters_are_rejected(http, server, change, param):
     before = server.store.list("default")
     assert_refused(http.post("/chat/completions", content=json.dumps(GOOD | change).encode()), 400, param)
     assert server.store.list("default") == before
@@ -127,7 +127,7 @@ def test_parameters_that_are_wrong_or_not_supported(http, server, change, param)
         {"messages": [{"role": "developer", "content": "be brief"}, USER]},
     ],
 )
-def test_parameters_that_change_nothing_are_accepted(http, change):
+def test_parameters_without_effect_are_accepted(http, change):
     assert http.post("/chat/completions", json=GOOD | {"user": "otto"} | change).status_code == 200
 
 
@@ -147,21 +147,21 @@ def test_parameters_that_change_nothing_are_accepted(http, change):
         ({"max_output_tokens": -1}, "max_output_tokens"),
     ],
 )
-def test_responses_that_are_wrong_or_not_supported(http, change, param):
+def test_invalid_and_unsupported_response_requests_are_rejected(http, change, param):
     assert_refused(http.post("/responses", json={"model": MODEL, "input": "hello"} | change), 400, param)
 
 
-def test_another_model(http):
+def test_an_unknown_model_is_rejected(http):
     assert_refused(http.post("/chat/completions", json=GOOD | {"model": "gpt-5"}), 404, "model")
 
 
-def test_a_memory_to_start_from_that_is_not_there(http):
+def test_starting_from_a_missing_memory_is_rejected(http):
     options = {"user": "nobody", "memory": {"from": "nothing"}}
     assert_refused(http.post("/chat/completions", json=GOOD | options), 404, "memory.from")
     assert_refused(http.post("/chat/completions", json=GOOD | {"memory": {"from": "resp_x"}}), 400)
 
 
-def test_a_conversation_longer_than_the_window(http, server):
+def test_a_conversation_longer_than_the_window_is_rejected(http, server):
     long = GOOD | {"user": "long", "messages": [{**USER, "content": "hello " * 3000}]}
     answer = http.post("/chat/completions", json=long)
     assert_refused(answer, 400, "messages")
@@ -170,13 +170,13 @@ def test_a_conversation_longer_than_the_window(http, server):
     assert_refused(http.post("/chat/completions", json=long | {"stream": True}), 400, "messages")
 
 
-def test_headers(http):
+def test_invalid_headers_are_rejected(http):
     for name in ("", "a/b", "x" * 201):
         assert_refused(http.post("/chat/completions", json=GOOD, headers={"X-Deltamem-Memory": name}), 400)
     assert http.get("/models", headers={"X-Long": "x" * (2 * MAX_HEADER_BYTES)}).status_code in (400, 431)
 
 
-def test_a_request_that_is_no_http(server):
+def test_a_request_that_is_not_http_is_rejected(server):
     host, _, port = server.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         raw.sendall(b"\x16\x03\x01 hello\r\n\r\n")
@@ -184,5 +184,5 @@ def test_a_request_that_is_no_http(server):
     assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
-def test_the_server_goes_on_after_all_of_this(http):
+def test_the_server_still_answers_after_invalid_requests(http):
     assert http.post("/chat/completions", json=GOOD | {"user": "last"}).status_code == 200

@@ -47,18 +47,18 @@ def same_memory(found, expected):
         np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=TOLERANCE)
 
 
-def test_what_is_told_in_one_request_is_known_in_another(client):
-    told = ask(client, user(TELL), user="ann")
+def test_a_fact_from_one_request_is_recalled_in_another(client):
+    first = ask(client, user(TELL), user="ann")
     asked = ask(client, user(ASK), user="ann")
     assert "Rex" in asked.choices[0].message.content
     assert "Rex" not in ask(client, user(ASK), user="ben").choices[0].message.content
     assert "Rex" not in ask(client, user(ASK)).choices[0].message.content
-    assert told.choices[0].finish_reason == "stop" and told.object == "chat.completion"
-    assert told.usage.total_tokens == told.usage.prompt_tokens + told.usage.completion_tokens > 0
-    assert told.deltamem["memory"] == "ann" and (told.deltamem["version"], asked.deltamem["version"]) == (1, 2)
+    assert first.choices[0].finish_reason == "stop" and first.object == "chat.completion"
+    assert first.usage.total_tokens == first.usage.prompt_tokens + first.usage.completion_tokens > 0
+    assert first.deltamem["memory"] == "ann" and (first.deltamem["version"], asked.deltamem["version"]) == (1, 2)
 
 
-def test_answers_and_memories_are_those_of_a_conversation_alone(client, server, shipped):
+def test_answers_and_memories_match_a_conversation_alone(client, server, shipped):
     """A client that sends each message alone: every request is a new context on the same memory."""
     memory = None
     for text in (TELL, "My cat is Tom.", ASK):
@@ -71,7 +71,7 @@ def test_answers_and_memories_are_those_of_a_conversation_alone(client, server, 
         same_memory(stored(server, "carol"), memory)
 
 
-def test_a_stream_gives_the_same(client):
+def test_a_streamed_answer_is_the_same(client):
     whole = ask(client, user(TELL), user="dora")
     chunks = list(ask(client, user(TELL), user="erin", stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
@@ -81,7 +81,7 @@ def test_a_stream_gives_the_same(client):
     assert chunks[-2].deltamem["memory"] == "erin" and chunks[-2].deltamem["version"] == 1
 
 
-def test_what_is_resent_is_not_written_again(client, server):
+def test_resent_messages_are_not_written_again(client, server):
     first = ask(client, user(TELL), user="finn")
     assert first.deltamem["messages_written"] == 1
     before = stored(server, "finn").digest()
@@ -93,7 +93,7 @@ def test_what_is_resent_is_not_written_again(client, server):
     assert ask(client, *history, user(ASK), user="gail").deltamem["messages_written"] == 3
 
 
-def test_an_idempotency_key_tells_who_tries_again(client):
+def test_an_idempotency_key_identifies_retries(client):
     def written(key):
         answer = ask(client, user(TELL), user="hugo", extra_headers={"Idempotency-Key": key})
         return answer.deltamem["messages_written"], answer.deltamem["version"]
@@ -101,7 +101,7 @@ def test_an_idempotency_key_tells_who_tries_again(client):
     assert [written(key) for key in ("one", "one", "two", "one")] == [(1, 1), (0, 1), (1, 2), (0, 2)]
 
 
-def test_a_request_that_must_not_write_does_not(client, server):
+def test_a_read_only_request_does_not_write(client, server):
     ask(client, user(TELL), user="hugo")
     before = server.store.get("default", "hugo")
     answer = ask(client, user(ASK), user="hugo", extra_body={"memory": {"write": False}})
@@ -124,7 +124,7 @@ def test_the_header_names_the_memory(client, server):
     assert server.store.get("default", "kim") is None and server.store.get("default", "leo") is not None
 
 
-def test_sampling_options(client):
+def test_sampling_options_are_used(client):
     short = ask(client, user(TELL), max_tokens=1)
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 1
     assert ask(client, user(TELL), max_completion_tokens=2).usage.completion_tokens == 2
@@ -135,7 +135,7 @@ def test_sampling_options(client):
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
 
 
-def test_an_answer_cut_by_its_length_goes_on_where_it_was_cut(client, server, shipped):
+def test_an_answer_cut_by_its_length_can_be_continued(client, server, shipped):
     """The last token of an answer is not fed; it writes with the next request, as in a conversation."""
     first = ask(client, user(TELL), user="mia", max_tokens=2)
     history = [user(TELL), assistant(first.choices[0].message.content)]
@@ -144,7 +144,7 @@ def test_an_answer_cut_by_its_length_goes_on_where_it_was_cut(client, server, sh
     assert server.store.get("default", "mia").turn["talks"][0]["pending"] == 1
 
 
-def test_the_asynchronous_client_many_users_at_once(server):
+def test_many_users_of_the_asynchronous_client_are_answered(server):
     async def talk(client, name, pet):
         for text in (f"My dog is {pet}.", ASK):
             answer = await client.chat.completions.create(model=MODEL, messages=[user(text)], user=name)
@@ -160,20 +160,20 @@ def test_the_asynchronous_client_many_users_at_once(server):
         assert pet in answer
 
 
-def test_langchain(server):
+def test_langchain_chats_with_the_server(server):
     model = ChatOpenAI(model=MODEL, base_url=server.api, api_key="none", model_kwargs={"user": "nora"})
     model.invoke(TELL)
     assert "Rex" in model.invoke(ASK).content
     assert "Rex" in "".join(piece.content for piece in model.stream(ASK))
 
 
-def test_models(client):
+def test_the_models_route_lists_the_model(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).context_window > 0
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("other/model")
 
 
-def test_health(server):
+def test_the_health_route_answers(server):
     assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
     assert httpx2.get(f"{server.url}/ready").json() == {"status": "ready"}

@@ -1,4 +1,4 @@
-"""Streams: whole for who reads, finished for who does not, and closed when the client goes."""
+"""Streams: complete for readers, finished without readers, and closed when the client disconnects."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def anyio_backend():
 
 
 @pytest.mark.parametrize("text", ["", 'a "b"\n\\', "\u2028é\U0001f436", "\x00\x1f"])
-def test_events_of_texts_are_those_that_are_encoded_whole(text):
+def test_event_encoder_matches_encode_event(text):
     def data(text):
         return {"model": 'm"', "choices": [{"delta": {"content": text}, "finish_reason": None}]}
 
-    made = event_encoder(data)(text)
-    assert made == encode_event(data(text)) and json.loads(made.removeprefix(b"data: ")) == data(text)
+    encoded = event_encoder(data)(text)
+    assert encoded == encode_event(data(text)) and json.loads(encoded.removeprefix(b"data: ")) == data(text)
 
 
 class Made:
@@ -50,7 +50,7 @@ async def nobody_goes():
     await anyio.sleep_forever()
 
 
-async def test_who_reads_gets_all():
+async def test_a_reader_receives_all_events():
     made, sent = Made(), []
 
     async def send(message):
@@ -63,7 +63,7 @@ async def test_who_reads_gets_all():
     assert [message["more_body"] for message in sent[1:]][-1] is False and made.done
 
 
-async def test_what_is_made_does_not_wait_for_who_does_not_read(monkeypatch):
+async def test_generation_does_not_wait_for_a_slow_reader(monkeypatch):
     monkeypatch.setattr(events, "SEND_SECONDS", 0.2)
     made, done = Made(), []
 
@@ -78,7 +78,7 @@ async def test_what_is_made_does_not_wait_for_who_does_not_read(monkeypatch):
     assert done == [True] and made.closed
 
 
-async def test_who_reads_slowly_gets_all(monkeypatch):
+async def test_a_slow_reader_receives_all_events(monkeypatch):
     """Longer than the patience in all, in pieces that are not."""
     monkeypatch.setattr(events, "SEND_SECONDS", 0.1)
     sent = []
@@ -96,7 +96,7 @@ async def test_who_reads_slowly_gets_all(monkeypatch):
     assert sent[-1]["more_body"] is False and b"".join(m["body"] for m in sent[1:]).count(b"number") == 6
 
 
-async def test_who_waits_long_for_a_piece_is_not_cut_off(monkeypatch):
+async def test_a_client_that_waits_for_a_piece_is_not_disconnected(monkeypatch):
     monkeypatch.setattr(events, "SEND_SECONDS", 0.05)
     sent = []
 
@@ -111,7 +111,7 @@ async def test_who_waits_long_for_a_piece_is_not_cut_off(monkeypatch):
     assert sent[-1]["body"] == encode_event("late")
 
 
-async def test_who_goes_ends_what_is_made():
+async def test_a_disconnected_client_stops_the_generation():
     made, sent = Made(), []
 
     async def goes():
@@ -126,7 +126,7 @@ async def test_who_goes_ends_what_is_made():
     assert made.closed and not made.done
 
 
-async def test_an_error_comes_out_as_it_is():
+async def test_an_error_is_raised_unchanged():
     async def fails():
         raise ConfigError("no", "", "")
 
@@ -134,7 +134,7 @@ async def test_an_error_comes_out_as_it_is():
         await cancel_on_disconnect(nobody_goes, fails())
 
 
-async def test_the_result_comes_out():
+async def test_the_result_is_returned():
     async def work():
         return 7
 

@@ -1,4 +1,4 @@
-"""A server takes what has expired out of its store."""
+"""A server deletes expired memories from its store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_expired_memories_leave_the_database(tmp_path):
     store.close()
 
 
-def test_a_store_that_fails_is_asked_again():
+def test_deletion_is_retried_after_a_store_error():
     class FailsOnce:
         calls = 0
 

@@ -1,4 +1,4 @@
-"""API keys: hashed in their file, and each of one tenant."""
+"""API keys: hashed in their file, and each belongs to one tenant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def header(key):
     return {"authorization": f"Bearer {key}"}
 
 
-def test_a_key_is_its_tenants_and_is_not_in_the_file(tmp_path):
+def test_a_key_identifies_its_tenant_and_is_stored_only_as_a_hash(tmp_path):
     file = tmp_path / "keys"
     made = {new_key(file, tenant): tenant for tenant in ("acme", "acme", "globex-2")}
     assert len(made) == 3
@@ -36,7 +36,7 @@ def test_a_key_is_its_tenants_and_is_not_in_the_file(tmp_path):
         header("{key}x"),
     ],
 )
-def test_a_missing_or_wrong_key_is_refused(tmp_path, headers):
+def test_a_missing_or_wrong_key_raises(tmp_path, headers):
     key = new_key(tmp_path / "keys", "acme")
     headers = {name: value.format(key=key) for name, value in headers.items()}
     with pytest.raises(RequestError, match="missing or wrong") as refused:
@@ -44,7 +44,7 @@ def test_a_missing_or_wrong_key_is_refused(tmp_path, headers):
     assert refused.value.status == 401 and refused.value.headers == {"WWW-Authenticate": "Bearer"}
 
 
-def test_comments_and_empty_lines_stay(tmp_path):
+def test_comments_and_empty_lines_are_kept(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# ours\n\n")
     key = new_key(file, "acme")
@@ -53,7 +53,7 @@ def test_comments_and_empty_lines_stay(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["acme\n", "acme secret\n", "acme sha256:12\n", "two words sha256:" + "0" * 64])
-def test_a_file_of_something_else_is_refused_and_left(tmp_path, content):
+def test_a_foreign_file_raises_and_is_unchanged(tmp_path, content):
     file = tmp_path / "keys"
     file.write_text(content)
     for use in (ApiKeys.read, lambda path: new_key(path, "acme")):
@@ -62,7 +62,7 @@ def test_a_file_of_something_else_is_refused_and_left(tmp_path, content):
     assert file.read_text() == content
 
 
-def test_a_missing_file_or_one_without_keys_is_refused(tmp_path):
+def test_a_missing_file_or_one_without_keys_raises(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         ApiKeys.read(tmp_path / "keys")
     (tmp_path / "keys").write_text("# none\n")
@@ -71,7 +71,7 @@ def test_a_missing_file_or_one_without_keys_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "../x", "ä", "x" * 65, "-x"])
-def test_a_tenants_name_is_checked(tmp_path, tenant):
+def test_an_invalid_tenant_name_raises(tmp_path, tenant):
     with pytest.raises(ConfigError, match="is not a valid tenant name"):
         new_key(tmp_path / "keys", tenant)
     assert not (tmp_path / "keys").exists()

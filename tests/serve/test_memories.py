@@ -1,4 +1,4 @@
-"""Memories as a resource over HTTP."""
+"""The HTTP routes for memories."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rex(shipped):
     return memory_bytes(conversation.memory)
 
 
-def test_a_memory_is_put_used_and_got(http, rex):
+def test_a_memory_is_uploaded_used_and_downloaded(http, rex):
     put = http.put("/memories/anna", content=rex)
     assert put.status_code == 201 and put.json()["version"] == 1
     assert "Rex" in ask(http, ASK, user="anna", memory={"write": False})
@@ -46,7 +46,7 @@ def test_a_memory_is_put_used_and_got(http, rex):
     assert http.put("/memories/anna", content=rex).status_code == 200
 
 
-def test_what_a_turn_leaves_is_a_memory_file(http, rex):
+def test_a_memory_after_a_turn_downloads_as_a_memory_file(http, rex):
     ask(http, TELL, user="bert")
     found = memory_from_bytes(http.get("/memories/bert").content, "bert")
     expected = memory_from_bytes(rex, "rex")
@@ -54,7 +54,7 @@ def test_what_a_turn_leaves_is_a_memory_file(http, rex):
         np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=1e-5)
 
 
-def test_pages(http, rex):
+def test_memories_are_listed_in_pages(http, rex):
     for name in ("page-1", "page-2", "page-3"):
         http.put(f"/memories/{name}", content=rex)
     first = http.get("/memories", params={"after": "page-", "limit": 2}).json()
@@ -64,7 +64,7 @@ def test_pages(http, rex):
     assert first["usage"]["memories"] >= 3
 
 
-def test_versions_and_restoring(http):
+def test_versions_are_listed_and_can_be_restored(http):
     ask(http, TELL, user="carl")
     ask(http, "My dog is Bella.", user="carl")
     versions = http.get("/memories/carl/versions").json()["data"]
@@ -75,7 +75,7 @@ def test_versions_and_restoring(http):
     assert "Rex" in ask(http, ASK, user="carl")
 
 
-def test_a_fork_goes_its_own_way(http):
+def test_a_fork_is_independent(http):
     ask(http, TELL, user="dave")
     forked = http.post("/memories/dave/fork", json={"id": "dave-2"})
     assert forked.status_code == 201 and forked.json()["id"] == "dave-2"
@@ -85,7 +85,7 @@ def test_a_fork_goes_its_own_way(http):
     assert http.post("/memories/dave/fork", json={"id": "dave-2"}).status_code == 409
 
 
-def test_deleting_gives_a_receipt(http, rex):
+def test_deleting_returns_a_receipt(http, rex):
     http.put("/memories/emil", content=rex)
     receipt = http.delete("/memories/emil").json()
     assert receipt["deleted"] and receipt["id"] == "emil" and receipt["erased"]
@@ -94,7 +94,7 @@ def test_deleting_gives_a_receipt(http, rex):
     assert http.delete("/memories/emil").status_code == 404
 
 
-def test_conditions(http, rex):
+def test_conditional_requests_follow_the_etag(http, rex):
     tag = http.put("/memories/fred", content=rex).headers["etag"]
     assert http.get("/memories/fred", headers={"If-None-Match": tag}).status_code == 304
     assert http.put("/memories/fred", content=rex, headers={"If-None-Match": "*"}).status_code == 412
@@ -110,7 +110,7 @@ def test_conditions(http, rex):
     assert http.delete("/memories/fred", headers={"If-Match": now}).status_code == 200
 
 
-def test_expiry(http, rex):
+def test_a_memory_expires(http, rex):
     put = http.put("/memories/gina", content=rex, params={"expires_in": 3600}).json()
     assert put["expires_at"] == pytest.approx(put["updated_at"] + 3600, abs=60)
     ask(http, TELL, user="gina")
@@ -146,14 +146,14 @@ def of_another_shape(memory):
 
 
 @pytest.mark.parametrize("change", [nan, of_another_adapter, of_two_rows, of_another_shape])
-def test_a_memory_that_is_not_this_models_is_refused(http, rex, change):
+def test_uploading_a_memory_of_another_model_is_rejected(http, rex, change):
     refused = http.put("/memories/hans", content=changed(rex, change))
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_memory"
     assert http.get("/memories/hans").status_code == 404
 
 
 @pytest.mark.parametrize("change", [nan, of_another_adapter, of_two_rows, of_another_shape])
-def test_a_stored_memory_that_is_not_this_models_answers_nobody(http, server, rex, change):
+def test_a_stored_memory_of_another_model_is_not_used(http, server, rex, change):
     """As after another adapter was served from the same store."""
     name = f"kept-{change.__name__}"
     before = server.store.put("default", name, changed(rex, change))
@@ -165,7 +165,7 @@ def test_a_stored_memory_that_is_not_this_models_answers_nobody(http, server, re
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"\xff" * 100, b"\x00" * 8])
-def test_bytes_that_are_no_memory_are_refused(http, body):
+def test_uploading_bytes_that_are_not_a_memory_is_rejected(http, body):
     assert http.put("/memories/ida", content=body).status_code == 400
     assert http.get("/memories/ida").status_code == 404
 
@@ -188,17 +188,17 @@ def test_bytes_that_are_no_memory_are_refused(http, body):
         ("GET", "/nothing", {}, 404),
     ],
 )
-def test_bad_requests(http, method, path, options, status):
+def test_invalid_requests_are_rejected(http, method, path, options, status):
     refused = http.request(method, path, **options)
     assert refused.status_code == status, refused.text
     assert refused.json()["error"]["message"]
 
 
-def test_an_empty_memory_is_one(http, shipped):
+def test_an_empty_memory_can_be_uploaded(http, shipped):
     assert http.put("/memories/jan", content=memory_bytes(empty_memory(shipped))).status_code == 201
 
 
-def test_what_was_computed_of_its_prompts_goes_with_a_memory(http, server):
+def test_deleting_a_memory_clears_its_prefix_cache(http, server):
     """Of a long one, which is asked twice without writing: the second time it is in the cache."""
     long = "hello " * 200
 

@@ -1,4 +1,4 @@
-"""What a client resends is known, and what it tells is new."""
+"""Telling apart messages that a client resends from new ones."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ SECOND = ("a", "A", "b", "B")
         ([FIRST], ("a", "A", "a"), ["a"]),  # the same words again, later
     ],
 )
-def test_what_is_new(before, request_, expected):
+def test_only_unseen_messages_are_new(before, request_, expected):
     assert new(fed(*before), talk(*request_)) == expected
 
 
-def test_a_key_says_what_is_sent_again():
+def test_a_key_distinguishes_retries_from_repeated_messages():
     """Two clients that say the same one after the other, and one that tries again when another has said something."""
     state, messages = MessageHistory.empty(), talk("a")
     for key in ("1", "2"):
@@ -85,13 +85,13 @@ def test_a_system_message_is_new_once():
     assert new(state, talk("a", "A", "b", system=[{**SYSTEM, "content": "be long"}])) == ["be long", "b"]
 
 
-def test_a_branch_leaves_the_other_known():
+def test_a_branch_does_not_forget_the_other_one():
     state = fed(FIRST, SECOND, ("a", "A", "x", "X"))
     assert new(state, talk("a", "A", "b", "B", "c")) == ["c"]
     assert new(state, talk("a", "A", "x", "X", "c")) == ["c"]
 
 
-def test_a_conversation_that_goes_on_takes_the_place_of_its_beginning():
+def test_a_continued_conversation_replaces_its_shorter_history():
     state = fed(FIRST, SECOND)
     assert [len(known.digests) for known in state.talks] == [4]
     known = state.match(talk(*SECOND, "c"))
@@ -99,13 +99,13 @@ def test_a_conversation_that_goes_on_takes_the_place_of_its_beginning():
     assert not state.match(talk("a", "A", "x")).is_complete
 
 
-def test_json_there_and_back():
+def test_a_history_survives_json():
     state = fed(FIRST, SECOND, ("z", "Z"), pending=1)
     assert MessageHistory.from_json(state.as_json()) == state
     assert MessageHistory.from_json(None).talks == ()
 
 
-def test_what_is_kept_is_bounded_and_says_nothing():
+def test_the_history_is_bounded_and_holds_no_text():
     state = MessageHistory.empty()
     for number in range(MAX_DIGESTS):
         messages = talk(f"secret {number}")

@@ -1,4 +1,4 @@
-"""Requests for one memory: one after the other in a server, and between servers the first that is done."""
+"""Requests for one memory run sequentially in a server; between servers the first to finish wins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.message_history import MessageHistory
 
 
-def test_who_comes_first_is_first():
+def test_requests_are_answered_in_order_of_arrival():
     async def run():
         locks, order = MemoryLocks(10), []
 
@@ -28,7 +28,7 @@ def test_who_comes_first_is_first():
     assert asyncio.run(run()) == ([0, 1, 2, 3, 4], {})
 
 
-def test_other_memories_do_not_wait():
+def test_requests_for_other_memories_do_not_wait():
     async def run():
         locks = MemoryLocks(0)
         async with locks.hold("acme", "anna"), locks.hold("acme", "ben"), locks.hold("globex", "anna"):
@@ -40,7 +40,7 @@ def test_other_memories_do_not_wait():
     assert asyncio.run(run()) == {}
 
 
-def test_who_stops_waiting_leaves_no_trace():
+def test_a_cancelled_waiter_leaves_no_trace():
     async def run():
         locks = MemoryLocks(10)
         async with locks.hold("acme", "anna"):
@@ -54,7 +54,7 @@ def test_who_stops_waiting_leaves_no_trace():
 
 
 @pytest.mark.server
-def test_of_two_servers_the_first_that_is_done_wins(shipped, tmp_path):
+def test_of_two_servers_the_first_to_finish_wins(shipped, tmp_path):
     """A lost race is a 409, and leaves nothing; whatever was answered with 200 is in the memory, once."""
     texts = [f"My dog is Rex {number}." for number in range(12)]
 
@@ -75,5 +75,5 @@ def test_of_two_servers_the_first_that_is_done_wins(shipped, tmp_path):
     assert set(statuses) == {200, 409}
     assert stored.version == len(answered)
     fed = MessageHistory.from_json(stored.turn)
-    told = {fed._digest({"role": "user", "content": text}) for text in answered}
-    assert {talk.digests[0] for talk in fed.talks} == told
+    digests = {fed._digest({"role": "user", "content": text}) for text in answered}
+    assert {talk.digests[0] for talk in fed.talks} == digests

@@ -1,4 +1,4 @@
-"""Pages of others cannot use a server without keys through the browser of somebody on its machine."""
+"""Foreign web pages cannot use a server without keys through a browser on its machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def server(shipped, tmp_path):
         yield running
 
 
-def said(server, **headers):
+def answer_and_count(server, **headers):
     """The answer to a turn of `anna`, and how many memories there are then."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "user": "anna", "max_tokens": 1}
     answer = httpx2.post(server.url + CHAT, json=body, headers=headers)
@@ -34,15 +34,15 @@ def said(server, **headers):
         {"Host": "127.0.0.1.evil.example"},
     ],
 )
-def test_what_comes_for_another_page_is_refused(server, headers):
-    answer, memories = said(server, **headers)
+def test_requests_of_foreign_origins_are_rejected(server, headers):
+    answer, memories = answer_and_count(server, **headers)
     assert (answer.status_code, memories) == (403, 0)
     assert answer.json()["error"]["type"] == "permission_error"
 
 
 @pytest.mark.server
-def test_programs_and_the_own_page_are_answered(server):
+def test_programs_and_the_servers_own_page_are_answered(server):
     host = server.url.removeprefix("http://")
     for headers in ({}, {"Origin": server.url}, {"Host": host.replace("127.0.0.1", "localhost")}):
-        answer, memories = said(server, **headers)
+        answer, memories = answer_and_count(server, **headers)
         assert (answer.status_code, memories) == (200, 1), answer.text

@@ -1,4 +1,4 @@
-"""What is fed for a request: the tokens of the whole conversation, of which those that are new write."""
+"""The prompt of a request: all tokens of the conversation, of which only the new ones write."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_all_of_a_new_conversation_writes(engine, system):
 
 
 @pytest.mark.parametrize("system", [(), (SYSTEM,)])
-def test_what_comes_after_the_last_answer_writes(engine, system):
+def test_messages_after_the_last_answer_write(engine, system):
     messages = talk("my cat is Bella", "yes", "thank you", "no", "hello there. my dog is Max", system=system)
     prompt = prompt_of(engine, fed_with(messages[:-3], messages[:-1]), messages)
     assert prompt.tokens == expected(engine, messages, end_of(engine, messages, "no"))
@@ -115,7 +115,7 @@ def test_the_open_segment_of_another_conversation_ends_first(engine):
     assert prompt.written == 1 and not is_open(prompt.memory)
 
 
-def test_a_history_from_elsewhere_writes_but_for_its_known_beginning(engine):
+def test_an_unknown_history_writes_except_for_its_known_prefix(engine):
     messages = talk("my cat is Bella", "yes", "hello there", "no", "thank you")
     prompt = prompt_of(engine, fed_with(messages[:2]), messages)
     assert prompt.tokens == expected(engine, messages, end_of(engine, messages, "yes"))
@@ -133,7 +133,7 @@ def test_nothing_of_a_repeated_request_writes(engine, messages):
     assert not prompt.answer_writes and prompt.written == 0 and prompt.memory is memory
 
 
-def test_nothing_of_a_request_that_only_reads_writes(engine):
+def test_nothing_of_a_read_only_request_writes(engine):
     memory, messages = open_memory(engine), talk("my cat is Bella")
     prompt = prompt_of(engine, MessageHistory.empty(), messages, memory, write=False)
     assert not any(token.writes or token.ends for token in prompt.tokens)
@@ -149,7 +149,7 @@ def test_a_known_message_before_a_new_one_does_not_write(engine):
         assert prompt.tokens == expected(engine, messages, known) and prompt.written == 1
 
 
-def test_the_token_that_was_not_fed_writes(engine):
+def test_the_last_unfed_token_of_an_answer_writes(engine):
     messages = talk("my cat is Bella", "yes thank you", "hello there")
     prompt = prompt_of(engine, fed_with(messages[:2], pending=1), messages)
     whole = expected(engine, messages, end_of(engine, messages, "yes thank you"))
@@ -160,7 +160,7 @@ def test_the_token_that_was_not_fed_writes(engine):
     assert prompt.tokens[first].id == engine.text.encode("yes thank you")[-1]
 
 
-def test_known_turns_leave_a_window_that_is_full(by_token):
+def test_known_turns_are_dropped_from_a_full_window(by_token):
     turns = [text for n in range(6) for text in (f"my cat is Bella {'yes ' * n}", "no")]
     messages = talk(*turns, "thank you", system=[SYSTEM])
     fed = fed_with(messages[:-1])
@@ -179,13 +179,13 @@ def test_known_turns_leave_a_window_that_is_full(by_token):
     assert {0, 12} <= seen
 
 
-def test_what_is_new_must_fit_into_the_window(by_token):
+def test_new_messages_must_fit_into_the_window(by_token):
     with pytest.raises(RequestError, match="maximum context length is 8 tokens") as refused:
         prompt_of(by_token, MessageHistory.empty(), talk("my cat is Bella and my dog is Max"), window=8)
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_segments_that_end_have_written():
+def test_a_segment_that_ends_is_written_before_the_prompt():
     """The open segment that ends first is in the state."""
     engine = make_engine("message")
     memory = open_memory(engine)

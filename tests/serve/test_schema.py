@@ -1,4 +1,4 @@
-"""The server does what its OpenAPI document says of it: requests that schemathesis makes up from the document."""
+"""The server conforms to its OpenAPI document: requests generated from it by Schemathesis."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def memory(server):
 @settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-def test_document(server, memory, case):
+def test_generated_requests_conform_to_the_document(server, memory, case):
     if case.meta.generation.mode.is_positive:
         name_what_exists(server, memory, case)
     case.call_and_validate(base_url=server.url, timeout=SECONDS)

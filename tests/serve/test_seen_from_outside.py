@@ -1,4 +1,4 @@
-"""What a server tells those who run it: metrics, logs, the document of its API."""
+"""Metrics, logs and the OpenAPI document of a server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def samples(server):
     }, text
 
 
-def test_metrics_count_what_was_done(server):
+def test_metrics_count_requests_and_tokens(server):
     before, _ = samples(server)
     ask(server)
     after, text = samples(server)
@@ -52,7 +52,7 @@ def test_metrics_count_what_was_done(server):
     assert NAME not in text and "default" not in text
 
 
-def test_an_idle_server_says_that_it_is(server):
+def test_metrics_show_an_idle_server(server):
     ask(server)
     until = time.monotonic() + 10
     while samples(server)[0]["deltamem_batch_requests", None, None]:
@@ -63,7 +63,7 @@ def requests_logged(caplog):
     return [record for record in caplog.records if record.name == LOGGER.name]
 
 
-def test_logs_say_what_happened_and_nothing_of_what_was_said(server, caplog):
+def test_logs_describe_requests_without_their_content(server, caplog):
     LOGGER.propagate = True
     with caplog.at_level(logging.INFO, LOGGER.name):
         ask(server)
@@ -107,6 +107,6 @@ def test_the_document_has_every_route(server):
         assert part.partition('"')[0] in got["components"]["schemas"]
 
 
-def test_the_page_of_the_document_needs_nothing_from_elsewhere(server):
+def test_the_page_of_the_document_loads_nothing_from_elsewhere(server):
     page = httpx2.get(f"{server.url}/docs").text
     assert "/v1/chat/completions" in page and "http://" not in page and "https://" not in page

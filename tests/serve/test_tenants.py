@@ -1,4 +1,4 @@
-"""Tenants: nobody without a key, and nobody sees what another has."""
+"""Tenants: access needs a key, and no tenant sees the data of another."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def ask(client, text, **options):
         ("POST", "/memories/anna/restore"),
     ],
 )
-def test_nothing_without_a_key(keyed, method, path):
+def test_every_route_needs_a_key(keyed, method, path):
     for headers in ({}, {"Authorization": "Bearer dm-wrong"}):
         refused = httpx2.request(method, keyed[0].api + path, headers=headers, content=b"{}")
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
         assert refused.json()["error"]["code"] == "invalid_api_key"
 
 
-def test_the_official_client_names_the_error(keyed):
+def test_the_official_client_raises_an_authentication_error(keyed):
     client = openai.OpenAI(base_url=keyed[0].api, api_key="wrong", max_retries=0)
     with client, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
         client.models.list()
@@ -85,10 +85,10 @@ def test_tenants_do_not_see_each_other(keyed):
         assert acme.get("/memories/secret").status_code == 200
 
 
-def test_responses_are_of_their_tenant(keyed):
+def test_responses_belong_to_their_tenant(keyed):
     with client_of(keyed, "acme") as acme, client_of(keyed, "globex") as globex:
-        told = acme.post("/responses", json={"model": MODEL, "input": TELL}).json()["id"]
-        body = {"model": MODEL, "input": ASK, "previous_response_id": told}
+        response = acme.post("/responses", json={"model": MODEL, "input": TELL}).json()["id"]
+        body = {"model": MODEL, "input": ASK, "previous_response_id": response}
         assert globex.post("/responses", json=body).status_code == 400
-        assert globex.delete(f"/responses/{told}").status_code == 404
+        assert globex.delete(f"/responses/{response}").status_code == 404
         assert "Rex" in acme.post("/responses", json=body).json()["output"][0]["content"][0]["text"]

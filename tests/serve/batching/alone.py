@@ -1,4 +1,4 @@
-"""What a request would be answered alone, by the plainest loop there is; and random requests."""
+"""The answer that a request would get alone, by a simple loop; and random requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever joins and leaves meanwhile, in any order: an answer is the one that the request would get alone."""
+"""Whichever requests join and leave the batch, each answer matches the one the request would get alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltamem_tool.serve.batching.scheduler import Scheduler
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_random_arrivals_and_departures(any_engine, seed, monkeypatch):
+def test_answers_match_under_random_arrivals_and_departures(any_engine, seed, monkeypatch):
     monkeypatch.setattr("deltamem_tool.onnx.runtime.slots.FIRST_ROOM", 4)  # which the rows outgrow
     chance = random.Random(seed)
     jobs = [random_job(any_engine, chance) for _ in range(24)]
@@ -45,7 +45,7 @@ def test_random_arrivals_and_departures(any_engine, seed, monkeypatch):
         assert_close(end.memory, memory)
 
 
-def test_short_prompts_are_read_together(any_engine, monkeypatch):
+def test_short_prompts_are_prefilled_together(any_engine, monkeypatch):
     chance = random.Random(5)
     jobs = [random_job(any_engine, chance, longest=9) for _ in range(7)]
     started, start = [], any_engine.start

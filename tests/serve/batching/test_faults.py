@@ -1,4 +1,4 @@
-"""One request's trouble is no other's: numbers that are none, a model that fails, a long prompt, a tenant with many."""
+"""A problem of one request does not affect others: NaN, a failing model, a long prompt, a tenant with many requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def huge(memory: StoredMemory) -> StoredMemory:
     return replace(memory, states={i: np.full_like(state, 3e38) for i, state in memory.states.items()})
 
 
-def test_a_row_that_overflows_ends_alone(engine):
+def test_a_row_that_overflows_ends_only_its_request(engine):
     sound = [job_of(engine, content, 30) for content in ("hello there", "my cat is Bella", "no")]
     with Scheduler(engine) as scheduler:
         tickets = [scheduler.submit(job) for job in sound]
@@ -48,7 +48,7 @@ def test_a_row_that_overflows_ends_alone(engine):
     assert scheduler.counters.failed == 1 and scheduler.counters.cache_bytes == 0
 
 
-def test_a_row_that_overflows_while_it_answers_ends_alone(engine, monkeypatch):
+def test_a_row_that_overflows_during_its_answer_ends_only_its_request(engine, monkeypatch):
     """Its logits are replaced in the group, from some step on."""
     jobs = [job_of(engine, content, 20) for content in ("hello there", "my cat is Bella", "no")]
     with Scheduler(engine) as scheduler:
@@ -69,7 +69,7 @@ def test_a_row_that_overflows_while_it_answers_ends_alone(engine, monkeypatch):
             assert list(ticket.result().answer.tokens) == answered_alone(engine, job)[0]
 
 
-def test_a_model_that_fails_fails_those_in_the_batch_and_serves_the_next(engine, monkeypatch):
+def test_a_failed_model_call_ends_the_batch_and_serves_the_next(engine, monkeypatch):
     job = job_of(engine, "hello there", 40)
     with Scheduler(engine, max_batch=2) as scheduler:
         batch = [scheduler.submit(job) for _ in range(2)]
@@ -97,19 +97,19 @@ def test_answers_end_before_stop_strings(engine):
     assert "".join(pieces) == expected.text == text[: text.index(stop[0])]
 
 
-def test_coroutines_read_as_threads_do(engine):
+def test_coroutines_receive_the_same_answers_as_threads(engine):
     jobs = [job_of(engine, content, 20) for content in ("hello there", "my cat is Bella", "no")]
 
     async def read(ticket):
         return [event async for event in ticket]
 
     async def read_all(scheduler):
-        gone = scheduler.submit(replace(jobs[0], sampling=Sampling(400)))
-        async for _ in gone:
-            gone.cancel()
+        abandoned = scheduler.submit(replace(jobs[0], sampling=Sampling(400)))
+        async for _ in abandoned:
+            abandoned.cancel()
             break
         with pytest.raises(Cancelled):
-            await read(gone)
+            await read(abandoned)
         return await asyncio.gather(*(read(scheduler.submit(job)) for job in jobs))
 
     with Scheduler(engine) as scheduler:
@@ -118,7 +118,7 @@ def test_coroutines_read_as_threads_do(engine):
             assert "".join(pieces) == end.answer.text
 
 
-def test_a_loop_that_is_closed_disturbs_nobody(engine):
+def test_a_closed_event_loop_does_not_affect_other_requests(engine):
     """Its reader had begun to wait."""
     job = job_of(engine, "hello there", 300)
 
@@ -132,7 +132,7 @@ def test_a_loop_that_is_closed_disturbs_nobody(engine):
         assert scheduler.submit(replace(job, sampling=Sampling(5))).result().answer.tokens
 
 
-def test_a_long_prompt_is_read_between_the_steps_of_others(engine):
+def test_a_long_prompt_is_prefilled_between_the_steps_of_others(engine):
     long = replace(job_of(engine, "hello there"), tokens=job_of(engine, "hello there").tokens * 30)
     counts = []
     with Scheduler(engine, piece=10) as scheduler:

@@ -1,4 +1,4 @@
-"""A hybrid's own states in the rows of the server's batch: an answer is the one that the request would get alone."""
+"""States of a hybrid base in the server's batch: each answer matches the one the request would get alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine(request, tmp_path_factory) -> OnnxModel:
     return OnnxModel(folder_once(tmp_path_factory, f"serve-lfm2-{granularity}-{quantize}", export) / "onnx")
 
 
-def test_whoever_joins_and_leaves_meanwhile(engine, monkeypatch):
+def test_answers_match_under_random_arrivals_and_departures(engine, monkeypatch):
     monkeypatch.setattr("deltamem_tool.onnx.runtime.slots.FIRST_ROOM", 4)  # which the rows outgrow
     chance = random.Random(0)
     jobs = [random_job(engine, chance) for _ in range(10)]

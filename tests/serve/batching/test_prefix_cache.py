@@ -1,4 +1,4 @@
-"""What a request shares with an earlier one is not computed again, and nothing else changes."""
+"""A prefix shared with an earlier request is not computed again, and the answers do not change."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def assert_same_with_cache(engine, lengths, cached) -> None:
 
 
 @pytest.mark.slow
-def test_hits_are_the_same_to_the_bit(any_engine):
+def test_answers_with_cache_hits_are_bit_identical(any_engine):
     """Longer, shorter, as long, up to the end of a piece, and shorter than one."""
     assert_same_with_cache(any_engine, [30, 50, 20, 20, 64, 17, 16, 8, 9], [0, 24, 16, 16, 48, 16, 8, 0, 8])
 
 
 @pytest.mark.slow
-def test_of_a_hybrid_only_the_whole_can_be_had(any_hybrid):
+def test_a_hybrid_reuses_only_whole_prefixes(any_hybrid):
     assert_same_with_cache(any_hybrid, [30, 50, 20, 30, 22], [0, 24, 0, 24, 16])
 
 
@@ -72,7 +72,7 @@ def any_hybrid(request):
     return TorchModel(hybrid(request.param, tokenizer), tokenizer)
 
 
-def test_another_beginning_is_no_hit(engine):
+def test_a_different_prefix_is_not_a_hit(engine):
     job = prompt(engine, 30)
     first, *rest = job.tokens
     with Scheduler(engine, piece=PIECE) as scheduler:
@@ -88,7 +88,7 @@ def test_another_beginning_is_no_hit(engine):
         assert scheduler.submit(replace(job, tenant="b")).result().cached_tokens == 24
 
 
-def test_the_least_recently_used_leave_first(engine):
+def test_the_least_recently_used_entries_are_evicted_first(engine):
     jobs = [prompt(engine, 30, memory=random_memory(engine, random.Random(seed))) for seed in range(3)]
     with Scheduler(engine, piece=PIECE) as scheduler:
         scheduler.submit(jobs[0]).result()
@@ -101,7 +101,7 @@ def test_the_least_recently_used_leave_first(engine):
         assert scheduler.counters.cache_bytes == 2 * one
 
 
-def test_what_is_forgotten_is_computed_again(engine):
+def test_deleted_entries_are_computed_again(engine):
     """And nothing of it is kept, whatever else is."""
     job, other = prompt(engine, 30), prompt(engine, 30, memory=random_memory(engine, random.Random(1)))
     jobs = [
@@ -122,7 +122,7 @@ def test_what_is_forgotten_is_computed_again(engine):
         assert [scheduler.submit(each).result().cached_tokens for each in jobs] == [0, 24, 24]
 
 
-def test_who_is_forgotten_while_a_prompt_is_read_leaves_nothing(engine):
+def test_deleting_during_a_prefill_leaves_nothing_in_the_cache(engine):
     job = prompt(engine, 60, names=frozenset({"anna"}))
     running = RunningJob(engine, Ticket(job, engine.text, Bell()), engine.text.ids, PIECE)
     running.begin(engine, PrefixCache(engine, PIECE, 2**20))

@@ -28,7 +28,7 @@ def job_of(engine, content, tokens=8, tenant="a", memory=None, write=True, **opt
     return Job(tenant, memory or empty_memory(engine), fed, Sampling(tokens), write, **options)
 
 
-def test_requests_together_are_answered_as_each_alone(engine):
+def test_requests_in_a_batch_are_answered_as_each_alone(engine):
     contents = [*TURNS, *OTHERS]
     lengths = [5, 9, 3, 12, 1, 7]
     with Scheduler(engine, max_batch=4, piece=6) as scheduler:
@@ -42,7 +42,7 @@ def test_requests_together_are_answered_as_each_alone(engine):
     assert scheduler.counters.completed == 6 and scheduler.counters.step_rows > scheduler.counters.steps
 
 
-def test_what_is_wrong_with_a_request_is_said_before_it_waits(engine):
+def test_invalid_requests_raise_before_they_are_queued(engine):
     memory = empty_memory(engine)
     poisoned = StoredMemory({i: np.full_like(s, np.nan) for i, s in memory.states.items()}, {}, memory.adapter)
     with Scheduler(engine) as scheduler:
@@ -59,7 +59,7 @@ def test_what_is_wrong_with_a_request_is_said_before_it_waits(engine):
         assert scheduler.submit(job_of(engine, "hello")).result().answer.tokens
 
 
-def test_who_is_late_or_gone_leaves_and_the_others_go_on(engine):
+def test_late_and_cancelled_requests_leave_the_batch(engine):
     with Scheduler(engine, max_batch=2, max_queue=3) as scheduler:
         long = [scheduler.submit(job_of(engine, c, 400)) for c in TURNS[:2]]
         for ticket in long:
@@ -78,7 +78,7 @@ def test_who_is_late_or_gone_leaves_and_the_others_go_on(engine):
         assert [ticket.result().answer for ticket in waiting[1:]] == [expected] * 2
 
 
-def test_closing_answers_everybody_or_says_so(engine):
+def test_closing_answers_or_rejects_every_request(engine):
     scheduler = Scheduler(engine, max_batch=1)
     tickets = [scheduler.submit(job_of(engine, c)) for c in TURNS]
     scheduler.close(drain=True)

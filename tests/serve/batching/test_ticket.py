@@ -1,4 +1,4 @@
-"""What readers get, and how often they are woken for it."""
+"""What the readers of an answer receive, and how often they are woken."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def engine():
     return make_engine(frozenset({40}))
 
 
-def test_an_answer_that_is_not_streamed_comes_whole_and_is_the_same(engine):
+def test_an_answer_without_streaming_is_the_same_text(engine):
     free = Conversation(engine).generate("hello there", Sampling(30))
     for stop in ((), (free.text[5:8],)):
         job = job_of(engine, "hello there", 30)
@@ -34,7 +34,7 @@ def test_an_answer_that_is_not_streamed_comes_whole_and_is_the_same(engine):
         assert (end.answer.text == free.text) is not bool(stop)
 
 
-def test_pieces_that_wait_for_their_reader_are_one(engine):
+def test_waiting_pieces_are_joined(engine):
     job = job_of(engine, "hello there", 30)
     with Scheduler(engine) as scheduler:
         ticket = scheduler.submit(job)
@@ -43,7 +43,7 @@ def test_pieces_that_wait_for_their_reader_are_one(engine):
     assert piece == end.answer.text == Conversation(engine).generate("hello there", Sampling(30)).text
 
 
-def test_the_first_piece_and_the_end_do_not_wait_for_a_pause(engine, monkeypatch):
+def test_the_first_and_last_pieces_are_delivered_at_once(engine, monkeypatch):
     job = job_of(engine, "hello there", 30)
 
     async def read(ticket):
@@ -73,7 +73,7 @@ SOON, LATER = PIECE_SECONDS * 1.01, LONGEST_PIECE_SECONDS * 1.01
         (LATER, BUSY, 1000, True),
     ],
 )
-def test_the_patient_wait_for_the_clock_and_for_what_waking_them_costs(monkeypatch, seconds, share, readers, woken):
+def test_readers_are_woken_by_interval_and_cost(monkeypatch, seconds, share, readers, woken):
     now = SimpleNamespace(monotonic=lambda: 0.0, process_time=lambda: 0.0)
     monkeypatch.setattr("deltamem_tool.serve.batching.ticket.time", now)
 

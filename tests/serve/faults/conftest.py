@@ -1,4 +1,4 @@
-"""The model that the servers of these tests have, and where their memories are."""
+"""The model of the servers of these tests, and their databases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Users who tell and ask, each in order, over servers that fail; and what a conversation alone would have said."""
+"""Users who send turns in order to servers that fail, and the answers of the same conversation alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that go, that stop reading, and that send half of what they announce."""
+"""Clients that disconnect, stop reading, or send incomplete requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USERS, TURNS = 16, 4
 SMALL_BUFFER = 4096  # bytes that a client which does not read takes
 
 
-def test_who_goes_before_the_answer_has_it_later_and_is_written_once(start, sqlite_url, engine):
+def test_a_client_that_disconnects_gets_its_answer_later_and_is_written_once(start, sqlite_url, engine):
     server = start(sqlite_url, "--max-batch", "4")
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
     load = Load([server.url], leaving=0.5)
@@ -32,7 +32,7 @@ def test_who_goes_before_the_answer_has_it_later_and_is_written_once(start, sqli
     store.close()
 
 
-def test_who_comes_to_a_full_queue_is_told_so_and_answered_later(start, sqlite_url, engine):
+def test_clients_rejected_by_a_full_queue_are_answered_later(start, sqlite_url, engine):
     server = start(sqlite_url, "--max-batch", "2", "--max-queue", "4")
     users = [new_user(number, times(2)) for number in range(3 * USERS)]
     load = Load([server.url])
@@ -61,7 +61,7 @@ def body_of(user, text, **options) -> bytes:
     ).encode()
 
 
-def test_half_a_request_writes_nothing_and_holds_nobody_up(start, sqlite_url, engine):
+def test_an_incomplete_request_writes_nothing_and_blocks_nobody(start, sqlite_url, engine):
     server = start(sqlite_url)
     body = body_of("half", "My dog is Rex.")
     halves = [send_head(server, length=len(body), body=body[: len(body) // 2]) for _ in range(100)]
@@ -84,7 +84,7 @@ def test_half_a_request_writes_nothing_and_holds_nobody_up(start, sqlite_url, en
     store.close()
 
 
-def test_who_stops_reading_holds_nobody_up(start, sqlite_url):
+def test_a_client_that_stops_reading_blocks_nobody(start, sqlite_url):
     """Not their own memory either: the answer is stored, and the next request goes on from it."""
     server = start(sqlite_url)
     silent = [

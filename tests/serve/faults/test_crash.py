@@ -1,4 +1,4 @@
-"""A server that is killed, or told to end, while users talk to it."""
+"""A server that is killed or terminated while it answers users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  #
 USERS, TURNS = 16, 6
 
 
-def test_a_killed_server_has_kept_what_it_answered(start, sqlite_url, engine):
+def test_a_killed_server_has_stored_every_answered_turn(start, sqlite_url, engine):
     """Three times; users go on where they were, and each message is written once."""
     server = start(sqlite_url)
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
@@ -48,7 +48,7 @@ def test_a_killed_server_has_kept_what_it_answered(start, sqlite_url, engine):
     store.close()
 
 
-def test_a_server_that_is_told_to_end_answers_what_it_has_begun(start, sqlite_url, engine):
+def test_a_terminated_server_finishes_requests_in_flight(start, sqlite_url, engine):
     server = start(sqlite_url, "--max-batch", "1")
     users = [new_user(number, 1) for number in range(USERS)]
     load = Load([server.url])

@@ -1,4 +1,4 @@
-"""Rows of the store that somebody has changed: their users are told so, and nobody else notices."""
+"""Rows of the store changed by somebody else: their users get an error, and others are not affected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def ask(server, user, text):
     return httpx2.post(f"{server.api}/chat/completions", json=body, timeout=60)
 
 
-def test_memories_that_were_exchanged_are_not_read(shipped, tmp_path):
+def test_swapped_memories_are_not_read(shipped, tmp_path):
     with serving(shipped, tmp_path) as server:
         for user, name in (("ann", "Rex"), ("ben", "Bella"), ("eve", "Luna")):
             assert ask(server, user, f"My dog is {name}.").status_code == 200

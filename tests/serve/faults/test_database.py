@@ -1,4 +1,4 @@
-"""A store that fails while users talk to a server, and comes back."""
+"""A store that fails while a server answers users, and recovers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def everybody_was_answered(engine, url, users):
 
 
 @pytest.mark.parametrize("way", ["stop", "kill"])
-def test_postgresql_is_restarted(way, start, postgres, engine):
+def test_users_are_served_across_a_restart_of_postgresql(way, start, postgres, engine):
     url = postgres.new_schema()
     server = start(url)
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
@@ -50,7 +50,7 @@ def test_postgresql_is_restarted(way, start, postgres, engine):
     everybody_was_answered(engine, url, users)
 
 
-def test_a_disk_is_full_and_has_room_again(start, sqlite_url, engine):
+def test_users_are_served_again_after_a_full_disk(start, sqlite_url, engine):
     """No file of the server's may grow for a while."""
     server = start(sqlite_url)
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
@@ -72,7 +72,7 @@ def test_a_disk_is_full_and_has_room_again(start, sqlite_url, engine):
     everybody_was_answered(engine, sqlite_url, users)
 
 
-def test_one_of_two_servers_is_killed(start, postgres, engine):
+def test_users_continue_on_the_other_server_when_one_is_killed(start, postgres, engine):
     """They have one database; each user talks to both, and whoever finds one dead goes on with the other."""
     url = postgres.new_schema()
     servers = [start(url), start(url)]
@@ -90,7 +90,7 @@ def test_one_of_two_servers_is_killed(start, postgres, engine):
     everybody_was_answered(engine, url, users)
 
 
-def test_clients_of_one_memory_on_two_servers(start, postgres, engine):
+def test_clients_of_one_memory_on_two_servers_lose_no_turn(start, postgres, engine):
     """Who loses a race is told so and tries again: each message is written once, in the order of the versions."""
     url = postgres.new_schema()
     servers = [start(url), start(url)]

@@ -1,4 +1,4 @@
-"""Nobody reads another's memory, whatever happens in between."""
+"""No user reads the memory of another, whatever fails in between."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recalled(user) -> list[bool]:
 
 
 @pytest.mark.timeout(900 + 300 * MEMORIES)  # on a busy machine
-def test_no_answer_and_no_memory_has_anything_of_another_user(start, sqlite_url, tmp_path, engine):
+def test_no_answer_or_memory_contains_data_of_another_user(start, sqlite_url, tmp_path, engine):
     """Each is what a conversation alone gives, to the letter and to the bit of rounding.
 
     Users of four tenants have the same names. They talk at once, go before they are answered, and the server is killed,

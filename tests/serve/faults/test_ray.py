@@ -1,4 +1,4 @@
-"""A Ray cluster of two replicas over PostgreSQL: one is killed while users talk, and each user has a replica."""
+"""A Ray cluster of two replicas over PostgreSQL: routing of users to replicas, and one replica killed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def nothing_committed(url):
         yield lambda: watcher.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]
 
 
-def test_requests_for_one_memory_come_to_one_replica(cluster, engine, url):
+def test_requests_for_one_memory_go_to_one_replica(cluster, engine, url):
     """They wait for each other there: over two servers some would lose a race, which is a conflict."""
     clients = [replace(new_user(number, times(TURNS)), name="shared") for number in range(4)]
     for number, turn in enumerate(turn for client in clients for turn in client.turns):
@@ -83,7 +83,7 @@ def test_users_are_divided_among_the_replicas(cluster):
         time.sleep(0.5)
 
 
-def test_one_of_two_replicas_is_killed(cluster, engine, url):
+def test_users_continue_when_one_replica_is_killed(cluster, engine, url):
     """Who was being answered is told so, or sees half an answer, and asks again."""
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
     load = Load([cluster.url], leaving=0.1)
@@ -116,7 +116,7 @@ def test_one_of_two_replicas_is_killed(cluster, engine, url):
         ({"max_batch": "many"}, "max_batch is invalid"),
     ],
 )
-def test_options_that_are_wrong_are_refused(change, says):
+def test_invalid_options_raise(change, says):
     from deltamem_tool.serve.ray_app import application
 
     options = {"model": "onnx", "store": "postgresql://x/y", "no_keys": "true"}
@@ -132,7 +132,7 @@ def session(path="/v1/chat/completions", body=b"{}", **headers):
     return session_of(Request({"type": "http", "path": path, "headers": named, "query_string": b""}), body)
 
 
-def test_what_names_a_memory_decides_where_a_request_goes():
+def test_requests_are_routed_by_the_name_of_the_memory():
     anna = session(body=json.dumps({"user": "anna"}).encode())
     assert anna == session(x_deltamem_memory="anna") == session("/v1/memories/anna/fork")
     assert anna == session(body=b'{"user": "ben"}', x_deltamem_memory="anna")  # the header goes first, as in the server

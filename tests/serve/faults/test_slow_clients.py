@@ -1,4 +1,4 @@
-"""Clients that take and send nothing for long are cut off, so that they hold neither memory nor the server's end."""
+"""Idle clients are disconnected, so that they occupy no memory and do not delay a shutdown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def until(condition) -> None:
         time.sleep(0.01)
 
 
-def test_who_does_not_read_is_cut_off(monkeypatch):
+def test_a_client_that_does_not_read_is_disconnected(monkeypatch):
     with connected(monkeypatch, "DEAF_SECONDS") as (server, client):
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         until(lambda: server.server_state.total_requests == 1)
@@ -55,7 +55,7 @@ def test_who_does_not_read_is_cut_off(monkeypatch):
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /missing HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])
-def test_who_sends_half_a_head_is_cut_off(monkeypatch, before):
+def test_a_client_that_sends_incomplete_headers_is_disconnected(monkeypatch, before):
     with connected(monkeypatch, "HEAD_SECONDS") as (server, client):
         client.sendall(before)
         until(lambda: server.server_state.total_requests == bool(before))

@@ -1,4 +1,4 @@
-"""Files that are not a store, or no longer."""
+"""Files that are not a store, or are damaged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_all(path) -> int:
     return right
 
 
-def test_a_file_that_was_cut_gives_errors_and_no_other_memory(whole, tmp_path):
+def test_a_truncated_file_raises_and_returns_no_wrong_memory(whole, tmp_path):
     content = whole.read_bytes()
     assert read_all(shutil.copy(whole, tmp_path / "copy.db")) == len(MEMORIES)
     for length in (1, 50, 100, 4096, 4097, len(content) // 2, len(content) - 4096):
@@ -54,7 +54,7 @@ def test_a_file_that_was_cut_gives_errors_and_no_other_memory(whole, tmp_path):
         assert read_all(path) < len(MEMORIES)
 
 
-def test_bytes_that_were_changed_give_errors_and_no_other_memory(whole, tmp_path):
+def test_changed_bytes_raise_and_return_no_wrong_memory(whole, tmp_path):
     content = whole.read_bytes()
     rng = random.Random(0)
     for number in range(20):
@@ -66,7 +66,7 @@ def test_bytes_that_were_changed_give_errors_and_no_other_memory(whole, tmp_path
         read_all(path)
 
 
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path):
+def test_a_foreign_file_raises_and_is_unchanged(tmp_path):
     letter = tmp_path / "letter.txt"
     letter.write_text("Dear store" * 1000)
     other = tmp_path / "other.db"
@@ -79,12 +79,12 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path):
         assert path.read_bytes() == before
 
 
-def test_a_file_is_readable_for_its_owner_alone(whole):
+def test_a_store_file_is_readable_only_by_its_owner(whole):
     assert whole.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(("version", "hint"), [(0, "empty database"), (2, "Update")])
-def test_tables_of_another_version_are_refused(store, store_url, open_store, version, hint):
+def test_tables_of_another_version_raise(store, store_url, open_store, version, hint):
     engine = create_engine(store_url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
         connection.execute(text("UPDATE deltamem_store SET schema_version = :version"), {"version": version})

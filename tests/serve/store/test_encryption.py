@@ -1,4 +1,4 @@
-"""Encryption at rest: nothing to read in the database, and no row passes for another."""
+"""Encryption at rest: the database holds no plain text, and rows cannot be exchanged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def forge(store_url):
     engine.dispose()
 
 
-def test_an_encrypted_store_returns_what_was_put(key, store, open_store):
+def test_an_encrypted_store_returns_the_stored_content(key, store, open_store):
     put = store.put("acme", "ada", b"state", None, {"fed": 1})
     store.put("acme", "ada", b"next")
     response = store.put_response("acme", "resp_1", b"state", ["Hi"], ("ada", 1))
@@ -47,7 +47,7 @@ def test_an_encrypted_store_returns_what_was_put(key, store, open_store):
     assert other.get("acme", "eve").turn == {"fed": 1}
 
 
-def test_nothing_can_be_read_in_its_files(key, tmp_path):
+def test_the_files_hold_no_plain_text(key, tmp_path):
     store = MemoryStore(f"sqlite:///{tmp_path}/memories.db")
     store.put("acme", "ada", b"a state of bytes", turn={"fed": "a turn of text"})
     store.put_response("acme", "resp_1", b"a state of bytes", ["a turn of text"])
@@ -58,7 +58,7 @@ def test_nothing_can_be_read_in_its_files(key, tmp_path):
     assert b"a turn of text" not in content
 
 
-def test_a_store_is_opened_with_its_own_key_alone(key, store, open_store, monkeypatch):
+def test_a_store_opens_only_with_its_own_key(key, store, open_store, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, new_key())
     with pytest.raises(ConfigError, match="another key"):
         open_store()
@@ -67,14 +67,14 @@ def test_a_store_is_opened_with_its_own_key_alone(key, store, open_store, monkey
         open_store()
 
 
-def test_a_store_without_encryption_takes_no_key(store, open_store, monkeypatch):
+def test_opening_an_unencrypted_store_with_a_key_raises(store, open_store, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, new_key())
     with pytest.raises(ConfigError, match="not encrypted"):
         open_store()
 
 
 @pytest.mark.parametrize("key", ["", "secret", base64.b64encode(b"short").decode(), "é" * 44])
-def test_a_key_that_is_not_32_bytes_is_refused(key, tmp_path, monkeypatch):
+def test_a_key_that_is_not_32_bytes_raises(key, tmp_path, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, key)
     with pytest.raises(ConfigError, match="key"):
         MemoryStore(f"sqlite:///{tmp_path}/memories.db")
@@ -100,7 +100,7 @@ def test_rows_cannot_be_swapped(key, store, forge):
         assert read("acme", f"{prefix}ada").data == b"state"
 
 
-def test_an_earlier_version_does_not_pass_for_a_later_one(key, store, forge):
+def test_an_earlier_version_cannot_replace_a_later_one(key, store, forge):
     store.put("acme", "ada", b"state")
     store.put("acme", "ada", b"state")
     forge("UPDATE deltamem_versions SET content = (SELECT min(content) FROM deltamem_versions)")
@@ -110,7 +110,7 @@ def test_an_earlier_version_does_not_pass_for_a_later_one(key, store, forge):
 
 
 @pytest.mark.parametrize("encrypted", [True, False])
-def test_content_that_was_changed_is_refused(encrypted, open_store, forge, monkeypatch):
+def test_changed_content_raises(encrypted, open_store, forge, monkeypatch):
     if encrypted:
         monkeypatch.setenv(KEY_VARIABLE, new_key())
     store = open_store()

@@ -1,4 +1,4 @@
-"""What is deleted from SQLite leaves its files."""
+"""Content deleted from SQLite is erased from its files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_no_byte_of_a_deleted_memory_is_left(store, tmp_path):
     assert left(tmp_path, [markers["eve"]])
 
 
-def test_responses_and_what_expired_are_erased_too(store, tmp_path):
+def test_responses_and_expired_memories_are_erased(store, tmp_path):
     rng = random.Random(0)
     markers = []
     for name, expires_at in (("resp_1", None), ("resp_2", 1)):
@@ -74,7 +74,7 @@ def test_responses_and_what_expired_are_erased_too(store, tmp_path):
     assert left(tmp_path, markers) == []
 
 
-def test_what_is_replaced_is_erased_too(store, tmp_path):
+def test_replaced_versions_are_erased(store, tmp_path):
     rng = random.Random(0)
     marker, data = marked(rng, 9216)
     store.put("acme", "ada", data)
@@ -85,7 +85,7 @@ def test_what_is_replaced_is_erased_too(store, tmp_path):
     assert left(tmp_path, [marker]) == []
 
 
-def test_what_a_killed_server_has_deleted_is_erased_by_the_next(store, tmp_path, tmp_path_factory):
+def test_deletions_of_a_killed_server_are_erased_by_the_next(store, tmp_path, tmp_path_factory):
     rng = random.Random(0)
     marker, data = marked(rng, 9216)
     store.put("acme", "ada", data)
@@ -126,7 +126,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(sqlite, "LOCK_SECONDS", 0.1)
 
 
-def test_a_reader_delays_it_and_the_receipt_says_so(impatient, store, tmp_path):
+def test_a_reader_delays_erasure_and_the_receipt_reports_it(impatient, store, tmp_path):
     rng = random.Random(0)
     markers = []
     for name in ("ada", "eve"):
@@ -145,7 +145,7 @@ def test_a_reader_delays_it_and_the_receipt_says_so(impatient, store, tmp_path):
 
 
 @pytest.mark.parametrize("page", [512, 1024, 4096, 65536])
-def test_content_is_in_overflow_pages_alone(page):
+def test_overflow_pages_hold_only_content(page):
     pages = OverflowPages(page)
     with closing(sqlite3.connect(":memory:")) as database:
         database.execute(f"PRAGMA page_size = {page}")

@@ -1,4 +1,4 @@
-"""What has expired is not there, and later out of the database."""
+"""Expired memories cannot be read, and are later deleted from the database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def store(open_store, clock):
     return open_store(clock=clock)
 
 
-def test_an_expired_memory_is_not_there(store, clock):
+def test_an_expired_memory_cannot_be_read(store, clock):
     store.put("acme", "ada", b"1", expires_at=1010)
     store.put("acme", "eve", b"1")
     store.put_response("acme", "resp_1", b"1", [], expires_at=1010)
@@ -40,7 +40,7 @@ def test_an_expired_memory_is_not_there(store, clock):
             call("acme", "ada")
 
 
-def test_its_name_is_free_for_a_new_memory(store, clock):
+def test_the_name_of_an_expired_memory_can_be_reused(store, clock):
     store.put("acme", "ada", b"1", expires_at=1010)
     clock.now = 1010
     with pytest.raises(Conflict):
@@ -49,7 +49,7 @@ def test_its_name_is_free_for_a_new_memory(store, clock):
     assert [each.version for each in store.versions("acme", "ada")] == [2]
 
 
-def test_each_version_says_anew_when_the_memory_expires(store, clock):
+def test_each_version_sets_the_expiry_anew(store, clock):
     store.put("acme", "ada", b"1", expires_at=1010)
     store.put("acme", "ada", b"2", expires_at=1020)
     clock.now = 1015
@@ -59,7 +59,7 @@ def test_each_version_says_anew_when_the_memory_expires(store, clock):
     assert store.get("acme", "ada").expires_at is None
 
 
-def test_what_has_expired_is_deleted(store, clock):
+def test_expired_memories_are_deleted(store, clock):
     for number in range(4):
         store.put("acme", f"memory {number}", b"1", expires_at=1010 if number % 2 else 1020)
         store.put_response("acme", f"response {number}", b"1", [], expires_at=1010 if number % 2 else None)

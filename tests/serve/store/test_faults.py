@@ -1,4 +1,4 @@
-"""Servers that are killed, databases that go away, disks that are full: what was answered is stored, and whole."""
+"""Killed servers, unavailable databases and full disks: every acknowledged write is stored completely."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENDLESS = 1_000_000
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_loses_nothing_that_it_answered(store_url, open_store):
+def test_a_killed_server_loses_no_acknowledged_write(store_url, open_store):
     for _ in range(3):
         command = [sys.executable, writer.__file__, store_url, str(ENDLESS)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -68,7 +68,7 @@ def wait_for_more(answered, number=5):
 @pytest.mark.server
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_database_that_is_restarted_is_found_again(counting, postgres, end):
+def test_a_restarted_database_is_reconnected(counting, postgres, end):
     store, answered, errors = counting
     wait_for_more(answered)
     getattr(postgres, end)()
@@ -86,7 +86,7 @@ def test_a_database_that_is_restarted_is_found_again(counting, postgres, end):
 
 
 @pytest.mark.server
-def test_a_connection_that_is_lost_is_one_clear_error(postgres):
+def test_a_lost_connection_raises_one_clear_error(postgres):
     """The pool tries a connection before it is used, but this one goes in the middle of a transaction."""
     with closing(MemoryStore(postgres.new_schema())) as store:
         store.put("acme", "ada", b"1")
@@ -103,7 +103,7 @@ def test_a_connection_that_is_lost_is_one_clear_error(postgres):
         assert store.get("acme", "ada") == stored
 
 
-def test_a_database_that_is_not_there_is_one_clear_error(tmp_path):
+def test_an_unreachable_database_raises_one_clear_error(tmp_path):
     url = f"postgresql://deltamem:secret@/postgres?host={tmp_path}"
     with pytest.raises(StoreUnavailable) as raised:
         MemoryStore(url)
@@ -137,14 +137,14 @@ def check_full(store: MemoryStore) -> None:
     assert store.get("acme", "memory 0").version == 1
 
 
-def test_a_full_disk_leaves_what_is_there(tmp_path):
+def test_a_full_disk_keeps_stored_memories(tmp_path):
     with closing(MemoryStore(f"sqlite:///{tmp_path}/memories.db")) as store:
         with small_files(500_000):
             check_full(store)
         assert store.put("acme", "memory 0", b"new", 1).version == 2
 
 
-def test_a_full_file_system_leaves_what_is_there(tmp_path):
+def test_a_full_file_system_keeps_stored_memories(tmp_path):
     with (
         small_disk(tmp_path / "disk", megabytes=2) as disk,
         closing(MemoryStore(f"sqlite:///{disk}/memories.db")) as store,
@@ -157,7 +157,7 @@ def test_a_full_file_system_leaves_what_is_there(tmp_path):
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_a_full_table_space_leaves_what_is_there(postgres):
+def test_a_full_table_space_keeps_stored_memories(postgres):
     with small_disk(postgres.folder / "disk", megabytes=4) as disk:
         (disk / "space").mkdir()
         postgres.own(disk / "space")
@@ -172,7 +172,7 @@ def test_a_full_table_space_leaves_what_is_there(postgres):
             postgres.execute("DROP TABLESPACE small")
 
 
-def test_a_locked_file_is_one_clear_error(tmp_path, monkeypatch):
+def test_a_locked_file_raises_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("deltamem_tool.serve.store.sqlite.LOCK_SECONDS", 0.1)
     with (
         closing(MemoryStore(f"sqlite:///{tmp_path}/memories.db")) as store,
@@ -188,7 +188,7 @@ def test_a_locked_file_is_one_clear_error(tmp_path, monkeypatch):
             other.put("acme", "ada", b"2", 1)
 
 
-def test_a_folder_that_is_gone_is_one_clear_error(tmp_path):
+def test_a_missing_folder_raises_one_clear_error(tmp_path):
     folder = tmp_path / "store"
     with closing(MemoryStore(f"sqlite:///{folder}/memories.db")) as store:
         store.put("acme", "ada", b"1")

@@ -1,4 +1,4 @@
-"""Changes of many threads in one transaction: each by itself, and none answered before it is committed."""
+"""Changes of many threads in one transaction: independent of each other, and acknowledged only after the commit."""
 
 from __future__ import annotations
 
@@ -73,19 +73,19 @@ def numbers(tmp_path):
     return Numbers(tmp_path / "numbers.db")
 
 
-def test_those_that_wait_are_committed_together(numbers):
+def test_waiting_changes_are_committed_together(numbers):
     found = numbers.together([lambda n=n: numbers.add(n) for n in range(THREADS)])
     assert found == [-1, *range(THREADS)]
     assert numbers.all() == sorted(found) and numbers.transactions == 2
 
 
-def test_more_than_fit_into_one_transaction_follow(numbers, monkeypatch):
+def test_changes_beyond_one_transaction_are_committed_next(numbers, monkeypatch):
     monkeypatch.setattr(group_commit, "MAX_TOGETHER", 5)
     numbers.together([lambda n=n: numbers.add(n) for n in range(THREADS)])
     assert numbers.all() == [-1, *range(THREADS)] and numbers.transactions == 1 + 3
 
 
-def test_one_that_raises_leaves_the_others(numbers):
+def test_a_change_that_raises_does_not_affect_the_others(numbers):
     def raises(connection):
         connection.execute(insert(NUMBERS).values(number=100))
         raise Conflict("no", "", "")
@@ -96,7 +96,7 @@ def test_one_that_raises_leaves_the_others(numbers):
     assert numbers.all() == [-1, 1, 2]
 
 
-def test_nobody_is_answered_where_the_transaction_fails(numbers):
+def test_no_change_is_acknowledged_when_the_transaction_fails(numbers):
     numbers.fails = True
     found = numbers.together([lambda n=n: numbers.add(n) for n in range(THREADS)])
     assert all(isinstance(error, OSError) for error in found) and numbers.all() == []
@@ -111,7 +111,7 @@ def test_a_failure_of_the_database_ends_the_whole_transaction(numbers):
     assert numbers.all() == [-1]
 
 
-def test_who_is_interrupted_interrupts_no_other(numbers):
+def test_an_interrupted_thread_does_not_interrupt_others(numbers):
     def interrupted(connection):
         raise KeyboardInterrupt
 
@@ -121,7 +121,7 @@ def test_who_is_interrupted_interrupts_no_other(numbers):
     assert numbers.all() == [-1]
 
 
-def test_who_waits_too_long_is_told_and_changes_nothing(numbers, monkeypatch):
+def test_a_change_that_times_out_raises_and_changes_nothing(numbers, monkeypatch):
     monkeypatch.setattr(group_commit, "TURN_SECONDS", 0.05)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(numbers.add, 1)

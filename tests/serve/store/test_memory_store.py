@@ -1,4 +1,4 @@
-"""Memories in a store: what is put is got, and nobody overwrites what he has not seen."""
+"""Memories in a store: read back as written, and never overwritten by a writer that has not seen the newest version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA = [b"", b"\0" * 9216, bytes(range(256)) * 800]
 
 
 @pytest.mark.parametrize("data", DATA, ids=len)
-def test_a_memory_is_returned_as_it_was_put(store, open_store, data):
+def test_a_memory_is_returned_as_stored(store, open_store, data):
     put = store.put("acme", "ada", data, None, {"messages": ["é", "😀"]}, expires_at=None)
     assert (put.version, put.data, put.turn) == (1, data, {"messages": ["é", "😀"]})
     assert put.created_at == put.updated_at
@@ -22,7 +22,7 @@ def test_a_memory_is_returned_as_it_was_put(store, open_store, data):
         assert server.get("acme", "ada") == put
 
 
-def test_a_writer_who_has_not_seen_the_newest_version_is_refused(store):
+def test_a_writer_with_an_outdated_version_conflicts(store):
     store.put("acme", "ada", b"1", None)
     second = store.put("acme", "ada", b"2", 1)
     for expected in (None, 1, 3):
@@ -37,7 +37,7 @@ def test_a_writer_who_has_not_seen_the_newest_version_is_refused(store):
     assert store.put("acme", "ada", b"3").version == 3  # whatever is there
 
 
-def test_a_missing_memory_is_none_or_an_error(store):
+def test_a_missing_memory_gives_none_or_raises(store):
     assert store.get("acme", "ada") is None
     calls = (store.delete, store.versions, lambda *n: store.restore(*n, 1), lambda *n: store.fork(*n, "new"))
     for call in calls:
@@ -69,7 +69,7 @@ def test_an_earlier_version_becomes_the_next_one(store):
         store.restore("acme", "ada", 7)
 
 
-def test_a_fork_goes_its_own_way(store):
+def test_a_fork_is_independent(store):
     store.put("acme", "ada", b"1")
     store.put("acme", "ada", b"2", turn={"fed": 2})
     fork = store.fork("acme", "ada", "eve")
@@ -107,7 +107,7 @@ def test_memories_are_listed_in_pages_in_the_order_of_their_bytes(store):
     assert vars(newest) == {name: stored[name] for name in vars(newest)}
 
 
-def test_a_memory_that_is_created_again_is_another(store):
+def test_a_recreated_memory_is_a_different_one(store):
     """Who began before the deletion does not bring back what was deleted."""
     for data in (b"1", b"2"):
         store.put("acme", "ada", data)
@@ -121,7 +121,7 @@ def test_a_memory_that_is_created_again_is_another(store):
     assert store.put("umbrella", "ada", b"other tenant").version == 1
 
 
-def test_a_receipt_says_what_was_deleted(store):
+def test_a_receipt_lists_what_was_deleted(store):
     stored = [store.put("acme", "ada", data) for data in (b"1", b"2")]
     receipt = store.delete("acme", "ada", expected=2)
     assert (receipt.tenant, receipt.id, receipt.responses) == ("acme", "ada", ())
@@ -133,7 +133,7 @@ def test_a_receipt_says_what_was_deleted(store):
     assert store.usage("acme") == Usage(0, 0)
 
 
-def test_a_tenant_stores_no_more_than_its_quota(open_store):
+def test_writing_beyond_the_quota_raises(open_store):
     store = open_store(quota=Quota(memories=2, bytes=100), keep_versions=2)
     store.put("acme", "a", b"x" * 40)
     with pytest.raises(QuotaExceeded, match="bytes"):
@@ -157,7 +157,7 @@ def test_a_tenant_stores_no_more_than_its_quota(open_store):
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "a\nb", "\ud800", "x" * 201])
-def test_a_name_that_a_database_does_not_take_is_refused(store, name):
+def test_a_name_that_a_database_cannot_store_raises(store, name):
     for call in (store.get, store.delete, lambda *n: store.put(*n, b"1"), lambda *n: store.get_response(*n)):
         for names in ((name, "ada"), ("acme", name)):
             with pytest.raises(ConfigError, match="name"):
@@ -177,7 +177,7 @@ def test_a_name_that_a_database_does_not_take_is_refused(store, name):
         "sqlite:///a.db?synchronous=off",
     ],
 )
-def test_a_url_that_is_not_a_store_is_refused(url, tmp_path, monkeypatch):
+def test_a_url_that_is_not_a_store_raises(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="URL"):
         MemoryStore(url)

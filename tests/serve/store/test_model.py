@@ -1,4 +1,4 @@
-"""Random calls give what the same calls of plain dictionaries give."""
+"""Random calls of a store match the same calls of a model made of dictionaries."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def outcome(call, *arguments):
 
 
 @pytest.mark.slow
-def test_random_calls_give_what_dictionaries_give(open_store):
+def test_random_calls_match_the_model(open_store):
     store = open_store(keep_versions=KEPT)
     rng = random.Random(0)
     models = {tenant: Model() for tenant in TENANTS}
@@ -130,12 +130,12 @@ def test_random_calls_give_what_dictionaries_give(open_store):
     for _ in range(STEPS * len(TENANTS)):
         tenant = rng.choice(TENANTS)
         name, *arguments = random_call(rng)
-        wanted = outcome(getattr(models[tenant], name), *arguments)
+        expected = outcome(getattr(models[tenant], name), *arguments)
         if name == "put_response":
             response, data, *memory = arguments
             arguments = [response, data, [], tuple(memory)]
-        assert plain(outcome(getattr(store, name), tenant, *arguments)) == wanted, (name, arguments)
-        seen.add((name, wanted if isinstance(wanted, type) else wanted is not None))
+        assert plain(outcome(getattr(store, name), tenant, *arguments)) == expected, (name, arguments)
+        seen.add((name, expected if isinstance(expected, type) else expected is not None))
     for tenant, model in models.items():
         assert {memory.id: memory.version for memory in store.list(tenant)} == {
             name: max(kept) for name, kept in model.memories.items()

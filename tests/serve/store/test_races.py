@@ -1,4 +1,4 @@
-"""Many writers of one memory: each change that was answered is there, and none is there twice."""
+"""Many writers of one memory: each acknowledged change is stored exactly once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_processes_lose_no_change(store_url, open_store):
     assert writer.number_of(open_store().get(writer.TENANT, writer.NAME).data) == turns * PROCESSES
 
 
-def test_one_of_many_creates_a_memory(store):
+def test_only_one_of_many_writers_creates_a_memory(store):
     def create(index):
         try:
             return store.put("acme", "ada", b"%d" % index, None)
@@ -63,13 +63,13 @@ def test_one_of_many_creates_a_memory(store):
     assert store.usage("acme").memories == 1
 
 
-def test_writers_who_take_any_version_follow_each_other(store):
+def test_writers_that_accept_any_version_are_serialised(store):
     answered = together(lambda index: store.put("acme", "ada", b"%d" % index).version)
     assert sorted(answered) == list(range(1, THREADS + 1))
 
 
 @pytest.mark.slow
-def test_what_is_counted_is_what_is_stored(store):
+def test_counted_sizes_match_the_stored_content(store):
     """Writers, readers and deletions of a few memories at once."""
 
     def work(index):

@@ -1,4 +1,4 @@
-"""Snapshots after responses: branches of a conversation, which go with the memory that they were made with."""
+"""Snapshots after responses: branches of a conversation, deleted with their memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deltamem_tool.serve.store import Conflict, NotFound, Usage
 TRANSCRIPT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-def test_a_response_is_returned_as_it_was_put(store, open_store):
+def test_a_response_is_returned_as_stored(store, open_store):
     put = store.put_response("acme", "resp_1", b"state", TRANSCRIPT)
     assert (put.data, put.transcript, put.memory) == (b"state", TRANSCRIPT, None)
     assert open_store().get_response("acme", "resp_1") == put
@@ -37,7 +37,7 @@ def test_a_deleted_response_is_gone(store):
         store.delete_response("acme", "resp_1")
 
 
-def test_responses_go_with_the_memory_that_they_were_made_with(store):
+def test_responses_are_deleted_with_their_memory(store):
     version = store.put("acme", "ada", b"state").version
     store.put("acme", "eve", b"state")
     for name, memory in (("resp_2", "ada"), ("resp_1", "ada"), ("resp_3", "eve"), ("resp_4", None)):
@@ -51,7 +51,7 @@ def test_responses_go_with_the_memory_that_they_were_made_with(store):
     ]
 
 
-def test_a_response_of_a_deleted_memory_is_not_kept(store):
+def test_a_response_of_a_deleted_memory_is_not_stored(store):
     """Its request began before the deletion, and would leave behind what was deleted."""
     version = store.put("acme", "ada", b"state").version
     store.delete("acme", "ada")

@@ -1,4 +1,4 @@
-"""A server of its own that counts in a memory, and says when it is answered: `writer.py URL TIMES`."""
+"""A separate process that counts in a memory, and prints each acknowledged count: `writer.py URL TIMES`."""
 
 from __future__ import annotations
 
