@@ -1,4 +1,4 @@
-"""Chats on the shipped model, without a terminal, and what they say."""
+"""Chats with the shipped model without a terminal, and their output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run `deltamem` as a person does: through its entry point, with its own error boundary."""
+"""Run `deltamem` as a user does: through its entry point, with its own error handling."""
 
 from __future__ import annotations
 

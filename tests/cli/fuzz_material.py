@@ -1,4 +1,4 @@
-"""What commands are tried on: files that are right, files of every wrong sort, and command lines that work."""
+"""Material for the fuzz tests: valid files, invalid files of every kind, and valid command lines."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from deltamem_tool.cli import cli
 from deltamem_tool.cli.termination import interrupt_on_signals
 
 
-def invoked(arguments: list[str], lines: str, said: Path) -> None:
+def invoked(arguments: list[str], lines: str, output: Path) -> None:
     """Run `deltamem` with `lines` as its input; each process writes what it prints on stdout, beside `said`."""
     torch.set_num_threads(1)
     with interrupt_on_signals():
         done = CliRunner().invoke(cli, arguments, input=lines, prog_name="deltamem")
-    said.with_name(f"{said.name}-{launch_rank()}").write_text(done.stdout)
+    output.with_name(f"{output.name}-{launch_rank()}").write_text(done.stdout)
     sys.exit(done.exit_code)

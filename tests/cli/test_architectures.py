@@ -1,4 +1,4 @@
-"""`deltamem architectures`: what it prints is the table that ships, and the table is what the models show."""
+"""`deltamem architectures` prints the shipped table, and the table matches the models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_type_is_listed(deltamem):
 
 
 @pytest.mark.slow
-def test_the_table_is_what_the_models_show():
+def test_the_table_matches_the_models():
     """Of the types that the installed transformers knows, where it is an older one than the table's."""
     known = [row for row in supported_types() if row.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     assert known == support_table.generate(), f"stale: run {support_table.COMMAND}"
@@ -56,7 +56,7 @@ def test_the_docs_have_the_same_table():
     assert docs == support_table.with_table(docs, supported_types()), f"stale: run {support_table.COMMAND}"
 
 
-def test_known_types():
+def test_a_known_type_is_printed():
     by_name = {row.model_type: row for row in supported_types()}
     assert by_name["qwen3"].export and by_name["qwen3"].branches == list("qkvo") and by_name["qwen3"].reason is None
     assert by_name["deepseek_v3"].branches == ["q", "o"] and "latent" in (by_name["deepseek_v3"].reason or "")
@@ -66,7 +66,7 @@ def test_known_types():
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_what_people_read(deltamem, monkeypatch, columns):
+def test_the_output_fits_the_terminal(deltamem, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     done = deltamem("architectures")
     assert done.code == 0 and done.err == ""
@@ -79,17 +79,17 @@ def test_what_people_read(deltamem, monkeypatch, columns):
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "GPT-NeoX"])
-def test_a_part_of_a_name(deltamem, name):
+def test_part_of_a_name_lists_matching_types(deltamem, name):
     assert [row["model_type"] for row in printed(deltamem, name)] == ["gpt_neox", "gpt_neox_japanese"]
     assert [row.model_type for row in types_named("bert-generation")] == ["bert-generation"]
 
 
-def test_an_unknown_name(deltamem):
+def test_an_unknown_name_gives_a_short_error(deltamem):
     deltamem("architectures", "gtp-neox").assert_short_error("gtp-neox", "gpt_neox", "deltamem patch", code=1)
     deltamem("architectures", "[/]").assert_short_error("[/]", code=1)
 
 
-def test_it_imports_nothing_heavy():
+def test_the_command_imports_nothing_heavy():
     code = (
         "import sys; from deltamem_tool.cli import main; sys.argv = ['deltamem', 'architectures']\n"
         "try: main()\n"

@@ -1,4 +1,4 @@
-"""Data that a task cannot use: three lines, exit code 1, and nothing written."""
+"""Data that a task cannot use: a three-line error, exit code 1, and nothing written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refused(here, done, *words):
     assert not {"records/", "found.json", "found.png"} & listing(here).keys()
 
 
-def test_files_and_questions(here, evaluated):
+def test_invalid_files_and_questions_give_a_short_error(here, evaluated):
     write(here / "cut.json", '[{"qa": ')
     refused(here, evaluated("locomo", "cut.json"), "cut.json is not JSON", "char 8")
     rows = [QUESTION, {**QUESTION, "_id": "5a8c", "answer": ""}]
@@ -55,7 +55,7 @@ def test_files_and_questions(here, evaluated):
     )
 
 
-def test_histories_that_are_too_long(here, evaluated, punkt):
+def test_histories_that_are_too_long_give_a_short_error(here, evaluated, punkt):
     counted = ["--set", "tokenizer=base"]
     texts = [" ".join(f"{number}. Ann lives in {place}." for number in range(60)) for place in ("Oslo", "Rome")]
     rows = [row("factconsolidation_sh_6k", text, ("Where does Ann live?", ["Oslo"])) for text in texts]
@@ -70,7 +70,7 @@ def test_histories_that_are_too_long(here, evaluated, punkt):
     assert done.code == 0 and json.loads(done.out)["groups"] == ["conflict resolution, factconsolidation_sh_6k"]
 
 
-def test_a_talk_that_is_too_long(here, evaluated):
+def test_a_conversation_that_is_too_long_gives_a_short_error(here, evaluated):
     turns = [{"speaker": "Ben", "text": "I moved to Oslo."}] * 60
     long = {**TALK, "sample_id": "talk-8", "conversation": {**TALK["conversation"], "session_2": turns}}
     write(here / "talks.json", [TALK, long])

@@ -1,4 +1,4 @@
-"""Every line of 'Bad input': a short error with the next step, exit code 1 or 2, and nothing half-written."""
+"""Invalid input: a short error with the next step, exit code 1 or 2, and no partial output."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def here(tmp_path, monkeypatch):
 def config_only(folder: Path, model_type: str, architecture: str | None, **changes) -> Path:
     """A checkpoint of which nothing but the config is there: enough to refuse it."""
     configs = {"t5": T5Config, "bert": BertConfig}
-    said = configs[model_type]().to_dict() if model_type in configs else {}
-    said |= {"model_type": model_type, "architectures": [architecture] if architecture else None, **changes}
+    config = configs[model_type]().to_dict() if model_type in configs else {}
+    config |= {"model_type": model_type, "architectures": [architecture] if architecture else None, **changes}
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def write_recipe(folder: Path, base: Path, **sections) -> Path:
-    said = {
+    content = {
         "base": str(base),
         "out": str(folder / "adapter"),
         "memory": {"rank": 4, "state_heads": 2},
@@ -49,7 +49,7 @@ def write_recipe(folder: Path, base: Path, **sections) -> Path:
         "data": {"facts_first": 1, "facts_last": 2},
         **sections,
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(said))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return folder / "recipe.yaml"
 
 
@@ -67,17 +67,17 @@ def write_recipe(folder: Path, base: Path, **sections) -> Path:
         ("pull", "someone/adapter", "--out", ""),
     ],
 )
-def test_an_empty_path_is_not_the_folder_you_are_in(here, deltamem, arguments):
+def test_an_empty_path_is_not_the_working_directory(here, deltamem, arguments):
     deltamem(*arguments).assert_short_error("A path is empty", "variable", code=1)
     assert not listing(here)
 
 
 @pytest.mark.parametrize("options", [("--set", "seed=1"), ("--data", "a.json", "--set", "data=b.json")])
-def test_an_option_of_a_task_is_given_once(here, deltamem, options):
+def test_an_option_of_a_task_given_twice_is_rejected(here, deltamem, options):
     deltamem("eval", "builtin:adapter", *options).assert_short_error("--set", code=2)
 
 
-def test_a_name_of_several_lines_is_shown_in_one(here, deltamem):
+def test_a_name_with_line_breaks_is_shown_in_one_line(here, deltamem):
     done = deltamem("inspect", "no\nsuch\nfolder")
     done.assert_short_error("no\\nsuch\\nfolder")
     assert len(done.err.splitlines()) == 3
@@ -97,7 +97,7 @@ def test_a_name_of_several_lines_is_shown_in_one(here, deltamem):
         ("gpt2", "GPT2LMHeadModel", ["no safetensors weights", "save_pretrained"]),
     ],
 )
-def test_a_base_that_takes_no_memory(here, deltamem, model_type, architecture, says):
+def test_an_unsupported_base_is_rejected(here, deltamem, model_type, architecture, says):
     base = config_only(here / "base", model_type, architecture)
     before = listing(here)
     deltamem("patch", base, "--out", "adapter").assert_short_error(*says, code=1)
@@ -107,7 +107,7 @@ def test_a_base_that_takes_no_memory(here, deltamem, model_type, architecture, s
     assert listing(here) == before
 
 
-def test_a_model_without_attention(here, deltamem):
+def test_a_model_without_attention_is_rejected(here, deltamem):
     from transformers import AutoModelForCausalLM, MambaConfig
 
     config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32)
@@ -118,27 +118,27 @@ def test_a_model_without_attention(here, deltamem):
     assert listing(here) == before
 
 
-def test_an_encoder_with_weights(here, deltamem):
+def test_an_encoder_with_weights_is_rejected(here, deltamem):
     from transformers import BertModel
 
     BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(here / "base")
     before = listing(here)
     deltamem("patch", "base", "--out", "adapter").assert_short_error("BertModel", "such as Qwen3", code=1)
     # and one whose config does not say what it is
-    said = json.loads((here / "base" / "config.json").read_text())
-    (here / "base" / "config.json").write_text(json.dumps({**said, "architectures": None}))
+    config = json.loads((here / "base" / "config.json").read_text())
+    (here / "base" / "config.json").write_text(json.dumps({**config, "architectures": None}))
     deltamem("patch", "base", "--out", "adapter").assert_short_error("is an encoder", "is_decoder", code=1)
     assert set(listing(here)) == set(before)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "no/where"])
-def test_a_folder_that_is_not_there(here, deltamem, name):
+def test_a_missing_folder_is_rejected(here, deltamem, name):
     for arguments in (("patch", name, "--out", "adapter"), ("inspect", name), ("eval", name)):
         deltamem(*arguments).assert_short_error(name, code=1)
     assert listing(here) == {}
 
 
-def test_a_folder_that_is_no_checkpoint(here, deltamem):
+def test_a_folder_that_is_not_a_checkpoint_is_rejected(here, deltamem):
     (here / "empty").mkdir()
     deltamem("patch", "empty", "--out", "adapter").assert_short_error("not a checkpoint", "config.json", code=1)
     deltamem("inspect", "empty").assert_short_error("not an adapter folder", "deltamem patch", code=1)
@@ -148,7 +148,7 @@ def test_a_folder_that_is_no_checkpoint(here, deltamem):
     assert set(listing(here)) == {"empty/", "empty/config.json"}
 
 
-def test_a_rank_larger_than_the_hidden_size(here, deltamem, checkpoint):
+def test_a_rank_larger_than_the_hidden_size_is_rejected(here, deltamem, checkpoint):
     for rank, says in ((33, "hidden size, 32"), (65, "rank must be 64 or less"), (0, "rank must be 1 or more")):
         deltamem("patch", checkpoint, "--out", "adapter", "--rank", rank).assert_short_error(says, code=1)
     recipe = write_recipe(here, checkpoint, memory={"rank": 33})
@@ -157,7 +157,7 @@ def test_a_rank_larger_than_the_hidden_size(here, deltamem, checkpoint):
     assert listing(here) == before
 
 
-def test_options_that_do_not_fit(here, deltamem, checkpoint):
+def test_options_that_do_not_fit_are_rejected(here, deltamem, checkpoint):
     for options, says in (
         (("--layers", "0,9"), "no attention in layers [9]"),
         (("--branches", "q,x"), "'x'"),
@@ -173,7 +173,7 @@ def test_options_that_do_not_fit(here, deltamem, checkpoint):
     assert listing(here) == {}
 
 
-def test_what_is_there_is_not_overwritten(here, deltamem, checkpoint):
+def test_existing_files_are_not_overwritten(here, deltamem, checkpoint):
     (here / "adapter").mkdir()
     (here / "adapter" / "notes.txt").write_text("mine")
     before = listing(here)
@@ -185,7 +185,7 @@ def test_what_is_there_is_not_overwritten(here, deltamem, checkpoint):
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
-def test_a_place_that_cannot_be_written(here, deltamem, checkpoint, options):
+def test_an_output_that_cannot_be_written_is_rejected(here, deltamem, checkpoint, options):
     (here / "file").write_text("mine")
     before = listing(here)
     for out, says in ((".", "folder you are in"), ("file/adapter", "is not a folder")):
@@ -205,7 +205,7 @@ def test_a_place_that_cannot_be_written(here, deltamem, checkpoint, options):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_the_system_refuses_is_said_in_words(here, deltamem, checkpoint, monkeypatch, error):
+def test_system_errors_are_reported_in_plain_words(here, deltamem, checkpoint, monkeypatch, error):
     def refused(*_):
         raise error
 
@@ -215,7 +215,7 @@ def test_what_the_system_refuses_is_said_in_words(here, deltamem, checkpoint, mo
     assert listing(here) == {}
 
 
-def test_a_memory_is_a_file_that_can_be_written(here, deltamem):
+def test_an_invalid_memory_path_is_rejected(here, deltamem):
     (here / "folder").mkdir()
     (here / "file").write_text("mine")
     for option in ("--memory", "--save-memory"):
@@ -225,7 +225,7 @@ def test_a_memory_is_a_file_that_can_be_written(here, deltamem):
     done.assert_short_error("is not a folder", "Choose another place", code=1)  # before the model is looked for
 
 
-def test_a_device_that_is_not_there(here, deltamem):
+def test_a_missing_device_is_rejected(here, deltamem):
     for device in ("nonsense", "cuda:99"):
         done = deltamem("eval", "adapter", "--device", device)
         assert done.code == 2 and device in done.err and "Traceback" not in done.err
@@ -246,7 +246,7 @@ def test_a_device_that_is_not_there(here, deltamem):
         ("[]", ["chats.jsonl:2", "messages"]),
     ],
 )
-def test_a_bad_line_of_data(here, deltamem, checkpoint, line, says):
+def test_a_bad_line_of_data_is_named(here, deltamem, checkpoint, line, says):
     chats = write_jsonl(here / "chats.jsonl", [TALK])
     chats.write_text(chats.read_text() + line + "\n")
     recipe = write_recipe(here, checkpoint, data={"path": str(chats)})
@@ -267,14 +267,14 @@ def test_a_bad_line_of_data(here, deltamem, checkpoint, line, says):
         ("nothing", ["key=value"]),
     ],
 )
-def test_a_recipe_that_cannot_run(here, deltamem, checkpoint, change, says):
+def test_an_invalid_recipe_is_rejected(here, deltamem, checkpoint, change, says):
     recipe = write_recipe(here, checkpoint)
     before = listing(here)
     deltamem("train", recipe, "--set", change).assert_short_error(*says, code=1)
     assert listing(here) == before
 
 
-def test_a_recipe_that_is_none(here, deltamem):
+def test_files_that_are_not_recipes_are_rejected(here, deltamem):
     deltamem("train", "nowhere.yaml").assert_short_error("no recipe nowhere.yaml", "recipes/", code=1)
     (here / "recipe.yaml").write_text("base: [\n")
     deltamem("train", "recipe.yaml").assert_short_error("not YAML", code=1)
@@ -282,14 +282,14 @@ def test_a_recipe_that_is_none(here, deltamem):
     deltamem("train", "recipe.yaml").assert_short_error("line 2", "batch_size", "training.batch_size?", code=1)
 
 
-def test_nothing_to_resume(here, deltamem, checkpoint):
+def test_resuming_without_a_run_is_rejected(here, deltamem, checkpoint):
     recipe = write_recipe(here, checkpoint)
     before = listing(here)
     deltamem("train", recipe, "--resume").assert_short_error("nothing to resume", "without --resume", code=1)
     assert listing(here) == before
 
 
-def test_a_base_without_a_tokenizer(here, deltamem):
+def test_a_base_without_a_tokenizer_is_rejected(here, deltamem):
     base = save_checkpoint(here / "base")
     assert deltamem("patch", base, "--out", "adapter").code == 0
     recipe = write_recipe(here, base, out=str(here / "other"))
@@ -300,7 +300,7 @@ def test_a_base_without_a_tokenizer(here, deltamem):
     assert listing(here) == before
 
 
-def test_a_damaged_memory_file(here, deltamem):
+def test_a_damaged_memory_file_is_rejected(here, deltamem):
     (here / "memory").write_bytes(b"\0" * 40)
     deltamem("inspect", "memory").assert_short_error("is not a memory file", code=1)
     assert listing(here) == {"memory": 40}
@@ -309,7 +309,7 @@ def test_a_damaged_memory_file(here, deltamem):
 # A full disk
 
 
-def test_no_room_for_the_adapter(here, deltamem, checkpoint):
+def test_a_full_disk_leaves_no_partial_adapter(here, deltamem, checkpoint):
     (here / "adapter").mkdir()
     before = listing(here)
     with small_files(2000):
@@ -319,7 +319,7 @@ def test_no_room_for_the_adapter(here, deltamem, checkpoint):
 
 
 @pytest.mark.parametrize("limit", [10_000, 24_000], ids=["weights", "optimizer"])
-def test_no_room_for_a_checkpoint(here, deltamem, checkpoint, limit):
+def test_a_full_disk_leaves_no_partial_checkpoint(here, deltamem, checkpoint, limit):
     recipe = write_recipe(here, checkpoint, training={"steps": 4, "batch_size": 2, "save_every": 2})
     before = listing(here)
     with small_files(limit):
@@ -331,7 +331,7 @@ def test_no_room_for_a_checkpoint(here, deltamem, checkpoint, limit):
 
 
 @pytest.mark.parametrize("number", [28, 122, 27], ids=["ENOSPC", "EDQUOT", "EFBIG"])
-def test_a_full_disk_is_told_from_other_errors(here, deltamem, checkpoint, monkeypatch, number):
+def test_a_full_disk_is_reported_as_such(here, deltamem, checkpoint, monkeypatch, number):
     def full(*_):
         raise OSError(number, "no room")
 
@@ -352,11 +352,11 @@ STEPS = 50  # enough of them for a Ctrl-C to come in time
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_training(here, deltamem, checkpoint):
+def test_ctrl_c_in_training_keeps_the_adapter_and_says_how_to_resume(here, deltamem, checkpoint):
     """The adapter so far is kept, the message says how to resume, and what it says works."""
     facts = [dialogues.Fact("dog", "Rex"), dialogues.Fact("house", "Oslo")]
-    told = [[user(fact.answer), assistant("Okay."), user("And?"), assistant(fact.answer)] for fact in facts]
-    chats = write_jsonl(here / "chats.jsonl", told)
+    conversations = [[user(fact.answer), assistant("Okay."), user("And?"), assistant(fact.answer)] for fact in facts]
+    chats = write_jsonl(here / "chats.jsonl", conversations)
     training = {"steps": STEPS, "batch_size": 2, "save_every": 5}
     recipe = write_recipe(here, checkpoint, training=training, data={"path": str(chats)})
     process = subprocess.Popen(

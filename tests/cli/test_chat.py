@@ -1,4 +1,4 @@
-"""`deltamem chat` on the shipped model: turns, commands, and the memory file that holds what was said.
+"""`deltamem chat` with the shipped model: turns, commands, and the memory file.
 
 Its chat in ONNX Runtime is tested where its ONNX folder is made, in `tests/quickstart`.
 """
@@ -28,7 +28,7 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 # The command
 
 
-def test_a_fact_is_recalled_from_the_file(here, deltamem, monkeypatch):
+def test_a_fact_is_recalled_from_the_memory_file(here, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n\n{ASKED}\n")
     first = deltamem("chat", "builtin:adapter", "--memory", "me.safetensors")
     assert first.code == 0 and first.out.splitlines()[1:] == [ANSWER]
@@ -43,7 +43,7 @@ def test_a_fact_is_recalled_from_the_file(here, deltamem, monkeypatch):
     assert ANSWER not in deltamem("chat", "builtin:adapter").out
 
 
-def test_lines_that_fail_are_counted(here, deltamem, monkeypatch):
+def test_failed_lines_set_the_exit_code(here, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n/sav me\n/load nowhere\n{ASKED}\n/quit\n{TOLD}\n")
     done = deltamem("chat", "builtin:adapter")
     assert done.code == 1 and done.out.splitlines()[1:] == [ANSWER]  # nothing after /quit
@@ -52,7 +52,7 @@ def test_lines_that_fail_are_counted(here, deltamem, monkeypatch):
     assert "Traceback" not in done.err and listing(here) == {}
 
 
-def test_stdin_that_is_no_text(here, deltamem, monkeypatch):
+def test_stdin_that_is_not_utf_8_gives_a_short_error(here, deltamem, monkeypatch):
     piped(monkeypatch, b"caf\xe9\n")
     deltamem("chat", "builtin:adapter").assert_short_error("stdin is not UTF-8 text", "Convert it", code=1)
     piped(monkeypatch, f"{TOLD}\n{ASKED}\n".encode() + b"caf\xe9\n")
@@ -60,14 +60,14 @@ def test_stdin_that_is_no_text(here, deltamem, monkeypatch):
     assert done.code == 1 and ANSWER in done.out  # the lines before it are answered
 
 
-def test_a_byte_order_mark_is_no_text(here, deltamem, monkeypatch):
+def test_byte_order_marks_are_ignored(here, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n{ASKED}\n/context\n")
     without = deltamem("chat", "builtin:adapter")
     piped(monkeypatch, f"\ufeff{TOLD}\n\ufeff{ASKED}\n\ufeff/context\n")  # as if three files had been put together
     assert deltamem("chat", "builtin:adapter") == without and without.code == 0
 
 
-def test_options_of_the_command(here, deltamem, monkeypatch):
+def test_options_of_the_command_are_used(here, deltamem, monkeypatch):
     piped(monkeypatch, "Hello.\n/context\n")
     done = deltamem("chat", "builtin:adapter", "--window", 64, "--max-new-tokens", 2, "--system", "Be kind.")
     assert done.code == 0 and "of 64" in done.out and "Cut after 2 tokens" in done.err
@@ -77,7 +77,7 @@ def test_options_of_the_command(here, deltamem, monkeypatch):
     assert done.code == 0 and done.out.endswith("\nYour dog\n") and ANSWER.startswith("Your dog is")
 
 
-def test_what_is_refused_before_the_model_loads(here, deltamem):
+def test_invalid_options_are_rejected_before_the_model_loads(here, deltamem):
     (here / "file").write_text("mine")
     (here / "onnx").mkdir()
     (here / "onnx" / "deltamem_onnx.json").write_text("{}")
@@ -96,7 +96,7 @@ def test_what_is_refused_before_the_model_loads(here, deltamem):
     assert listing(here) == before
 
 
-def test_a_memory_that_does_not_fit_is_refused_before_the_first_prompt(here, deltamem, monkeypatch, engine):
+def test_a_memory_that_does_not_fit_is_rejected_before_the_first_prompt(here, deltamem, monkeypatch, engine):
     empty = empty_memory(engine)
     write_memory("stranger", StoredMemory(empty.states, {}, "0" * 64))
     write_memory("small", StoredMemory({0: np.zeros((1, 1, 2, 2), np.float32)}, {}, engine.adapter))
@@ -111,27 +111,27 @@ def test_a_memory_that_does_not_fit_is_refused_before_the_first_prompt(here, del
 # Turns and commands
 
 
-def test_the_picture_is_of_the_memory(talk):
+def test_the_memory_command_draws_the_memory(talk):
     chat = talk()
-    shown, said = chat("/memory")
-    assert "The memory is empty." in said and "head" not in shown
+    shown, notice = chat("/memory")
+    assert "The memory is empty." in notice and "head" not in shown
     chat(TOLD)
     states = {layer: state[0].astype(np.float64) for layer, state in chat.conversation.memory.states.items()}
     norms = {layer: np.sqrt((state**2).sum()) for layer, state in states.items()}
     strongest, weakest = max(norms, key=norms.get), min(norms, key=norms.get)
     for line, layer in (("/memory", strongest), (f"/memory {weakest}", weakest)):
-        shown, said = chat(line)
-        assert said == "" and f"\nlayer {layer}\n" in shown and "head 3" in shown
+        shown, notice = chat(line)
+        assert notice == "" and f"\nlayer {layer}\n" in shown and "head 3" in shown
         for number, norm in norms.items():
             assert re.search(rf"^layer {number} +{norm:.3g} ", shown, re.MULTILINE)
         assert f"9 is {np.abs(states[layer]).max():.2g};" in shown
     assert "No layer 9 has a memory." in chat("/memory 9")[1]
 
 
-def test_the_window(talk):
+def test_the_chat_reports_messages_that_left_the_window(talk):
     chat = talk(window=48, max_new_tokens=12)
-    said = [chat(line)[1] for line in (TOLD, "My parrot is Whiskers.", "My exam is Easter.", "Hello.")]
-    assert any("2 messages left the window; the memory keeps a trace." in notice for notice in said)
+    answers = [chat(line)[1] for line in (TOLD, "My parrot is Whiskers.", "My exam is Easter.", "Hello.")]
+    assert any("2 messages left the window; the memory keeps a trace." in notice for notice in answers)
     context = chat.conversation.context
     shown = chat("/context")[0]
     for value in (f"{context.tokens} of 48", f"view      {context.messages}", f"dropped      {context.dropped}"):
@@ -141,7 +141,7 @@ def test_the_window(talk):
     assert "window" in failed and chat.chat.failures == 1 and chat.conversation.context == context
 
 
-def test_lines_with_a_slash(talk):
+def test_lines_that_start_with_a_slash(talk):
     chat = talk(max_new_tokens=1)
     assert "There is no command /usr/bin." in chat("/usr/bin is full")[1]
     assert chat.conversation.messages == []
@@ -154,7 +154,7 @@ def test_lines_with_a_slash(talk):
     assert chat.chat.over
 
 
-def test_an_answer_cannot_steer_the_terminal(engine, here):
+def test_control_characters_in_an_answer_are_removed(engine, here):
     file = io.StringIO()
     chat = Chat(Conversation(engine), Sampling(), out=Console(file=file, force_terminal=True))
     chat._write("a\x1b[2Jb\r\x9b2J\tc\n\x07é")
@@ -164,7 +164,7 @@ def test_an_answer_cannot_steer_the_terminal(engine, here):
 # Saving
 
 
-def test_a_second_ctrl_c_loses_the_turn_alone(talk, monkeypatch):
+def test_a_second_ctrl_c_loses_only_the_turn(talk, monkeypatch):
     chat = talk()
     chat(TOLD)
     memory, context = chat.conversation.memory, chat.conversation.context
@@ -205,14 +205,14 @@ def in_a_terminal(model, *arguments, cwd):
 
 
 @pytest.fixture
-def of_the_answer(quickstart_onnx):
+def word_of_the_answer(quickstart_onnx):
     """A word of the answer without end to `TOLD`: when it is there, the answer has begun."""
     begins = Conversation(OnnxModel(quickstart_onnx)).generate(TOLD, Sampling(**{**ENDLESS, "max_new_tokens": 20})).text
     return max(re.findall("[A-Za-z]+", begins), key=len)
 
 
 @pytest.mark.server
-def test_ctrl_c_stops_the_answer_and_not_the_chat(here, quickstart_onnx, of_the_answer):
+def test_ctrl_c_stops_only_the_answer(here, quickstart_onnx, word_of_the_answer):
     options = [word for name, value in ENDLESS.items() for word in (f"--{name.replace('_', '-')}", value)]
     with in_a_terminal(quickstart_onnx, "--memory", "me", *options, cwd=here) as child:
         child.expect("me is new, and written after every turn")
@@ -220,7 +220,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(here, quickstart_onnx, of_the_
         child.expect("> ")
         before = read_memory(here / "me")
         child.send(f"{TOLD}\r")
-        child.expect_exact(of_the_answer)
+        child.expect_exact(word_of_the_answer)
         child.sendintr()
         child.expect("Stopped. What was said is part of the conversation.")
         child.expect("> ")
@@ -243,7 +243,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(here, quickstart_onnx, of_the_
 
 @pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_chat_in_a_terminal(here, quickstart_onnx, of_the_answer, number):
+def test_a_signal_ends_a_chat_in_a_terminal(here, quickstart_onnx, word_of_the_answer, number):
     """At the prompt; within an answer, whose turn is remembered."""
     with in_a_terminal(quickstart_onnx, "--memory", "me", cwd=here) as child:
         child.expect("> ")
@@ -254,7 +254,7 @@ def test_a_signal_ends_a_chat_in_a_terminal(here, quickstart_onnx, of_the_answer
     with in_a_terminal(quickstart_onnx, "--memory", "me", *options, cwd=here) as child:
         child.expect("> ")
         child.send(f"{TOLD}\r")
-        child.expect_exact(of_the_answer)
+        child.expect_exact(word_of_the_answer)
         child.kill(number)
     assert child.exitstatus == 128 + number and "Traceback" not in child.before
     assert "What was said is part of the conversation" in child.before and not same(read_memory(here / "me"), before)

@@ -1,4 +1,4 @@
-"""The memory file of a chat: what is written to it, when, and what never is."""
+"""The memory file of a chat: what is written to it and when, and what is never overwritten."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_undo_restores_memory_and_context(talk, here):
     assert chat.chat.failures == 1 and not any(state.any() for state in read_memory("me").states.values())
 
 
-def test_forget(talk, here):
+def test_forget_clears_memory_and_context(talk, here):
     chat = talk(memory_file=here / "me", system="Be kind.")
     for line in (TOLD, "/forget"):
         chat(line)
@@ -40,14 +40,14 @@ def test_forget(talk, here):
     assert [message["role"] for message in chat.conversation.messages] == ["system", "user", "assistant"]
 
 
-def test_save_and_load(talk, here, engine):
+def test_a_memory_is_saved_and_loaded(talk, here, engine):
     chat = talk(memory_file=here / "me")
     chat(TOLD)
-    told = chat.conversation.memory
-    assert "Saved to other" in chat("/save other")[1] and same(read_memory("other"), told)
+    memory = chat.conversation.memory
+    assert "Saved to other" in chat("/save other")[1] and same(read_memory("other"), memory)
     chat("/forget")
     chat("/load  other ")
-    assert same(chat.conversation.memory, told)
+    assert same(chat.conversation.memory, memory)
     assert chat(ASKED)[0] == f"{ANSWER}\n"
 
     now, before = chat.conversation.memory, listing(here)
@@ -66,7 +66,7 @@ def test_save_and_load(talk, here, engine):
     assert listing(here) == {**before, "stranger": listing(here)["stranger"]}
 
 
-def test_what_is_no_memory_is_not_overwritten(talk, here):
+def test_files_that_are_not_memories_are_not_overwritten(talk, here):
     (here / "notes.txt").write_text("mine")
     (here / "folder").mkdir()
     chat = talk()
@@ -79,27 +79,27 @@ def test_what_is_no_memory_is_not_overwritten(talk, here):
     assert same(read_memory("me"), chat.conversation.memory)
 
 
-def test_the_chat_goes_on_when_the_disk_is_full(talk, here):
+def test_the_chat_continues_when_the_disk_is_full(talk, here):
     chat = talk(memory_file=here / "me")
     chat(TOLD)
     kept, before = read_memory("me"), listing(here)
     with small_files(2000):
-        answered, said = chat(ASKED)
+        answered, notice = chat(ASKED)
     assert answered == f"{ANSWER}\n" and chat.chat.failures == 1
-    assert "me could not be written and is unchanged." in said and "disk is full" in said
+    assert "me could not be written and is unchanged." in notice and "disk is full" in notice
     assert same(read_memory("me"), kept) and listing(here) == before
     chat("Thank you.")
     assert same(read_memory("me"), chat.conversation.memory)
 
 
-def test_the_chat_goes_on_when_the_folder_is_gone(talk, here):
+def test_the_chat_continues_when_the_folder_is_deleted(talk, here):
     (here / "folder").mkdir()
     chat = talk(memory_file=here / "folder" / "me")
     chat(TOLD)
     (here / "folder").rename(here / "moved")
     (here / "folder").write_text("in the way")
-    answered, said = chat(ASKED)
-    assert answered == f"{ANSWER}\n" and "could not be written" in said and chat.chat.failures == 1
+    answered, notice = chat(ASKED)
+    assert answered == f"{ANSWER}\n" and "could not be written" in notice and chat.chat.failures == 1
     (here / "folder").unlink()
     chat("Thank you.")
     assert same(read_memory("folder/me"), chat.conversation.memory)
@@ -125,14 +125,14 @@ def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
 # Another memory than the file's
 
 
-def test_what_is_loaded_goes_beside_the_file(talk, here):
+def test_a_loaded_memory_is_saved_to_a_new_file(talk, here):
     """`/load bob` under `--memory alice`: alice's file stays as it is."""
     talk(memory_file=here / "bob.safetensors")("By the way, my dog is Rex.")
     chat = talk(memory_file=here / "alice.safetensors")
     chat(TOLD)
     alice, bob, before = read_memory("alice.safetensors"), read_memory("bob.safetensors"), listing(here)
-    said = chat("/load bob.safetensors")[1]
-    assert "saved to" in said and "alice-2.safetensors" in said
+    notice = chat("/load bob.safetensors")[1]
+    assert "saved to" in notice and "alice-2.safetensors" in notice
     assert same(chat.conversation.memory, bob) and listing(here) == before
     chat(ASKED)
     assert same(read_memory("alice.safetensors"), alice) and same(read_memory("bob.safetensors"), bob)
@@ -146,28 +146,28 @@ def test_what_is_loaded_goes_beside_the_file(talk, here):
     assert same(read_memory("alice.safetensors"), chat.conversation.memory) and len(listing(here)) == 4
 
 
-def test_undo_takes_a_load_back_by_itself(talk, here):
+def test_undo_reverts_a_load_separately_from_turns(talk, here):
     talk(memory_file=here / "bob")("By the way, my dog is Rex.")
     chat = talk(memory_file=here / "alice")
     empty = chat.conversation.memory
     chat(TOLD)
-    told, context = chat.conversation.memory, chat.conversation.context
+    memory, context = chat.conversation.memory, chat.conversation.context
     chat("/load bob")
     assert "/load is undone" in chat("/undo")[1]
-    assert same(chat.conversation.memory, told) and same(read_memory("alice"), told)
+    assert same(chat.conversation.memory, memory) and same(read_memory("alice"), memory)
     assert chat.conversation.context == context
     chat("/load bob")
     chat(ASKED)
     assert "turn is undone" in chat("/undo")[1] and same(chat.conversation.memory, read_memory("bob"))
-    assert "/load is undone" in chat("/undo")[1] and same(chat.conversation.memory, told)
-    assert same(read_memory("alice"), told)
+    assert "/load is undone" in chat("/undo")[1] and same(chat.conversation.memory, memory)
+    assert same(read_memory("alice"), memory)
     chat(ASKED)
     assert same(read_memory("alice"), chat.conversation.memory), "alice's file is written again"
     assert [chat("/undo")[1].count("turn is undone") for _ in range(3)] == [1, 1, 0]
     assert same(read_memory("alice"), empty) and chat.conversation.context.tokens == 0
 
 
-def test_a_load_alone_is_undone(talk, here):
+def test_a_load_without_turns_can_be_undone(talk, here):
     talk(memory_file=here / "bob")(TOLD)
     chat = talk()
     chat("/load bob")
@@ -175,7 +175,7 @@ def test_a_load_alone_is_undone(talk, here):
     assert not any(state.any() for state in chat.conversation.memory.states.values())
 
 
-def test_a_loaded_memory_is_saved_to_the_file_by_name(talk, here):
+def test_a_loaded_memory_can_be_saved_to_the_file_by_name(talk, here):
     talk(memory_file=here / "bob")(TOLD)
     chat = talk(memory_file=here / "alice")
     chat("Hello.")
@@ -189,11 +189,11 @@ def test_a_loaded_memory_is_saved_to_the_file_by_name(talk, here):
 # Two writers
 
 
-def test_the_second_writer_is_told_and_keeps_its_memory(talk, here):
+def test_the_second_writer_is_warned_and_saves_to_another_file(talk, here):
     one, two = talk(memory_file=here / "me.safetensors"), talk(memory_file=here / "me.safetensors")
     one(TOLD)
-    answered, said = two("By the way, my cat is Tom.")
-    assert answered and "me.safetensors was changed by another program." in said and "me-2.safetensors" in said
+    answered, notice = two("By the way, my cat is Tom.")
+    assert answered and "me.safetensors was changed by another program." in notice and "me-2.safetensors" in notice
     assert two.chat.failures == 1
     assert same(read_memory("me.safetensors"), one.conversation.memory)
     assert same(read_memory("me-2.safetensors"), two.conversation.memory)
@@ -205,18 +205,18 @@ def test_the_second_writer_is_told_and_keeps_its_memory(talk, here):
 
 
 @pytest.mark.parametrize("line", ["/forget", "/undo", "/save me"])
-def test_no_line_overwrites_what_another_wrote(talk, here, line):
+def test_no_command_overwrites_the_file_of_another_program(talk, here, line):
     chat, other = talk(memory_file=here / "me"), talk(memory_file=here / "me")
     chat("Hello.")
     (here / "me").unlink()
     other(TOLD)
-    said = chat(line)[1]
-    assert "me was changed by another program." in said
+    notice = chat(line)[1]
+    assert "me was changed by another program." in notice
     assert same(read_memory("me"), other.conversation.memory)
     assert same(read_memory("me-2"), chat.conversation.memory)
 
 
-def test_a_loaded_file_is_saved_unless_another_changed_it(talk, here):
+def test_a_loaded_file_is_saved_unless_another_program_changed_it(talk, here):
     bob, chat = talk(memory_file=here / "bob"), talk()
     bob(TOLD)
     for line in ("/load bob", ASKED):
@@ -227,7 +227,7 @@ def test_a_loaded_file_is_saved_unless_another_changed_it(talk, here):
     assert same(read_memory("bob"), bob.conversation.memory) and same(read_memory("bob-2"), chat.conversation.memory)
 
 
-def test_a_file_that_is_gone_or_the_same_is_no_conflict(talk, here):
+def test_a_deleted_or_unchanged_file_is_not_a_conflict(talk, here):
     chat = talk(memory_file=here / "me")
     chat(TOLD)
     (here / "me").unlink()
@@ -238,7 +238,7 @@ def test_a_file_that_is_gone_or_the_same_is_no_conflict(talk, here):
     assert same(read_memory("me"), chat.conversation.memory) and set(listing(here)) == {"me"}
 
 
-def test_what_is_no_memory_any_more_is_left_alone(talk, here):
+def test_a_file_that_is_no_longer_a_memory_is_left_unchanged(talk, here):
     chat = talk(memory_file=here / "me")
     chat(TOLD)
     (here / "me").write_text("notes")
@@ -246,7 +246,7 @@ def test_what_is_no_memory_any_more_is_left_alone(talk, here):
     assert (here / "me").read_text() == "notes" and same(read_memory("me-2"), chat.conversation.memory)
 
 
-def test_writers_at_the_same_time_lose_nothing(here, engine):
+def test_concurrent_writers_lose_nothing(here, engine):
     """Of many writers that have read the same file, one has it, and every other a file of its own."""
     files = [SharedMemoryFile(here / "me") for _ in range(12)]
     empty = empty_memory(engine).states
@@ -273,7 +273,7 @@ def test_an_answer_that_cannot_be_shown_is_remembered(talk, here, monkeypatch):
     assert same(read_memory("me"), read_memory("shown"))
 
 
-def test_a_conflict_is_told_where_the_answer_cannot_be_shown(talk, here, monkeypatch):
+def test_a_conflict_is_reported_even_if_the_answer_cannot_be_shown(talk, here, monkeypatch):
     one, two = talk(memory_file=here / "me"), talk(memory_file=here / "me")
     one(TOLD)
     monkeypatch.setattr(two.chat, "_write", _closed)

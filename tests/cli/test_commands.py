@@ -1,4 +1,4 @@
-"""The commands on a tiny model, from a checkpoint to a measured adapter."""
+"""The commands on a tiny model, from a checkpoint to an evaluated adapter."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
     assert set(listing(here)) == {"adapter/", "adapter/deltamem_config.json", "adapter/deltamem.safetensors"}
     assert patched["base"]["name"] == str(checkpoint)
 
-    said = json.loads(succeeded(deltamem("inspect", "adapter", "--json")))
-    assert said["parameters"] == patched["parameters"] == read_adapter("adapter").num_parameters()
-    assert said["mechanism"]["rank"] == 4 and said["layers"] == [0, 1] and said["memory_bytes"] == 2 * 4 * 4 * 4
+    report = json.loads(succeeded(deltamem("inspect", "adapter", "--json")))
+    assert report["parameters"] == patched["parameters"] == read_adapter("adapter").num_parameters()
+    assert report["mechanism"]["rank"] == 4 and report["layers"] == [0, 1] and report["memory_bytes"] == 2 * 4 * 4 * 4
 
     recipe = {"base": str(checkpoint), "out": "trained", "adapter": "adapter", "data": {"facts_last": 2}}
     recipe["training"] = {"steps": 3, "batch_size": 2}
@@ -60,22 +60,26 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
     with torch.no_grad():
         model(torch.tensor([[5, 6, 7]]), cache=cache)
     cache.memory.save("memory")
-    said = json.loads(succeeded(deltamem("inspect", "memory", "--json")))
-    assert said["kind"] == "memory" and said["bytes"] == cache.memory.nbytes and said["adapter"] == cache.memory.adapter
+    report = json.loads(succeeded(deltamem("inspect", "memory", "--json")))
+    assert (
+        report["kind"] == "memory"
+        and report["bytes"] == cache.memory.nbytes
+        and report["adapter"] == cache.memory.adapter
+    )
 
 
-def test_what_people_read(here, deltamem, checkpoint):
-    said = succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--branches", "q,k,v,o", "--layers", "1"))
-    assert "parameters in adapter" in said and "Next: deltamem inspect adapter" in said
-    said = succeeded(deltamem("inspect", "adapter"))
-    assert "mechanism.rank" in said and "qwen3" in said
-    said = succeeded(deltamem("eval", "adapter", "--set", "facts=[1]", "--set", "episodes=3"))
+def test_the_output_for_people(here, deltamem, checkpoint):
+    output = succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--branches", "q,k,v,o", "--layers", "1"))
+    assert "parameters in adapter" in output and "Next: deltamem inspect adapter" in output
+    output = succeeded(deltamem("inspect", "adapter"))
+    assert "mechanism.rank" in output and "qwen3" in output
+    output = succeeded(deltamem("eval", "adapter", "--set", "facts=[1]", "--set", "episodes=3"))
     of_one_layer = conditions_of(EvalProtocol.parse("memory"), can_permute=False)
     conditions = [condition.name.replace("_", " ") for condition in of_one_layer]
-    assert all(condition in said for condition in conditions) and "3 histories are too few for a test" in said
+    assert all(condition in output for condition in conditions) and "3 histories are too few for a test" in output
 
 
-def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, checkpoint, monkeypatch):
+def test_the_model_is_evaluated_on_the_requested_device(here, deltamem, checkpoint, monkeypatch):
     succeeded(deltamem("patch", checkpoint, "--out", "adapter"))
     seen = []
 
@@ -89,7 +93,7 @@ def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, 
     assert seen == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
 
 
-def test_export_is_for_the_target_that_was_asked_for(here, deltamem, checkpoint, monkeypatch):
+def test_export_uses_the_requested_target(here, deltamem, checkpoint, monkeypatch):
     from deltamem_tool.onnx.export import export
 
     def stub(*args, target, max_length, **options):
@@ -107,7 +111,7 @@ def test_export_is_for_the_target_that_was_asked_for(here, deltamem, checkpoint,
     deltamem("export", "adapter", "--out", "onnx", "--target", "toaster").assert_short_error("toaster", code=2)
 
 
-def test_defaults_are_the_librarys_own():
+def test_defaults_match_the_library():
     from deltamem_tool.chat.sampling import MAX_NEW_TOKENS, Sampling
     from deltamem_tool.onnx import contract
 
@@ -124,7 +128,7 @@ def test_defaults_are_the_librarys_own():
             assert Sampling(**{field.name: context.params[field.name] for field in fields(Sampling)}) == Sampling()
 
 
-def test_patching_is_seeded(here, deltamem, checkpoint):
+def test_patching_depends_only_on_the_seed(here, deltamem, checkpoint):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         succeeded(deltamem("patch", checkpoint, "--out", name, "--seed", seed))
     a, b, c = ((here / name / "deltamem.safetensors").read_bytes() for name in "abc")
@@ -134,14 +138,14 @@ def test_patching_is_seeded(here, deltamem, checkpoint):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_explains_itself(deltamem, command):
-    said = succeeded(deltamem(command, "--help"))
-    assert said.startswith(f"Usage: deltamem {command}")
+def test_every_command_has_a_help_text(deltamem, command):
+    output = succeeded(deltamem(command, "--help"))
+    assert output.startswith(f"Usage: deltamem {command}")
     options = [option for option in cli.cli.get_command(None, command).params if isinstance(option, click.Option)]
     assert [option.opts[-1] for option in options if not option.help] == [], "options without a word of help"
 
 
-def test_a_command_that_is_not_there(deltamem):
+def test_an_unknown_command_gives_a_suggestion(deltamem):
     deltamem("evaluate", "x").assert_short_error("No such command 'evaluate'", "Did you mean 'eval'?", code=2)
 
 
@@ -157,16 +161,16 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *said, seconds, modules, comparing = done.stdout.splitlines()
-    assert all(any(line.strip().startswith(name) for line in said) for name in cli.COMMANDS)
-    assert not [line for line in said[1:] if line.endswith("...")], "a line is cut"
+    *help_lines, seconds, modules, comparing = done.stdout.splitlines()
+    assert all(any(line.strip().startswith(name) for line in help_lines) for name in cli.COMMANDS)
+    assert not [line for line in help_lines[1:] if line.endswith("...")], "a line is cut"
     assert not [name for name in modules.split() if name.startswith("deltamem_tool.chat")], "a command is imported"
     assert not {"torch", "transformers", "onnxruntime", "onnx", "huggingface_hub", "matplotlib"} & set(modules.split())
     assert not {"torch", "transformers", "matplotlib", "jinja2"} & set(comparing.split())
     assert float(seconds) < HELP_SECONDS
 
 
-def test_the_installed_command():
+def test_the_installed_command_runs():
     from pathlib import Path
 
     script = Path(sys.executable).parent / "deltamem"

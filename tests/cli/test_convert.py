@@ -1,4 +1,4 @@
-"""`deltamem convert`: there and back on the command line, and short errors."""
+"""`deltamem convert`: both directions on the command line, and short errors."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_there_and_back(here, deltamem):
+def test_an_adapter_round_trips(here, deltamem):
     done = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours", "--json")
     assert done.code == 0 and done.err == "", done.err
-    said = json.loads(done.out)
-    assert said["path"] == "ours" and said["format"] == "deltamem" and said["dtypes"] == ["float32"]
-    assert said["parameters"] == read_adapter("ours").num_parameters() and said["base"]["name"] == str(BASE)
-    assert json.loads(deltamem("inspect", "ours", "--json").out)["parameters"] == said["parameters"]
+    report = json.loads(done.out)
+    assert report["path"] == "ours" and report["format"] == "deltamem" and report["dtypes"] == ["float32"]
+    assert report["parameters"] == read_adapter("ours").num_parameters() and report["base"]["name"] == str(BASE)
+    assert json.loads(deltamem("inspect", "ours", "--json").out)["parameters"] == report["parameters"]
 
     done = deltamem("convert", "ours", "--out", "back", "--to", "reference", "--json")
     assert done.code == 0 and json.loads(done.out)["format"] == "reference", done.err
@@ -42,15 +42,15 @@ def test_there_and_back(here, deltamem):
     assert (here / "back" / config).read_bytes() == (ADAPTER / config).read_bytes()
 
 
-def test_what_people_read(here, deltamem):
-    said = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").out
-    assert "parameters" in said and "float32" in said and "Next: deltamem inspect ours" in said
+def test_the_output_for_people(here, deltamem):
+    output = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").out
+    assert "parameters" in output and "float32" in output and "Next: deltamem inspect ours" in output
     assert "for the reference implementation" in deltamem("convert", "ours", "--out", "back", "--to", "reference").out
     deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").assert_short_error("--overwrite", code=1)
     assert deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours", "--overwrite").code == 0
 
 
-def test_the_formats_are_the_librarys():
+def test_the_formats_match_the_library():
     options = {option.name: option for option in cli.cli.get_command(None, "convert").params}
     assert isinstance(options["to"].type, click.Choice)
     assert tuple(options["to"].type.choices) == reference.FORMATS and options["to"].default == "deltamem"
@@ -61,7 +61,7 @@ class Hostile:
         return os.mkdir, ("trap",)
 
 
-def test_bad_input(here, deltamem):
+def test_invalid_input_gives_a_short_error(here, deltamem):
     source = here / "source"
     source.mkdir()
     for file in ADAPTER.iterdir():
@@ -81,7 +81,7 @@ def test_bad_input(here, deltamem):
     assert set(listing(here)) == set(before)
 
 
-def test_no_room(here, deltamem):
+def test_a_full_disk_leaves_no_partial_folder(here, deltamem):
     assert deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").code == 0
     before = listing(here)
     with small_files(2000):

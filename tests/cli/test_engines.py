@@ -1,4 +1,4 @@
-"""Where a command puts the model."""
+"""The device on which a command loads the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltamem_tool.adapter import load
 from deltamem_tool.cli.engines import load_on, torch_engine
 
 
-def test_auto_is_a_device_map(monkeypatch):
+def test_the_device_auto_is_passed_as_a_device_map(monkeypatch):
     asked, own = [], load.load
     monkeypatch.setattr(load, "load", lambda *args, **kwargs: asked.append(kwargs) or own(*args, **kwargs))
     spread, plain = (load_on(device, "builtin:adapter", {}) for device in ("auto", "cpu"))
@@ -24,6 +24,6 @@ def load_on_it(adapter, device, options):
 
 
 @pytest.mark.parametrize("engine_of", [torch_engine, load_on_it])
-def test_sharing_a_base_needs_processes(engine_of):
+def test_sharding_a_base_needs_several_processes(engine_of):
     with pytest.raises(click.UsageError, match="torchrun"):
         engine_of("builtin:adapter", "tp", {})

@@ -1,4 +1,4 @@
-"""Any command, any options, files of every wrong sort: an answer or three lines, never a traceback or half a file.
+"""Random commands, options and invalid files: a result or a three-line error, never a traceback or a partial file.
 
 `DELTAMEM_FUZZ_EXAMPLES=20000 pytest tests/cli/test_fuzz.py` tries as many command lines instead of the usual number.
 """

@@ -1,4 +1,4 @@
-"""A `~` is the home folder wherever a path can be given: a shell leaves it in `--out=~/adapter`, and in a recipe."""
+"""A `~` is expanded wherever a path can be given; a shell does not expand it in `--out=~/adapter` or in a recipe."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def home(tmp_path, monkeypatch):
     assert listing(tmp_path / "here") == {}, "nothing is called ~"
 
 
-def test_every_path_of_every_command():
+def test_every_path_of_every_command_expands_a_tilde():
     for name in cli.COMMANDS:
         command = cli.cli.get_command(click.Context(cli.cli), name)
         paths = [parameter for parameter in command.params if isinstance(parameter.type, click.Path)]
         assert all(isinstance(parameter.type, UserPath) for parameter in paths), name
 
 
-def test_commands(home, deltamem):
+def test_commands_expand_a_tilde(home, deltamem):
     shutil.copytree(ASSETS / "backbone", home / "base")
     done = deltamem("patch", "~/base", "--out=~/fresh", "--json")
     assert done.code == 0, done.err
@@ -57,7 +57,7 @@ def test_commands(home, deltamem):
     deltamem("patch", "~/base", "--out=~nobody-here/x").assert_short_error("~nobody-here/x is not a valid path", code=1)
 
 
-def test_recipes(home):
+def test_recipes_expand_a_tilde(home):
     (home / "talks.jsonl").write_text(json.dumps(TALK) + "\n")
     (home / "recipe.yaml").write_text("base: ~/base\nout: ~/adapter\ndata: {path: ~/talks.jsonl}\n")
     recipe = load_recipe("~/recipe.yaml", ["data.eval_path=~/eval.jsonl", "training.eval_every=1"])
@@ -69,7 +69,7 @@ def test_recipes(home):
         load_recipe("~/recipe.yaml", out="~nobody-here/x")
 
 
-def test_functions(home):
+def test_library_functions_expand_a_tilde(home):
     model = deltamem_package.load("builtin:adapter")
     deltamem_package.save_adapter(model, "~/adapter")
     assert deltamem_package.load("~/adapter", base=str(ASSETS / "backbone")) is not None

@@ -1,4 +1,4 @@
-"""The commands and the Hub: a Hub id wherever a folder does, and the variables of huggingface_hub.
+"""The commands and the Hub: a Hub id works wherever a folder does, and huggingface_hub's variables are respected.
 
 `export` of a Hub id is in `test_hub_secrets.py`: it takes long enough once.
 """
@@ -48,7 +48,7 @@ def piped(line: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(f"{line}\n".encode()))
 
 
-def test_a_base_of_the_hub(hub, run):
+def test_a_base_on_the_hub_is_patched(hub, run):
     first = hub.head(BASE)
     hub.add_repo(BASE, {**hub.files_at(BASE), "NOTES.md": b"later"})
     for name, commit in ((BASE, hub.head(BASE)), (f"{BASE}@{first}", first)):
@@ -57,12 +57,12 @@ def test_a_base_of_the_hub(hub, run):
         assert (base.name, base.revision) == (BASE, commit)
 
 
-def test_an_adapter_of_the_hub(hub, run, monkeypatch):
+def test_an_adapter_on_the_hub_is_used(hub, run, monkeypatch):
     first = hub.head(ADAPTER)
     hub.add_repo(ADAPTER, {"README.md": b"# Gone\n"})
     name = f"{ADAPTER}@{first}"
-    said = json.loads(run("inspect", name, "--json"))
-    assert said["base"]["name"] == BASE and said["parameters"] == read_adapter(name).num_parameters()
+    report = json.loads(run("inspect", name, "--json"))
+    assert report["base"]["name"] == BASE and report["parameters"] == read_adapter(name).num_parameters()
     assert load(name).config.vocab_size == 767
     scores = json.loads(run("eval", name, "--set", "facts=[1]", "--set", "episodes=2", "--json"))
     assert scores["adapter"] == read_adapter(ASSETS / "adapter").fingerprint
@@ -73,7 +73,7 @@ def test_an_adapter_of_the_hub(hub, run, monkeypatch):
     assert {line.split("/")[1] for line in hub.fetched()} == {"base", "adapter"}
 
 
-def test_base_and_adapter_in_a_recipe(hub, run):
+def test_a_recipe_may_name_base_and_adapter_on_the_hub(hub, run):
     recipe = {"base": BASE, "adapter": f"{ADAPTER}@{hub.head(ADAPTER)}", "out": "trained"}
     recipe["training"] = {"steps": 1, "batch_size": 1}
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -83,7 +83,7 @@ def test_base_and_adapter_in_a_recipe(hub, run):
     assert json.loads(Path("trained/training.json").read_text())["recipe"]["adapter"] == recipe["adapter"]
 
 
-def test_an_adapter_of_the_reference_on_the_hub(hub, run):
+def test_a_reference_adapter_on_the_hub_is_converted(hub, run):
     case = FOLDER / "tsw_qo_qwen3"
     hub.add_repo("someone/reference", case / "adapter")
     hub.add_repo("someone/its-base", case / "base")
@@ -92,7 +92,7 @@ def test_an_adapter_of_the_reference_on_the_hub(hub, run):
     assert (base.name, base.revision) == ("someone/its-base", hub.head("someone/its-base"))
 
 
-def test_an_onnx_folder_of_the_hub(hub, run, quickstart_onnx, monkeypatch):
+def test_an_onnx_folder_on_the_hub_is_run(hub, run, quickstart_onnx, monkeypatch):
     graph = {f"onnx/{file.name}": file.read_bytes() for file in quickstart_onnx.iterdir()}
     commit = hub.add_repo("someone/both", {**hub.files_at(ADAPTER), **graph})
     run("run", "someone/both", "--prompt", TOLD, "--save-memory", "me.safetensors")
@@ -109,7 +109,7 @@ def adapter(tmp_path) -> Path:
     return folder
 
 
-def test_who_has_no_token_is_told_to_log_in(hub, deltamem, adapter):
+def test_pushing_without_a_token_asks_to_log_in(hub, deltamem, adapter):
     deltamem("push", adapter, ADAPTER).assert_short_error("token", "hf auth login", "HF_TOKEN", code=1)
     assert not hub.repositories
 
@@ -124,7 +124,7 @@ def server():
 
 
 @pytest.mark.server
-def test_a_terminal_is_asked_for_a_licence_and_sees_how_far_it_is(server, adapter, tmp_path):
+def test_a_terminal_prompts_for_a_licence_and_shows_progress(server, adapter, tmp_path):
     """With HF_ENDPOINT, HF_HOME and HF_TOKEN, as in `environment`."""
     variables = environment(server, tmp_path / "home", "hf_of_someone") | {"TERM": "dumb"}
     del variables["HF_HUB_DISABLE_PROGRESS_BARS"]
@@ -145,7 +145,7 @@ def test_a_terminal_is_asked_for_a_licence_and_sees_how_far_it_is(server, adapte
 
 
 @pytest.mark.server
-def test_the_token_of_hf_auth_login_and_what_is_there_offline(server, adapter, tmp_path):
+def test_the_saved_token_is_used_and_cached_files_work_offline(server, adapter, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "token").write_text("hf_of_someone")
@@ -154,8 +154,8 @@ def test_the_token_of_hf_auth_login_and_what_is_there_offline(server, adapter, t
     pushed = in_a_process("push", adapter, ADAPTER, "--private", "--json", cwd=tmp_path, env=variables)
     # Nobody is there to be asked, or to look at bars.
     assert pushed.code == 0 and "Licence" not in pushed.err and "%" not in pushed.err, pushed.err
-    said = json.loads(pushed.out)
-    assert said["commit"] == server.head(ADAPTER) and "names no licence" in said["notes"][0]
+    report = json.loads(pushed.out)
+    assert report["commit"] == server.head(ADAPTER) and "names no licence" in report["notes"][0]
     assert server.repo(ADAPTER).private
 
     pulled = in_a_process("pull", ADAPTER, cwd=tmp_path, env=variables)

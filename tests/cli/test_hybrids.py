@@ -1,4 +1,4 @@
-"""The commands on hybrids: patched, trained, exported, run and talked to."""
+"""The commands on hybrid models: patch, train, export, run and chat."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def checkpoint(request, tokenizer, tmp_path_factory, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", TYPES, indirect=True)
-def test_from_a_checkpoint_to_a_chat(checkpoint, deltamem, monkeypatch, tmp_path):
+def test_a_hybrid_goes_from_checkpoint_to_chat(checkpoint, deltamem, monkeypatch, tmp_path):
     succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--rank", 4))
     recipe = {"base": str(checkpoint), "out": "trained", "adapter": "adapter", "data": {"facts_last": 2}}
     recipe["training"] = {"steps": STEPS, "batch_size": 4, "learning_rate": 0.02}
@@ -61,7 +61,7 @@ def test_from_a_checkpoint_to_a_chat(checkpoint, deltamem, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("checkpoint", ["lfm2"], indirect=True)
-def test_what_a_hybrid_cannot_be_exported_for_is_one_clear_error(checkpoint, deltamem, tmp_path):
+def test_unsupported_exports_of_a_hybrid_give_one_clear_error(checkpoint, deltamem, tmp_path):
     succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--rank", 4))
     before = listing(tmp_path)
     for options, words in (

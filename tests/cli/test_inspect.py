@@ -1,4 +1,4 @@
-"""`deltamem inspect` on memory files: what it says is what they hold, and what does not fit is refused."""
+"""`deltamem inspect` on memory files: it prints what they hold, and rejects files that cannot be compared."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def words(figure):
     return " ".join(text.get_text() for text in texts)
 
 
-def test_a_memory_as_json(here, deltamem):
+def test_a_memory_is_printed_as_json(here, deltamem):
     states = written("memory", open_tokens=[3, 0])
-    said = json.loads(deltamem("inspect", "memory", "--json").out)
+    report = json.loads(deltamem("inspect", "memory", "--json").out)
     numbers = {str(layer): norms(state).tolist() for layer, state in states.items()}
-    assert {name: np.round(values, 9).tolist() for name, values in said.pop("norms").items()} == {
+    assert {name: np.round(values, 9).tolist() for name, values in report.pop("norms").items()} == {
         name: np.round(values, 9).tolist() for name, values in numbers.items()
     }
-    assert said == {
+    assert report == {
         "kind": "memory",
         "adapter": ADAPTER,
         "conversations": 2,
@@ -93,7 +93,7 @@ def test_a_memory_as_json(here, deltamem):
     assert json.loads(deltamem("inspect", "token", "--json").out)["open_tokens"] is None
 
 
-def test_a_memory_as_people_read_it(here, deltamem):
+def test_a_memory_is_printed_as_text(here, deltamem):
     states = written("a [red] memory", open_tokens=[3, 0])
     for row in (0, 1):
         done = deltamem("inspect", "a [red] memory", "--row", row)
@@ -105,22 +105,22 @@ def test_a_memory_as_people_read_it(here, deltamem):
     assert "open tokens" not in deltamem("inspect", "token").out
 
 
-def test_what_changed_as_json(here, deltamem):
+def test_a_difference_is_printed_as_json(here, deltamem):
     before, after = written("before", open_tokens=[3, 0]), written("after", seed=1, open_tokens=[0, 7])
-    said = json.loads(deltamem("inspect", "before", "after", "--json").out)
-    assert said["kind"] == "difference" and (said["before"], said["after"]) == ("before", "after")
-    assert said["open_tokens"] == {"before": [3, 0], "after": [0, 7]} and "norms" not in said
-    assert list(said["changes"]) == ["0", "3"]
+    report = json.loads(deltamem("inspect", "before", "after", "--json").out)
+    assert report["kind"] == "difference" and (report["before"], report["after"]) == ("before", "after")
+    assert report["open_tokens"] == {"before": [3, 0], "after": [0, 7]} and "norms" not in report
+    assert list(report["changes"]) == ["0", "3"]
     for layer, old in before.items():
         change = norms(after[layer].astype(np.float64) - old)
-        wanted = {"before": norms(old), "after": norms(after[layer]), "difference": change}
-        wanted["relative"] = change / norms(old)
-        assert set(said["changes"][str(layer)]) == set(wanted)
-        for name, value in wanted.items():
-            np.testing.assert_allclose(said["changes"][str(layer)][name], value, rtol=1e-12, err_msg=name)
+        expected = {"before": norms(old), "after": norms(after[layer]), "difference": change}
+        expected["relative"] = change / norms(old)
+        assert set(report["changes"][str(layer)]) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(report["changes"][str(layer)][name], value, rtol=1e-12, err_msg=name)
 
 
-def test_what_changed_as_people_read_it(here, deltamem):
+def test_a_difference_is_printed_as_text(here, deltamem):
     before, after = written("before", open_tokens=[3, 0]), written("after", seed=1, open_tokens=[0, 7])
     done = deltamem("inspect", "before", "after", "--row", 1)
     assert done.code == 0 and all(word in done.out for word in ("before → after", "3 → 0, 0 → 7", "relative change"))
@@ -129,7 +129,7 @@ def test_what_changed_as_people_read_it(here, deltamem):
         assert all(f"{value:.1%}" in done.out for value in share)
 
 
-def test_from_nothing_there_is_no_relative_change(here, deltamem):
+def test_there_is_no_relative_change_from_zero(here, deltamem):
     shape = (1, 1, 2, 2)
     write_memory("zero", StoredMemory({0: np.zeros(shape, np.float32)}, {}, ADAPTER))
     write_memory("large", StoredMemory({0: np.full(shape, np.finfo(np.float32).max)}, {}, ADAPTER))
@@ -144,7 +144,7 @@ def test_from_nothing_there_is_no_relative_change(here, deltamem):
 
 
 @pytest.mark.parametrize("row", [None, 1])
-def test_pictures_show_the_conversation_that_is_asked_for(here, deltamem, drawn, row):
+def test_pictures_show_the_requested_conversation(here, deltamem, drawn, row):
     before, after = written("before"), written("after", seed=1)
     which = () if row is None else ("--row", row)
     done = deltamem("inspect", "before", "--plot", "memory.png", *which)
@@ -168,7 +168,7 @@ def test_pictures_show_the_conversation_that_is_asked_for(here, deltamem, drawn,
     assert set(listing(here)) == {"before", "after", "memory.png", "difference.png"}
 
 
-def test_a_row_that_is_not_there(here, deltamem):
+def test_a_row_out_of_range_is_rejected(here, deltamem):
     written("memory")
     before = listing(here)
     done = deltamem("inspect", "memory", "--row", 2, "--plot", "memory.png")
@@ -191,7 +191,7 @@ def test_a_row_that_is_not_there(here, deltamem):
         ({"batch": 3}, ["different batch sizes", "other has 3 conversations, memory 2"]),
     ],
 )
-def test_memories_that_cannot_be_compared(here, deltamem, change, says):
+def test_memories_that_cannot_be_compared_are_rejected(here, deltamem, change, says):
     written("memory")
     written("other", **change)
     before = listing(here)
@@ -200,7 +200,7 @@ def test_memories_that_cannot_be_compared(here, deltamem, change, says):
     assert listing(here) == before
 
 
-def test_an_adapter_as_people_read_it(here, deltamem):
+def test_an_adapter_is_printed_as_text(here, deltamem):
     """By the names of the options of `deltamem patch`, and without what is not known."""
     shown = deltamem("inspect", "builtin:adapter").out
     assert "mechanism.branches" in shown and "q, o" in shown and "mechanism.heads" not in shown and "None" not in shown
@@ -210,7 +210,7 @@ def test_an_adapter_as_people_read_it(here, deltamem):
     assert document["fingerprint"] == fingerprint and fingerprint[:32] in shown
 
 
-def test_an_onnx_folder_in_a_narrow_terminal(here, deltamem, monkeypatch):
+def test_an_onnx_folder_fits_a_narrow_terminal(here, deltamem, monkeypatch):
     """No name, size or word of the graph's tensors is cut or broken in its middle."""
     monkeypatch.setenv("COLUMNS", "80")
     interface = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 8, 8)),) * 36)
@@ -240,7 +240,7 @@ def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
     assert listing(here) == before
 
 
-def test_an_unknown_format_is_refused_before_anything_is_read(here, deltamem):
+def test_an_unknown_picture_format_is_rejected_before_reading(here, deltamem):
     for arguments in (("inspect", "missing"), ("eval", "missing", "--out", "a.json")):
         (here / "missing").write_text("not what it should be")
         deltamem(*arguments, "--plot", "a.xyz").assert_short_error(

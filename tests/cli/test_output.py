@@ -1,4 +1,4 @@
-"""Commands print whatever the encoding of stdout, and colours where they are wanted, and only there."""
+"""Commands print in any encoding of stdout, and use colours only where they are wanted."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def printed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_help_and_tables_in_every_encoding(printed, encoding):
+def test_help_and_tables_print_in_every_encoding(printed, encoding):
     for arguments in ([], *([name] for name in COMMANDS)):
         code, text = printed(encoding, *arguments, "--help")
         assert code == 0 and text.startswith("Usage: deltamem")
@@ -73,7 +73,7 @@ def test_every_help_and_tables_in_every_encoding(printed, encoding):
     assert code == 0 and "50.0%" in text and "new.safetensors" in text
 
 
-def test_what_is_lacking_is_spelt_out(printed, monkeypatch):
+def test_characters_missing_in_the_encoding_are_spelt_out(printed, monkeypatch):
     assert "old.safetensors -> new.safetensors" in printed("ascii", "inspect", "old.safetensors", "new.safetensors")[1]
     assert "old.safetensors → new.safetensors" in printed("utf-8", "inspect", "old.safetensors", "new.safetensors")[1]
     assert "(delta-mem)" in printed("cp1252", "--help")[1]
@@ -84,7 +84,7 @@ def test_what_is_lacking_is_spelt_out(printed, monkeypatch):
     assert stream.buffer.getvalue() == b"-0.5 ... \\u4f60 \xe9\n"  # a file's name that is not UTF-8 stays what it is
 
 
-def test_an_error_handler_that_the_user_has_chosen_stays(monkeypatch):
+def test_the_users_error_handler_is_kept(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="ignore")
     monkeypatch.setattr(sys, "stdout", stream)
     replace_unencodable()
@@ -92,7 +92,7 @@ def test_an_error_handler_that_the_user_has_chosen_stays(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_chat_in_every_encoding(monkeypatch, encoding):
+def test_a_chat_prints_in_every_encoding(monkeypatch, encoding):
     stream = Stream(encoding, is_terminal=True)
     monkeypatch.setattr(sys, "stdout", stream)
     replace_unencodable()
@@ -134,13 +134,13 @@ def shown(monkeypatch, is_terminal, **environment):
     return out.text(), err.text()
 
 
-def test_colours_are_for_terminals(monkeypatch):
+def test_colours_are_used_only_in_terminals(monkeypatch):
     assert all(ESCAPE in text for text in shown(monkeypatch, True))
     assert not any("\x1b" in text for text in shown(monkeypatch, False))
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}])
-def test_no_colour_where_the_environment_says_so(monkeypatch, environment):
+def test_the_environment_can_disable_colours(monkeypatch, environment):
     out, err = shown(monkeypatch, True, **environment)
     assert "\x1b" not in out
     assert "\x1b" not in err.partition("Loading")[0].partition("\x1b[?25l")[0]  # the animation alone moves the cursor
@@ -166,14 +166,14 @@ def stages_shown(monkeypatch, is_terminal):
     return err.text()
 
 
-def test_stages_are_for_terminals(monkeypatch):
+def test_progress_stages_are_animated_only_in_terminals(monkeypatch):
     text = stages_shown(monkeypatch, True)
     assert "Loading" in text and "Comparing" in text and "2/4" in text
     assert text.rstrip().endswith("\x1b[2K")  # their lines are cleared in the end
     assert stages_shown(monkeypatch, False) == "Done.\n"
 
 
-def test_brackets_in_names_and_answers_are_no_markup(monkeypatch):
+def test_brackets_in_names_and_answers_are_not_markup(monkeypatch):
     """What quickstart prints; `[/b]` would be an error of rich, and `[b]` would be gone."""
     out = Path("[b]out[/b]")
     remembered = TalkResult([("Hi [/u].", "[red]")], [SecondAnswer("Who [/q]?", "[a]", "[t]", False, "[/w]")])
@@ -189,7 +189,7 @@ def test_brackets_in_names_and_answers_are_no_markup(monkeypatch):
 
 @pytest.mark.server
 @pytest.mark.parametrize("words", ["inspect nowhere", "inspect builtin:adapter", "run nowhere", "--help"])
-def test_no_color_in_a_terminal(tmp_path, words):
+def test_no_color_disables_colours_in_a_terminal(tmp_path, words):
     environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
     parent, child = os.openpty()
     with subprocess.Popen(

@@ -12,7 +12,7 @@ from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.memory.file import read_memory
 
 
-def test_a_memory_that_another_program_wrote_meanwhile_stays(here, deltamem, monkeypatch, quickstart_onnx):
+def test_a_memory_written_by_another_program_is_kept(here, deltamem, monkeypatch, quickstart_onnx):
     assert deltamem("run", quickstart_onnx, "--prompt", TOLD, "--save-memory", "other").code == 0
     assert deltamem("run", quickstart_onnx, "--prompt", "Hello.", "--save-memory", "me").code == 0
     real = Conversation.generate
@@ -29,7 +29,7 @@ def test_a_memory_that_another_program_wrote_meanwhile_stays(here, deltamem, mon
     assert deltamem("run", quickstart_onnx, "--prompt", ASKED, "--memory", "me").out == f"{ANSWER}\n"
 
 
-def test_an_answer_that_nobody_reads_is_remembered(here, quickstart_onnx):
+def test_an_answer_to_a_closed_pipe_is_remembered(here, quickstart_onnx):
     """As with `| head -c 1`."""
     words = [*START, "run", quickstart_onnx, "--prompt", TOLD, "--save-memory"]
     subprocess.run([*words, "read"], check=True, capture_output=True)

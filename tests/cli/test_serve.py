@@ -1,4 +1,4 @@
-"""The command `deltamem serve`: keys, the same memories after a restart, and what it refuses."""
+"""The command `deltamem serve`: keys, memories after a restart, and invalid options."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _url(process, log):
 
 
 @pytest.mark.slow
-def test_keys_memories_over_a_restart_and_the_end(tmp_path):
+def test_keys_restart_and_shutdown_of_a_server(tmp_path):
     made = in_a_process("serve", "--new-key", "acme", "--api-keys", "keys", cwd=tmp_path)
     key = made.out.strip()
     assert key.startswith(KEY_PREFIX) and key not in (tmp_path / "keys").read_text()
@@ -85,13 +85,13 @@ def test_keys_memories_over_a_restart_and_the_end(tmp_path):
         (("--new-key", "a b"), "is not a valid tenant name"),
     ],
 )
-def test_what_is_refused_before_anything_is_loaded(deltamem, tmp_path, monkeypatch, arguments, words):
+def test_invalid_options_are_rejected_before_anything_is_loaded(deltamem, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     deltamem("serve", *arguments).assert_short_error(words)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_port_that_is_taken(deltamem, tmp_path, monkeypatch):
+def test_a_port_in_use_is_reported(deltamem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as other:
         deltamem("serve", MODEL, "--port", other.getsockname()[1]).assert_short_error("cannot listen")
@@ -106,7 +106,7 @@ def test_a_port_that_is_taken(deltamem, tmp_path, monkeypatch):
         (("--store", "sqlite:////dev/null/store.sqlite"), "dev/null"),
     ],
 )
-def test_what_is_refused_when_the_model_is_there(deltamem, tmp_path, monkeypatch, arguments, words):
+def test_options_that_do_not_fit_the_model_are_rejected(deltamem, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     deltamem("serve", *IN_PYTORCH, "--port", "0", *arguments).assert_short_error(words)
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from deltamem_tool.io.names import ASSETS
 
 
 @pytest.mark.parametrize(("closed", "shows"), [("<&-", True), (">&-", False), ("2>&-", True), ("<&- >&- 2>&-", False)])
-def test_a_stream_that_is_closed_is_as_if_nobody_listened(tmp_path, closed, shows):
+def test_commands_work_with_closed_streams(tmp_path, closed, shows):
     def inspect(path):
         words = ["sh", "-c", f'exec "$@" {closed}', "sh", *START, "inspect", path, "--json"]
         return subprocess.run(words, capture_output=True, text=True)
@@ -23,14 +23,14 @@ def test_a_stream_that_is_closed_is_as_if_nobody_listened(tmp_path, closed, show
 
 
 def test_a_chat_without_streams_remembers(quickstart_onnx, tmp_path):
-    said = "echo 'By the way, my dog is Bella.'"
-    script = f'{said} | "$@" --memory me >&- 2>&- && "$@" --memory me <&-'
+    command = "echo 'By the way, my dog is Bella.'"
+    script = f'{command} | "$@" --memory me >&- 2>&- && "$@" --memory me <&-'
     words = [*START, "chat", quickstart_onnx]
     done = subprocess.run(["sh", "-c", script, "sh", *words], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "") and "me is loaded" in done.stderr
 
 
-def test_a_reader_that_leaves_costs_no_memory(quickstart_onnx, tmp_path):
+def test_a_reader_that_closes_the_pipe_does_not_lose_the_memory(quickstart_onnx, tmp_path):
     """As `| head -c 1`: the answer goes on, and what was said is remembered."""
     from deltamem_tool.memory.file import read_memory
 

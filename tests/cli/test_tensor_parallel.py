@@ -1,4 +1,4 @@
-"""Chats and a server whose base two processes share: the first of them talks and writes files, the other follows."""
+"""Chats and a server on a base sharded over two processes: the first leads and writes files, the other follows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chat(folder: Path, device: str) -> list[str]:
     return ["chat", str(folder / "adapter"), "--device", device, "--memory", str(folder / f"{device}.me"), *SAMPLING]
 
 
-def test_a_chat_of_two_is_that_of_one(folder):
+def test_a_chat_on_two_processes_matches_one(folder):
     """They end with the first one's input."""
     together(PROCESSES, invoked, chat(folder, "tp"), LINES, folder / "said")
     one = CliRunner().invoke(cli, chat(folder, "cpu"), input=LINES, prog_name="deltamem")
@@ -49,7 +49,7 @@ def test_a_chat_of_two_is_that_of_one(folder):
 
 
 @pytest.mark.server
-def test_ctrl_c_ends_them_all(folder):
+def test_ctrl_c_ends_all_processes(folder):
     """torchrun ends its processes then: what was said until then has to be in the memory file before that."""
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
     endless = ["--temperature", "1e6", "--max-new-tokens", "100000", "--seed", "7", "--no-history"]
@@ -68,7 +68,7 @@ def test_ctrl_c_ends_them_all(folder):
 
 
 @pytest.mark.server
-def test_a_server_of_two_answers_as_one(folder, tmp_path):
+def test_a_server_on_two_processes_answers_like_one(folder, tmp_path):
     answers = {}
     for device, count in (("tp", PROCESSES), ("cpu", 1)):
         with socket.socket() as free:

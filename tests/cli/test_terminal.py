@@ -1,4 +1,4 @@
-"""What a person types, key by key, through prompt_toolkit's own pipe in place of a terminal."""
+"""Input typed key by key, through prompt_toolkit's own pipe instead of a terminal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def typed(tmp_path, monkeypatch):
     return read
 
 
-def test_lines(typed):
+def test_lines_are_read_with_pastes_and_line_breaks(typed):
     assert typed(f"Hello.{ENTER}") == "Hello."
     assert typed(f"one{ALT_ENTER}two{ENTER}") == "one\ntwo"
     assert typed(f"{PASTE}three\r\nlines\nmore{PASTED}{ENTER}") == "three\nlines\nmore"
@@ -58,7 +58,7 @@ def test_a_dumb_terminal_gets_no_escape_codes(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "> " * 3)
 
 
-def test_completion(tmp_path, monkeypatch):
+def test_commands_and_files_are_completed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me.safetensors").touch()
 
@@ -97,7 +97,7 @@ def test_the_history_is_kept_and_private(typed, tmp_path):
     assert file.read_bytes() == before
 
 
-def test_where_the_history_is(monkeypatch, tmp_path):
+def test_the_history_is_in_the_state_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert history_file() == tmp_path / "deltamem" / "chat_history"
     (tmp_path / "deltamem").write_text("in the way")

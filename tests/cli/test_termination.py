@@ -1,4 +1,4 @@
-"""However a command is told to end, it leaves nothing half written."""
+"""However a command is terminated, it leaves no partial output."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def heed_signals() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_leaves_nothing_half_written(tmp_path, number, code):
+def test_a_signal_leaves_no_partial_output(tmp_path, number, code):
     with subprocess.Popen(
         [sys.executable, "-c", WRITING],
         cwd=tmp_path,
@@ -59,7 +59,7 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, number, code):
     assert (process.returncode, err) == (code, "\nAborted!\n") and listing(tmp_path) == {}
 
 
-def test_what_is_ignored_stays_so(tmp_path):
+def test_ignored_signals_stay_ignored(tmp_path):
     """As under nohup."""
     with subprocess.Popen(
         [sys.executable, "-c", WRITING],
@@ -72,6 +72,6 @@ def test_what_is_ignored_stays_so(tmp_path):
         process.kill()
 
 
-def test_children_of_a_pool_end_without_a_word(tmp_path):
+def test_pool_workers_end_silently(tmp_path):
     done = subprocess.run([sys.executable, "-c", FORKING], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

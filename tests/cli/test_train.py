@@ -1,4 +1,4 @@
-"""`deltamem train` on a base that processes share: what a dry run says, and what is refused in a few lines."""
+"""`deltamem train` on a sharded base: the output of a dry run, and short errors."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def recipe(tmp_path):
     return path
 
 
-def test_a_dry_run_says_what_each_process_needs(deltamem, recipe, monkeypatch):
+def test_a_dry_run_prints_the_memory_per_process(deltamem, recipe, monkeypatch):
     monkeypatch.setattr(peak_bytes, "step_peaks", lambda *_: {"forward": 1})
     done = deltamem("train", recipe, "--dry-run", "--processes", 8)
     assert done.code == 0
     assert "its part of" in done.out and "weights gathered to compute" in done.out
 
 
-def test_one_process_is_too_few(deltamem, recipe):
+def test_sharding_with_one_process_is_rejected(deltamem, recipe):
     for words in ([], ["--dry-run"]):
         deltamem("train", recipe, *words).assert_short_error("FSDP2 needs several processes", "accelerate launch")
 
 
-def test_processes_are_started_by_a_launcher(deltamem, recipe):
+def test_the_error_says_how_to_launch_processes(deltamem, recipe):
     deltamem("train", recipe, "--processes", 2).assert_short_error("--processes is about a dry run", code=2)
 
 
-def test_zero_is_refused(deltamem, recipe, monkeypatch):
+def test_deepspeed_zero_is_rejected(deltamem, recipe, monkeypatch):
     """No data parallel run where a configuration of accelerate asks for ZeRO-3."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     deltamem("train", recipe).assert_short_error("DeepSpeed is not supported.", "FSDP2 shards the base", code=1)

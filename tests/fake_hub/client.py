@@ -1,4 +1,4 @@
-"""The real client with a repository of its own on the Hub of the tests."""
+"""The real client, with its own repository on the fake Hub."""
 
 from __future__ import annotations
 

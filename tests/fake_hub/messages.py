@@ -21,8 +21,8 @@ class Reply:
     body: bytes = b""
 
 
-def as_json(said: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
-    return Reply(status, {"Content-Type": "application/json; charset=utf-8", **headers}, json.dumps(said).encode())
+def as_json(content: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
+    return Reply(status, {"Content-Type": "application/json; charset=utf-8", **headers}, json.dumps(content).encode())
 
 
 @dataclass

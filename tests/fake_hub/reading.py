@@ -30,8 +30,8 @@ def whoami(hub: HubServer, request: Request) -> Reply:
         raise HubError(401, "Invalid username or password.")
     token = {"displayName": "test", "role": who.role, "createdAt": "2026-01-01T00:00:00.000Z"}
     orgs = [{"type": "org", "name": name} for name in who.orgs]
-    said = {"type": "user", "name": who.name, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
-    return as_json(said)
+    content = {"type": "user", "name": who.name, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
+    return as_json(content)
 
 
 @route("GET", "/api/agent-harnesses")
@@ -61,23 +61,23 @@ def info(hub: HubServer, request: Request, kind: str, id: str) -> Reply:
 def revision_info(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
     repo = readable(hub, request, kind, id)
     commit = repo.resolve(revision)
-    said: dict[str, Any] = {"id": id, "author": repo.owner, "sha": commit.sha, "private": repo.private, "tags": []}
-    said |= {"gated": "manual" if repo.gated else False, "disabled": False, "downloads": 0, "likes": 0}
-    said |= {"lastModified": commit.date, "createdAt": next(iter(repo.commits.values())).date}
-    said["siblings"] = [_sibling(path, blob, request.flag("blobs")) for path, blob in sorted(commit.files.items())]
+    content: dict[str, Any] = {"id": id, "author": repo.owner, "sha": commit.sha, "private": repo.private, "tags": []}
+    content |= {"gated": "manual" if repo.gated else False, "disabled": False, "downloads": 0, "likes": 0}
+    content |= {"lastModified": commit.date, "createdAt": next(iter(repo.commits.values())).date}
+    content["siblings"] = [_sibling(path, blob, request.flag("blobs")) for path, blob in sorted(commit.files.items())]
     card = commit.files.get("README.md")
     if card and isinstance(data := front_matter(card.content.decode(errors="replace")), dict):
-        said["cardData"] = data
-    return as_json(said)
+        content["cardData"] = data
+    return as_json(content)
 
 
 def _sibling(path: str, blob: Blob, metadata: bool) -> dict[str, Any]:
-    said: dict[str, Any] = {"rfilename": path}
+    entry: dict[str, Any] = {"rfilename": path}
     if metadata:
-        said |= {"size": blob.size, "blobId": blob.oid}
+        entry |= {"size": blob.size, "blobId": blob.oid}
         if blob.lfs:
-            said["lfs"] = {"sha256": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
-    return said
+            entry["lfs"] = {"sha256": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
+    return entry
 
 
 @route("GET", "/api/{repo}/tree/{revision}")
@@ -103,10 +103,10 @@ def tree(hub: HubServer, request: Request, kind: str, id: str, revision: str, pa
 def paths_info(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
     """Entries of the paths that exist; nothing is said of the others."""
     commit = readable(hub, request, kind, id).resolve(revision)
-    wanted = parse_qs(request.body.decode()).get("paths", [])
-    if len(wanted) > _MANY_PATHS:
+    requested = parse_qs(request.body.decode()).get("paths", [])
+    if len(requested) > _MANY_PATHS:
         raise HubError(413, "too many parameters")
-    return as_json([entry for entry in commit.tree("", recursive=True) if entry["path"] in wanted])
+    return as_json([entry for entry in commit.tree("", recursive=True) if entry["path"] in requested])
 
 
 @route("GET", "/api/{repo}/refs")
@@ -117,10 +117,10 @@ def refs(hub: HubServer, request: Request, kind: str, id: str) -> Reply:
         named = [(name, sha) for name, sha in repo.refs.items() if name.startswith(start)]
         return [{"name": name.removeprefix(start), "ref": name, "targetCommit": sha} for name, sha in named]
 
-    said = {"branches": below(BRANCH), "tags": below(TAG), "converts": []}
+    content = {"branches": below(BRANCH), "tags": below(TAG), "converts": []}
     if request.flag("include_prs"):
-        said["pullRequests"] = below(PULL_REQUEST)
-    return as_json(said)
+        content["pullRequests"] = below(PULL_REQUEST)
+    return as_json(content)
 
 
 @route("GET", "/api/{repo}/commits/{revision}")

@@ -159,9 +159,9 @@ class Repository:
         self, ref: str, files: Mapping[str, Blob], message: str, parent: str | None, description: str = "", by: str = ""
     ) -> Commit:
         """Put a new commit onto `ref`, which need not exist yet."""
-        said = [self.kind, self.id, str(parent), message, str(len(self.commits))]
-        said += [f"{path} {blob.oid}" for path, blob in sorted(files.items())]
-        new = Commit(git_oid("commit", "\n".join(said).encode()), parent, dict(files), message, description, by)
+        digested = [self.kind, self.id, str(parent), message, str(len(self.commits))]
+        digested += [f"{path} {blob.oid}" for path, blob in sorted(files.items())]
+        new = Commit(git_oid("commit", "\n".join(digested).encode()), parent, dict(files), message, description, by)
         self.commits[new.sha] = new
         self.refs[ref] = new.sha
         self.objects.update((blob.sha256, blob.content) for blob in files.values() if blob.lfs)

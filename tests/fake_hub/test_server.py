@@ -1,4 +1,4 @@
-"""The Hub that other tests use, against the real client: it keeps, tells and refuses what it should."""
+"""The fake Hub against the real client: what it stores, returns and rejects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sent(hub):
 # What it keeps
 
 
-def test_round_trip(hub, api, tmp_path):
+def test_committed_files_are_read_back(hub, api, tmp_path):
     (tmp_path / "big.data").write_bytes(BIG)
     assert api.create_repo("someone/new", exist_ok=True).repo_id == "someone/new"
     assert api.create_repo("someone/new", exist_ok=True).repo_id == "someone/new"
@@ -63,7 +63,7 @@ def test_round_trip(hub, api, tmp_path):
     assert all(request.status == 302 for request in hub.asked(r"/resolve/.*\.safetensors"))
 
 
-def test_what_is_told_of_files(hub, api):
+def test_metadata_of_files_is_returned(hub, api):
     commit(api, SMALL | LARGE)
     commit(api, {"config.json": b"{}"}, message="Smaller")
     entries = {entry.path: entry for entry in api.list_repo_tree(REPO, recursive=True)}
@@ -90,14 +90,14 @@ def test_what_is_told_of_files(hub, api):
     assert meta.location.startswith(hub.storage)
 
 
-def test_a_tree_of_many_pages(hub, api):
+def test_a_tree_is_listed_in_pages(hub, api):
     hub.page_size = 3
     hub.add_repo(REPO, {f"{number}.txt": b"" for number in range(8)})
     assert [entry.path for entry in api.list_repo_tree(REPO)] == [f"{number}.txt" for number in range(8)]
     assert len(hub.asked("/tree/")) == 3
 
 
-def test_revisions(hub, api):
+def test_branches_tags_and_commits_are_revisions(hub, api):
     first = hub.add_repo(REPO, {"a.txt": b"1"})
     api.create_branch(REPO, branch="v2/new", revision=first)
     second = hub.add_repo(REPO, {"a.txt": b"2"}, branch="v2/new")
@@ -132,7 +132,7 @@ def test_datasets_are_apart_from_models(hub, api):
 # What is sent
 
 
-def test_what_is_there_is_not_sent_again(hub, api):
+def test_existing_files_are_not_sent_again(hub, api):
     commit(api, SMALL | LARGE)
     first, hub.requests[:] = hub.head(REPO), []
     assert commit(api, SMALL | LARGE).oid == first == hub.head(REPO)
@@ -144,7 +144,7 @@ def test_what_is_there_is_not_sent_again(hub, api):
     assert [request.size for request in hub.asked("PUT")] == [len(WEIGHTS) + 1]
 
 
-def test_deletion(hub, api):
+def test_files_can_be_deleted(hub, api):
     commit(api, SMALL | LARGE)
     commit(api, {"new.txt": b""}, deleted=["config.json", "onnx/"])
     assert set(hub.files_at(REPO)) == {*SMALL, *LARGE, "new.txt"} - {"config.json", "onnx/model.onnx"}
@@ -155,7 +155,7 @@ def test_deletion(hub, api):
     assert (hub.head(REPO), hub.files_at(REPO)) == before  # all or nothing
 
 
-def test_pull_request(hub, api):
+def test_a_pull_request_does_not_change_the_branch(hub, api):
     commit(api, SMALL)
     before, foreign = hub.head(REPO), HfApi(endpoint=hub.endpoint, token="hf_other")
     with pytest.raises(HfHubHTTPError, match="403 Forbidden"):
@@ -171,7 +171,7 @@ def test_pull_request(hub, api):
     assert [each.title for each in api.get_repo_discussions(REPO)] == ["Change", "Another"]
 
 
-def test_a_commit_in_between(hub, api):
+def test_a_commit_on_an_outdated_parent_conflicts(hub, api):
     first = hub.head(REPO)
     second = commit(api, {"a.txt": b"1"}, parent_commit=first).oid
     with pytest.raises(HfHubHTTPError, match="412") as caught:
@@ -184,7 +184,7 @@ def test_a_commit_in_between(hub, api):
 # What it refuses
 
 
-def test_who_may_write(hub, api):
+def test_only_permitted_users_may_write(hub, api):
     for token, status in ((False, 401), ("hf_read", 403), ("hf_other", 403), ("hf_unknown", 401)):
         one = HfApi(endpoint=hub.endpoint, token=token)
         tries = [lambda one=one: commit(one, {"a.bin": b"1"}), lambda one=one: one.create_branch(REPO, branch="b")]
@@ -199,7 +199,7 @@ def test_who_may_write(hub, api):
         api.whoami("hf_unknown")
 
 
-def test_who_may_read(hub):
+def test_only_permitted_users_may_read(hub):
     hub.add_repo("someone/secret", {"a.txt": b"1"}, private=True)
     hub.add_repo("someone/gated", {"a.txt": b"1"}, gated=True, granted=("another",))
     for token, status in ((False, 401), ("hf_other", 404)):
@@ -221,7 +221,7 @@ def post_commit(hub, *lines, token="hf_write"):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "reason"),
     [
         ("lfsFile", {"algo": "sha256", "oid": "0" * 64, "size": 3}, "does not exist"),
         ("lfsFile", {"algo": "sha256", "oid": hashlib.sha256(WEIGHTS).hexdigest(), "size": 3}, "bytes, not 3"),
@@ -232,18 +232,18 @@ def post_commit(hub, *lines, token="hf_write"):
         ("moved", {}, "Unknown operation"),
     ],
 )
-def test_no_commit_of_what_cannot_be(hub, api, key, value, said):
+def test_an_invalid_commit_is_rejected(hub, api, key, value, reason):
     before = hub.add_repo(REPO, {"there.safetensors": WEIGHTS})
     line = {"key": key, "value": {"path": "a.bin", **value}}
     good = {"key": "file", "value": {"path": "good.txt", "content": "", "encoding": "base64"}}
     refused = post_commit(hub, good, line)
-    assert refused.status_code == 400 and said in refused.json()["error"]
+    assert refused.status_code == 400 and reason in refused.json()["error"]
     assert hub.head(REPO) == before and hub.files_at(REPO) == {"there.safetensors": WEIGHTS}
     assert post_commit(hub, good, token="hf_other").status_code == 403
     assert post_commit(hub, good).status_code == 200
 
 
-def test_the_storage_takes_what_was_announced_alone(hub, api):
+def test_the_storage_accepts_only_announced_files(hub, api):
     hub.part_size, http = 1 << 17, get_session()
     asked = {"operation": "upload", "transfers": ["multipart"], "objects": [{"size": len(BIG)}, {"size": 4}]}
     for each, content in zip(asked["objects"], (BIG, b"abcd"), strict=True):
@@ -270,9 +270,9 @@ def test_the_storage_takes_what_was_announced_alone(hub, api):
     assert http.post(upload["href"], json={"oid": parts["oid"], "parts": came}).status_code == 200
 
 
-def test_a_card_that_the_hub_cannot_read(hub, api):
-    for card, said in ((b"license: [", "YAML"), (b"license: Apache 2", "license"), (b"tags: a", "tags")):
-        with pytest.raises(ValueError, match=said):
+def test_an_invalid_card_is_rejected(hub, api):
+    for card, reason in ((b"license: [", "YAML"), (b"license: Apache 2", "license"), (b"tags: a", "tags")):
+        with pytest.raises(ValueError, match=reason):
             commit(api, {"README.md": b"---\n" + card + b"\n---\n"})
     with pytest.raises(ValueError, match="base_model"):
         commit(api, {"README.md": b"---\nbase_model: /home/me/model\n---\n"})
@@ -280,7 +280,7 @@ def test_a_card_that_the_hub_cannot_read(hub, api):
         commit(api, {"README.md": b"# Memory\n"})
 
 
-def test_ranges(hub, api):
+def test_byte_ranges_are_returned(hub, api):
     hub.add_repo(REPO, {"a.txt": b"0123456789", "a.bin": b"0123456789"})
     for name in ("a.txt", "a.bin"):
         address = hf_hub_url(REPO, name)

@@ -44,28 +44,28 @@ class Upload:
 
 @route("POST", "/api/repos/create")
 def create_repo(hub: HubServer, request: Request) -> Reply:
-    who, wanted = writer(hub, request), request.json()
-    owner = wanted.get("organization") or who.name
-    kind = f"{wanted.get('type') or 'model'}s"
+    who, body = writer(hub, request), request.json()
+    owner = body.get("organization") or who.name
+    kind = f"{body.get('type') or 'model'}s"
     if owner not in (who.name, *who.orgs):
         raise HubError(403, f"You don't have the rights to create a {kind[:-1]} under the namespace {owner}")
-    repo = Repository(kind, f"{owner}/{wanted['name']}")
-    said = {"name": repo.id, "id": repo.id, "url": f"{hub.endpoint}/{repo.web_path}"}
+    repo = Repository(kind, f"{owner}/{body['name']}")
+    result = {"name": repo.id, "id": repo.id, "url": f"{hub.endpoint}/{repo.web_path}"}
     if (kind, repo.id) in hub.repositories:
-        return as_json({"error": f"You already created this {kind[:-1]} repo: {repo.id}", **said}, 409)
-    repo.private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        return as_json({"error": f"You already created this {kind[:-1]} repo: {repo.id}", **result}, 409)
+    repo.private = body.get("visibility") == "private" or bool(body.get("private"))
     attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
     files = {".gitattributes": Blob(attributes.encode(), lfs=False)}
     repo.commit(BRANCH + "main", files, "initial commit", None, by=who.name)
     hub.repositories[kind, repo.id] = repo
-    return as_json(said)
+    return as_json(result)
 
 
 @route("DELETE", "/api/repos/delete")
 def delete_repo(hub: HubServer, request: Request) -> Reply:
-    who, wanted = writer(hub, request), request.json()
-    name = f"{wanted.get('organization') or who.name}/{wanted['name']}"
-    repo, _ = writable(hub, request, f"{wanted.get('type') or 'model'}s", name)
+    who, body = writer(hub, request), request.json()
+    name = f"{body.get('organization') or who.name}/{body['name']}"
+    repo, _ = writable(hub, request, f"{body.get('type') or 'model'}s", name)
     del hub.repositories[repo.kind, repo.id]
     return as_json({})
 
@@ -103,9 +103,9 @@ def delete_branch(hub: HubServer, request: Request, kind: str, id: str, branch: 
 @route("POST", "/api/{repo}/discussions")
 def create_discussion(hub: HubServer, request: Request, kind: str, id: str) -> Reply:
     repo, who = writable(hub, request, kind, id, pull_request=True)
-    said = request.json()
-    number = repo.discuss(said["title"], who.name, said.get("description", ""), said["pullRequest"])
-    if said["pullRequest"]:
+    body = request.json()
+    number = repo.discuss(body["title"], who.name, body.get("description", ""), body["pullRequest"])
+    if body["pullRequest"]:
         repo.refs[f"{PULL_REQUEST}{number}"] = repo.resolve("main").sha
     return as_json({"num": number})
 
@@ -118,28 +118,28 @@ def preupload(hub: HubServer, request: Request, kind: str, id: str, revision: st
     """How each file is to be sent; `oid` is what the revision has now, by which the client leaves out what is there."""
     repo, _ = writable(hub, request, kind, id, pull_request=request.flag("create_pr"))
     files = repo.resolve(revision).files
-    said = []
+    entries = []
     for file in request.json()["files"]:
         path, sample = file["path"], base64.b64decode(file["sample"])
         each = {"path": path, "uploadMode": "lfs" if in_lfs(path, sample, file["size"]) else "regular"}
         each |= {"shouldIgnore": False} | ({"oid": files[path].etag} if path in files else {})
-        said.append(each)
-    return as_json({"files": said, "commitOid": repo.resolve(revision).sha})
+        entries.append(each)
+    return as_json({"files": entries, "commitOid": repo.resolve(revision).sha})
 
 
 @route("POST", "/{web}.git/info/lfs/objects/batch")
 def lfs_batch(hub: HubServer, request: Request, kind: str | None, id: str) -> Reply:
     """Where to send the large files that are not there yet: whole, or in parts."""
     repo, _ = writable(hub, request, kind, id)
-    said = request.json()
-    if "ref" in said:
-        repo.resolve(said["ref"]["name"])
+    body = request.json()
+    if "ref" in body:
+        repo.resolve(body["ref"]["name"])
     objects = []
-    for each in said["objects"]:
+    for each in body["objects"]:
         oid, size = each["oid"], each["size"]
         objects.append({"oid": oid, "size": size})
         if repo.objects.get(oid) is None:
-            in_parts = size > hub.multipart_size and "multipart" in said["transfers"]
+            in_parts = size > hub.multipart_size and "multipart" in body["transfers"]
             upload = Upload(repo, oid, size, hub.part_size if in_parts else None)
             objects[-1]["actions"] = _actions(hub, upload)
     transfer = "multipart" if any("chunk_size" in str(each) for each in objects) else "basic"
@@ -180,9 +180,9 @@ def _etag(part: bytes) -> str:
 
 @route("POST", "/api/complete_multipart/{key}")
 def complete(hub: HubServer, request: Request, key: str) -> Reply:
-    upload, said = hub.uploads[key], request.json()
+    upload, body = hub.uploads[key], request.json()
     there = [{"partNumber": number, "etag": _etag(part)} for number, part in sorted(upload.parts.items())]
-    if said["oid"] != upload.oid or said["parts"] != there:
+    if body["oid"] != upload.oid or body["parts"] != there:
         raise HubError(400, "These are not the parts that came")
     upload.finish(b"".join(part for _, part in sorted(upload.parts.items())))
     return as_json({"success": True})
@@ -191,8 +191,8 @@ def complete(hub: HubServer, request: Request, key: str) -> Reply:
 @route("POST", "/{web}.git/info/lfs/objects/verify")
 def verify(hub: HubServer, request: Request, kind: str | None, id: str) -> Reply:
     repo, _ = writable(hub, request, kind, id)
-    said = request.json()
-    if len(repo.objects.get(said["oid"], b"")) != said["size"]:
+    body = request.json()
+    if len(repo.objects.get(body["oid"], b"")) != body["size"]:
         raise HubError(404, "No such object of that size")
     return as_json({})
 
@@ -216,8 +216,8 @@ def commit(hub: HubServer, request: Request, kind: str, id: str, revision: str) 
         ref = f"{PULL_REQUEST}{number}"
     new = repo.commit(ref, files, header["summary"], parent.sha, header["description"], who.name)
     address = f"{hub.endpoint}/{repo.web_path}"
-    said = {"success": True, "commitOid": new.sha, "commitUrl": f"{address}/commit/{new.sha}", "hookOutput": ""}
-    return as_json(said | ({"pullRequestUrl": f"{address}/discussions/{number}"} if number else {}))
+    result = {"success": True, "commitOid": new.sha, "commitUrl": f"{address}/commit/{new.sha}", "hookOutput": ""}
+    return as_json(result | ({"pullRequestUrl": f"{address}/discussions/{number}"} if number else {}))
 
 
 def _operations(request: Request) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The model card: what is contents is there and is right, and words of the user's stay."""
+"""The model card: it holds the right facts and metadata, and keeps the user's own text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def card(contents: Contents, old: str | None = None, license: str | None = None,
     return write_card(contents, REPO, base or Base(BASE, COMMIT), old and old.encode(), license).decode()
 
 
-def test_what_is_known_is_said(contents):
+def test_the_card_holds_all_known_facts(contents):
     text = card(contents, license="mit")
     for said in (
         "98,432 parameters",
@@ -54,22 +54,22 @@ def test_what_is_known_is_said(contents):
         assert said in text, said
 
 
-def test_metadata_is_the_hubs(contents, tmp_path):
+def test_metadata_is_readable_by_the_hub(contents, tmp_path):
     """As `huggingface_hub` reads it back, the results of every number of facts apart from each other."""
     (tmp_path / "README.md").write_text(card(contents, license="mit"))
-    said = metadata_load(tmp_path / "README.md")
-    assert said["base_model"] == BASE and said["base_model_relation"] == "adapter"
-    assert said["library_name"] == "deltamem-tool" and said["pipeline_tag"] == "text-generation"
-    assert said["license"] == "mit" and said["datasets"] == "someone/talks"
-    assert {"delta-mem", "arxiv:2605.12357", "onnx"} <= set(said["tags"])
+    metadata = metadata_load(tmp_path / "README.md")
+    assert metadata["base_model"] == BASE and metadata["base_model_relation"] == "adapter"
+    assert metadata["library_name"] == "deltamem-tool" and metadata["pipeline_tag"] == "text-generation"
+    assert metadata["license"] == "mit" and metadata["datasets"] == "someone/talks"
+    assert {"delta-mem", "arxiv:2605.12357", "onnx"} <= set(metadata["tags"])
     data = ModelCard.load(tmp_path / "README.md").data
     found = {(result.dataset_config, result.metric_name): result.metric_value for result in data.eval_results}
     assert found["1 fact", "exact, state"] == 1.0
     assert found["4 facts", "exact, donor state"] == 0.5 and len(found) == 6
-    assert len(said["model-index"][0]["results"]) == 2
+    assert len(metadata["model-index"][0]["results"]) == 2
 
 
-def test_what_is_not_known_is_not_said(tmp_path):
+def test_unknown_facts_are_left_out(tmp_path):
     alone = read_contents(adapter_folder(tmp_path / "adapter"))
     text = card(alone)
     assert "## Training" not in text and "OnnxModel" not in text and "No evaluation was pushed" in text
@@ -90,25 +90,25 @@ def test_the_base_of_the_second_shipped_adapter_is_named_as_on_the_hub(tmp_path)
 
 
 @pytest.mark.parametrize(("base", "extra"), [(BASE, "torch"), (f"{BASE}:q4.gguf", "gguf"), ("builtin:smollm2", "gguf")])
-def test_the_packages_to_install_can_read_the_base(base, extra, tmp_path):
+def test_the_install_command_includes_the_extra_for_the_base(base, extra, tmp_path):
     text = card(read_contents(adapter_folder(tmp_path / "adapter")), base=Base(base, None))
     assert f"pip install 'deltamem-tool[{extra}]'" in text
 
 
-def test_words_of_the_users_stay(contents):
+def test_the_users_text_is_kept(contents):
     own = "---\nlanguage: de\nlicense: cc-by-4.0\ntags:\n- mine\n---\n\n# Ours\n\nWhy we made it.\n"
     first = card(contents, own)
     assert first.endswith(f"{END}\n") and "# Ours\n\nWhy we made it.\n" in first
     edited = first.replace("Why we made it.", "Because.") + "\nThanks to all.\n"
     second = card(contents, edited.replace("98,432 parameters", "1 parameter"))
     assert second == edited and second.count(BEGIN) == 1
-    said = yaml.safe_load(second.split("---\n")[1])
-    assert said["language"] == "de" and said["license"] == "cc-by-4.0" and said["tags"][0] == "mine"
-    assert len(said["tags"]) == len(set(said["tags"]))
+    metadata = yaml.safe_load(second.split("---\n")[1])
+    assert metadata["language"] == "de" and metadata["license"] == "cc-by-4.0" and metadata["tags"][0] == "mine"
+    assert len(metadata["tags"]) == len(set(metadata["tags"]))
     assert "license: mit" in card(contents, second, license="mit")
 
 
-def test_results_of_others_stay(contents):
+def test_results_of_others_are_kept(contents):
     others = [
         {
             "name": "Ours",
@@ -128,7 +128,7 @@ def test_results_of_others_stay(contents):
     assert card(contents, text) == text
 
 
-def test_lines_that_end_as_on_windows(contents):
+def test_windows_line_endings_are_kept(contents):
     own = "---\r\nlicense: mit\r\n---\r\n\r\n# Ours\r\n\r\nWhy.\r\n"
     text = card(contents, own)
     assert "# Ours\r\n\r\nWhy.\r\n" in text and "license: mit" in text
@@ -146,12 +146,12 @@ def test_lines_that_end_as_on_windows(contents):
     ],
     ids=["no end", "end first", "twice", "no YAML", "a list"],
 )
-def test_a_card_that_is_broken_is_refused(contents, old):
+def test_a_broken_card_raises(contents, old):
     with pytest.raises(HubError, match=r"README.md"):
         card(contents, old)
 
 
-def test_a_card_in_another_encoding_is_refused(contents):
+def test_a_card_in_another_encoding_raises(contents):
     with pytest.raises(HubError, match=r"README.md"):
         write_card(contents, REPO, Base(BASE, COMMIT), "# Für alle\n".encode("latin-1"), None)
 
@@ -176,7 +176,7 @@ def test_bars_in_values_do_not_break_tables(contents):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_an_evaluation_that_lacks_figures_is_refused(tmp_path, change):
+def test_an_evaluation_without_figures_raises(tmp_path, change):
     folder = evaluated(adapter_folder(tmp_path / "adapter"))
     file = folder / "evaluation.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))

@@ -1,4 +1,4 @@
-"""What goes wrong with the Hub of the tests goes wrong as they ask for it; and nobody meets another Hub."""
+"""The fake Hub produces the faults that a test asks for, and no test reaches another Hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def api(hub):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 413])
-def test_a_refusal(hub, api, status):
+def test_an_error_status_reaches_the_client(hub, api, status):
     hub.fail("POST .*/commit/main", answer(status, "not now", X_Request_Id="abc"))
     with pytest.raises(HfHubHTTPError, match="not now") as caught:
         commit(api, {"a.txt": b"1"})
@@ -37,7 +37,7 @@ def test_a_refusal(hub, api, status):
     assert hub.files_at(REPO) == {"a.txt": b"1"} and [r.status for r in hub.asked("/commit/")] == [status, 200]
 
 
-def test_errors_that_go_away(hub, api):
+def test_temporary_errors_are_retried(hub, api):
     hub.fail("POST .*/preupload/", answer(500), times=2)
     hub.fail(lambda request: request.storage and request.method == "PUT", answer(429, Retry_After="6"))
     commit(api, {"a.bin": b"1"})
@@ -45,7 +45,7 @@ def test_errors_that_go_away(hub, api):
     assert [request.status for request in hub.asked("PUT")] == [429, 200] and hub.waits == [1, 2, 7]
 
 
-def test_a_hub_that_stays_broken(hub, api):
+def test_permanent_errors_raise(hub, api):
     hub.fail("/preupload/", answer(503), times=None)
     with pytest.raises(HfHubHTTPError, match="503"):
         commit(api, {"a.bin": b"1"})
@@ -54,7 +54,7 @@ def test_a_hub_that_stays_broken(hub, api):
     commit(api, {"a.bin": b"1"})
 
 
-def test_a_connection_cut_while_sending(hub, api):
+def test_a_connection_cut_while_sending_is_retried(hub, api):
     hub.fail("PUT", cut_request(), times=2)
     commit(api, {"a.bin": BIG})
     broken = hub.asked("PUT")[:2]
@@ -69,7 +69,7 @@ def test_a_connection_cut_while_sending(hub, api):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.bin"])
-def test_a_connection_cut_while_fetching(hub, api, name, monkeypatch):
+def test_a_connection_cut_while_fetching_is_resumed(hub, api, name, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # of a chunk that is cut nothing is kept
     content = b"abcdefgh" * 10_000
     hub.add_repo(REPO, {name: content})
@@ -81,20 +81,20 @@ def test_a_connection_cut_while_fetching(hub, api, name, monkeypatch):
     assert (second.headers["Range"], second.status) == ("bytes=50000-", 206)
 
 
-def test_an_answer_cut_behind_its_headers(hub, api):
+def test_an_answer_cut_after_its_headers_raises(hub, api):
     hub.fail("/api/models/", cut_answer(after=0))
     with pytest.raises(httpx2.RemoteProtocolError, match="received 0 bytes"):
         api.model_info(REPO)
 
 
-def test_an_answer_that_is_lost(hub, api):
+def test_a_lost_answer_has_been_carried_out(hub, api):
     hub.fail("/commit/", lose_answer())
     with pytest.raises(httpx2.RemoteProtocolError, match="without sending a response"):
         commit(api, {"a.txt": b"1"})
     assert hub.files_at(REPO) == {"a.txt": b"1"} and hub.asked("/commit/")[0].status is None
 
 
-def test_a_slow_hub(hub, api):
+def test_a_slow_hub_times_out(hub, api):
     hub.add_repo(REPO, {"a.txt": b"1"})
     address = hf_hub_url(REPO, "a.txt")
     hub.fail("HEAD", delay(30))
@@ -106,7 +106,7 @@ def test_a_slow_hub(hub, api):
     assert time.monotonic() - start >= 0.2
 
 
-def test_the_seed_chooses_the_byte():
+def test_the_seed_chooses_the_byte_of_a_cut():
     def cuts(seed):
         with HubServer(seed=seed) as server, httpx2.Client() as http:
             server.fail("", cut_request(), times=None)
@@ -119,7 +119,7 @@ def test_the_seed_chooses_the_byte():
     assert one == cuts(1) != cuts(2) and len(set(one)) == 4
 
 
-def test_what_the_server_cannot_do_is_heard_of():
+def test_unsupported_requests_fail_the_test():
     with HubServer() as server:
         assert httpx2.get(f"{server.endpoint}/api/collections/a/b").status_code == 501
     with pytest.raises(json.JSONDecodeError), HubServer() as server:
@@ -132,7 +132,7 @@ def test_what_the_server_cannot_do_is_heard_of():
 # Who sees it
 
 
-def test_the_process_knows_no_other_hub(hub):
+def test_this_process_reaches_no_other_hub(hub):
     hub.add_repo(REPO, {"a.bin": WEIGHTS})
     home = constants.HF_HOME
     assert hf_hub_download(REPO, "a.bin").startswith(home) and model_info(REPO).sha == hub.head(REPO)
@@ -153,7 +153,7 @@ print(whoami()["name"], *sorted(path.name for path in pathlib.Path(snapshot_down
 """
 
 
-def test_another_process_knows_no_other_hub(tmp_path, monkeypatch):
+def test_a_child_process_reaches_no_other_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "person"))
     (tmp_path / "person").mkdir()
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")

@@ -1,4 +1,4 @@
-"""What goes wrong on the way from the Hub: what is fetched is whole, or nothing is there; a second pull is right."""
+"""Faults during `pull`: the folder is complete or absent, and a second pull succeeds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refused(out: Path | None) -> HubError:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fault(at_hub, tmp_path, monkeypatch, stage):
+def test_a_failed_pull_leaves_nothing_and_a_second_succeeds(at_hub, tmp_path, monkeypatch, stage):
     for name, (fault, words) in FAULTS.items():
         (tmp_path / name).mkdir()
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / f"cache of {name}"))
@@ -65,7 +65,7 @@ def test_a_fault(at_hub, tmp_path, monkeypatch, stage):
         assert read(pull(REPO, out=tmp_path / name / "out").path) == at_hub.files_at(REPO), name
 
 
-def test_what_goes_away_by_itself(at_hub):
+def test_temporary_faults_are_retried(at_hub):
     for match in ("GET .*/resolve/.*config.json", STAGES["large"]):
         at_hub.fail(match, cut_answer())
         at_hub.fail(match, lose_answer())
@@ -73,7 +73,7 @@ def test_what_goes_away_by_itself(at_hub):
 
 
 @pytest.mark.parametrize("path", ["deltamem.safetensors", "onnx/model.onnx.data", "training.json"])
-def test_other_bytes_than_the_hub_has(at_hub, tmp_path, path):
+def test_wrong_content_is_detected(at_hub, tmp_path, path):
     """Of the right size, which is all that the client looks at."""
     right = at_hub.files_at(REPO)[path]
     wrong = right[:-9] + bytes(byte ^ 1 for byte in right[-9:])
@@ -88,14 +88,14 @@ def test_other_bytes_than_the_hub_has(at_hub, tmp_path, path):
     assert read(pull(REPO, out=tmp_path / "here" / "out").path) == at_hub.files_at(REPO)
 
 
-def test_another_size_than_the_hub_says(at_hub):
+def test_a_wrong_size_is_detected(at_hub):
     at_hub.fail(STAGES["large"], Fault(reply=Reply(200, {}, b"short")), times=None)
     assert "size" in refused(None).why
     at_hub.faults.clear()
     assert read(pull(REPO).path) == at_hub.files_at(REPO)
 
 
-def test_half_of_it_in_the_cache_is_not_taken_for_all(at_hub, monkeypatch):
+def test_a_partial_file_in_the_cache_is_not_used(at_hub, monkeypatch):
     at_hub.fail(lambda r: r.method in ("HEAD", "GET") and "/onnx/" in r.raw_path, answer(500), times=None)
     refused(None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -107,7 +107,7 @@ def test_half_of_it_in_the_cache_is_not_taken_for_all(at_hub, monkeypatch):
     assert pulled.contents.parts == ["adapter", "ONNX folder"] and read(pulled.path) == at_hub.files_at(REPO)
 
 
-def test_a_slow_hub(at_hub, monkeypatch):
+def test_a_slow_hub_times_out_and_a_second_pull_succeeds(at_hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     at_hub.fail(STAGES["large"], delay(60), times=None)
     assert "did not answer in time" in refused(None).why
@@ -115,7 +115,7 @@ def test_a_slow_hub(at_hub, monkeypatch):
     assert read(pull(REPO).path) == at_hub.files_at(REPO)
 
 
-def test_an_old_folder_stays_until_the_new_one_is_whole(at_hub, tmp_path):
+def test_an_old_folder_is_kept_until_the_new_one_is_complete(at_hub, tmp_path):
     out = tmp_path / "here" / "out"
     out.mkdir(parents=True)
     (out / "mine").write_text("1")

@@ -1,4 +1,4 @@
-"""`push` and `pull` over HTTP, with the Hub's own client: what lands, what is sent, what is kept."""
+"""`push` and `pull` over HTTP, with the Hub's own client: what is committed, sent and kept."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sent(hub: HubServer) -> set[str]:
     return {line["value"]["path"] for line in lines if line["key"] != "header"}
 
 
-def test_both_parts_land_in_one_commit(as_writer, adapter, onnx):
+def test_both_parts_are_pushed_in_one_commit(as_writer, adapter, onnx):
     pushed = push(adapter, REPO, onnx=onnx, license="mit", message="First")
     assert pushed.url == f"{as_writer.endpoint}/{REPO}" and pushed.commit == as_writer.head(REPO)
     assert len(as_writer.asked("POST .*/commit/")) == 1 and not pushed.notes
@@ -62,7 +62,7 @@ def test_both_parts_land_in_one_commit(as_writer, adapter, onnx):
     assert as_writer.repo(REPO).resolve("main").message == "First"
 
 
-def test_only_what_has_changed_is_sent(as_writer, adapter, onnx):
+def test_only_changed_files_are_sent(as_writer, adapter, onnx):
     first = push(adapter, REPO, onnx=onnx, license="mit")
     as_writer.requests.clear()
     again = push(adapter, REPO, onnx=onnx)
@@ -79,7 +79,7 @@ def test_only_what_has_changed_is_sent(as_writer, adapter, onnx):
     assert "training.png" not in as_writer.files_at(REPO) and "onnx/config.json" in as_writer.files_at(REPO)
 
 
-def test_other_files_of_the_repository_are_left_alone(as_writer, adapter, onnx):
+def test_other_files_of_the_repository_are_kept(as_writer, adapter, onnx):
     others = {
         "notes.md": b"mine",
         "onnx/model_q4.onnx": b"other",
@@ -95,7 +95,7 @@ def test_other_files_of_the_repository_are_left_alone(as_writer, adapter, onnx):
     assert "onnx/genai_config.json" not in files  # of an export that was there before
 
 
-def test_one_part_after_the_other_is_one_card(as_writer, adapter, onnx):
+def test_parts_pushed_separately_share_one_card(as_writer, adapter, onnx):
     push(adapter, REPO, license="mit")
     pushed = push(onnx, REPO)
     assert not pushed.notes and "ONNX Runtime" in pushed.card and "deltamem.load" in pushed.card
@@ -104,7 +104,7 @@ def test_one_part_after_the_other_is_one_card(as_writer, adapter, onnx):
     assert push(adapter, REPO).card == pushed.card
 
 
-def test_parts_of_two_adapters_are_refused(as_writer, adapter, onnx, tmp_path):
+def test_parts_of_two_adapters_raise(as_writer, adapter, onnx, tmp_path):
     """Whoever fetched them together would refuse them."""
     first = push(adapter, REPO, onnx=onnx, license="mit").commit
     as_writer.requests.clear()
@@ -115,7 +115,7 @@ def test_parts_of_two_adapters_are_refused(as_writer, adapter, onnx, tmp_path):
         push(tmp_path / "other", REPO, onnx=onnx)
 
 
-def test_an_evaluation_goes_with_its_adapter(as_writer, adapter, onnx):
+def test_an_evaluation_is_pushed_with_its_adapter(as_writer, adapter, onnx):
     """Pushed again without one, the card no longer shows what is no longer there."""
     push(adapter, REPO, onnx=onnx, license="mit")
     (adapter / "evaluation.json").unlink()
@@ -123,12 +123,12 @@ def test_an_evaluation_goes_with_its_adapter(as_writer, adapter, onnx):
     assert kinds(pushed)["evaluation.json"] == "deleted" and "No evaluation was pushed" in pushed.card
 
 
-def test_only_what_an_export_writes_is_sent(as_writer, onnx):
+def test_only_files_of_an_export_are_sent(as_writer, onnx):
     (onnx / "transcript.json").write_text("{}")
     assert "onnx/transcript.json" not in kinds(push(onnx, REPO))
 
 
-def test_a_branch_and_a_pull_request(as_writer, adapter):
+def test_pushing_to_a_branch_and_a_pull_request(as_writer, adapter):
     main = as_writer.add_repo(REPO, {"README.md": b"# Mine\n"})
     pushed = push(adapter, REPO, branch="v2", license="mit")
     assert pushed.url.endswith(f"{REPO}/tree/v2") and as_writer.head(REPO) == main
@@ -145,7 +145,7 @@ def test_a_dry_run_sends_nothing(as_writer, adapter):
     assert not as_writer.asked("^(POST|PUT) ") and not as_writer.repositories
 
 
-def test_private_is_never_public(as_writer, adapter):
+def test_a_private_push_to_a_public_repository_raises(as_writer, adapter):
     push(adapter, REPO, private=True)
     assert as_writer.repo(REPO).private
     assert push(adapter, REPO, private=True).commit == as_writer.head(REPO)
@@ -155,7 +155,7 @@ def test_private_is_never_public(as_writer, adapter):
     assert set(as_writer.files_at("someone/open")) == {"README.md"}
 
 
-def test_a_path_of_this_machine_is_never_the_base(as_writer, tmp_path, monkeypatch):
+def test_a_local_path_is_never_recorded_as_the_base(as_writer, tmp_path, monkeypatch):
     (tmp_path / "bases" / "mine").mkdir(parents=True)
     folder = adapter_folder(tmp_path / "adapter", str(tmp_path / "bases" / "mine"), None)
     with pytest.raises(HubError, match="--base-model"):
@@ -197,7 +197,7 @@ def test_a_gguf_file_on_the_hub_is_the_base(file, as_writer, tmp_path):
         assert f"[{BASE}:{file}](https://huggingface.co/{BASE})" in pushed.card
 
 
-def test_a_gguf_file_of_this_machine_is_not(as_writer, tmp_path):
+def test_a_local_gguf_file_is_not_recorded_as_the_base(as_writer, tmp_path):
     for name in ("models/tiny.gguf", str(tmp_path / "tiny.gguf")):
         with pytest.raises(HubError, match="--base-model"):
             push(adapter_folder(tmp_path / name.replace("/", " "), name, None), REPO)
@@ -206,7 +206,7 @@ def test_a_gguf_file_of_this_machine_is_not(as_writer, tmp_path):
     assert (base.name, base.revision) == (f"{BASE}:tiny.gguf", COMMIT)
 
 
-def test_an_evaluation_of_another_adapter_is_refused(as_writer, tmp_path):
+def test_an_evaluation_of_another_adapter_raises(as_writer, tmp_path):
     folder = evaluated(adapter_folder(tmp_path / "adapter"), "0" * 64)
     with pytest.raises(HubError, match="another adapter"):
         push(folder, REPO)
@@ -221,13 +221,13 @@ def test_a_shipped_adapter_can_be_pushed_by_name(name, as_writer, deltamem):  # 
     assert read_adapter(REPO).fingerprint == shipped.fingerprint and read_adapter(REPO).base == shipped.base
 
 
-def test_a_shipped_name_without_an_adapter_is_refused(as_writer, deltamem):  # noqa: F811
+def test_a_shipped_name_without_an_adapter_raises(as_writer, deltamem):  # noqa: F811
     deltamem("push", "builtin:other", REPO).assert_short_error("does not ship builtin:other", "builtin:adapter", code=1)
     deltamem("push", "builtin:backbone", REPO).assert_short_error("contains no adapter", code=1)
     assert not as_writer.repositories
 
 
-def test_nothing_to_push_is_named(as_writer, tmp_path):
+def test_a_folder_without_anything_to_push_raises(as_writer, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(HubError, match="no adapter and no ONNX folder"):
         push(tmp_path / "empty", REPO)
@@ -238,7 +238,7 @@ def test_nothing_to_push_is_named(as_writer, tmp_path):
             push(adapter_folder(tmp_path / name.replace("/", "-")), name)
 
 
-def test_a_pull_is_whole_and_holds_nothing_else(as_writer, adapter, onnx, tmp_path):
+def test_a_pull_holds_exactly_the_adapter(as_writer, adapter, onnx, tmp_path):
     push(adapter, REPO, onnx=onnx, license="mit")
     files = {**as_writer.files_at(REPO), "setup.py": b"print()", "weights.pt": b"pickle", "onnx/op.so": b"ELF"}
     commit = as_writer.add_repo(REPO, files)
@@ -255,7 +255,7 @@ def test_a_pull_is_whole_and_holds_nothing_else(as_writer, adapter, onnx, tmp_pa
         pull("someone/else")
 
 
-def test_names_with_revisions(as_writer, adapter, onnx):
+def test_names_with_revisions_are_pulled(as_writer, adapter, onnx):
     first = push(adapter, REPO, license="mit").commit
     second = push(onnx, REPO).commit
     assert read_adapter(f"{REPO}@{first}").path.name == first
@@ -271,7 +271,7 @@ def test_names_with_revisions(as_writer, adapter, onnx):
         read_adapter(f"{REPO}@v9")
 
 
-def test_offline_what_was_fetched_is_there(as_writer, adapter, monkeypatch):
+def test_fetched_files_are_available_offline(as_writer, adapter, monkeypatch):
     push(adapter, REPO, license="mit")
     pull(REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -125,7 +125,7 @@ def when(hub: HubServer, monkeypatch, match, act) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fault(at_hub, adapter, stage):
+def test_a_failed_push_keeps_the_repository_and_a_second_succeeds(at_hub, adapter, stage):
     old = None if stage == "create" else OLD
     options = {"branch": "v2"} if stage == "branch" else {}
     start_anew(at_hub, old)
@@ -148,7 +148,7 @@ def test_a_fault(at_hub, adapter, stage):
         start_anew(at_hub, old)
 
 
-def test_who_may_do_what(at_hub, adapter):
+def test_pushes_without_permission_raise(at_hub, adapter):
     for stage in ("look", "commit"):
         at_hub.fail(STAGES[stage], answer(403))
         assert ("write access" in refused(adapter).next) == (stage == "commit")
@@ -158,7 +158,7 @@ def test_who_may_do_what(at_hub, adapter):
     assert "storage rejected" in error.why and "has expired" in error.why and "clock" in error.next
 
 
-def test_what_goes_away_by_itself(at_hub, adapter):
+def test_temporary_faults_are_retried(at_hub, adapter):
     new = finished(at_hub, adapter)
     for stage in ("tree", "preupload", "batch", "put", "complete", "verify"):
         at_hub.fail(STAGES[stage], answer(429, Retry_After="3"))
@@ -169,7 +169,7 @@ def test_what_goes_away_by_itself(at_hub, adapter):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(start, start + 10) for start in (0, 10, 20, 30)], ids=lambda seeds: seeds[0])
-def test_a_connection_cut_at_any_byte(at_hub, adapter, seeds):
+def test_a_connection_cut_at_any_byte_leaves_old_or_new_files(at_hub, adapter, seeds):
     new = finished(at_hub, adapter)
     for seed in seeds:
         chance = random.Random(seed)
@@ -187,7 +187,7 @@ def test_a_connection_cut_at_any_byte(at_hub, adapter, seeds):
         start_anew(at_hub, OLD)
 
 
-def test_a_commit_whose_answer_is_lost_has_landed(at_hub, adapter):
+def test_a_commit_whose_answer_is_lost_is_found(at_hub, adapter):
     new = finished(at_hub, adapter)
     at_hub.fail("/commit/", lose_answer())
     pushed = push(adapter, REPO)
@@ -195,7 +195,7 @@ def test_a_commit_whose_answer_is_lost_has_landed(at_hub, adapter):
     assert len(at_hub.asked("/commit/")) == 1
 
 
-def test_a_commit_whose_answer_is_lost_and_nobody_to_ask(at_hub, adapter):
+def test_a_lost_answer_and_an_unreachable_hub_are_reported(at_hub, adapter):
     new = finished(at_hub, adapter)
     at_hub.fail("/commit/", lose_answer())
     at_hub.fail(lambda request: request.matches(LOOK) and bool(at_hub.asked("/commit/")), answer(503), times=None)
@@ -207,13 +207,13 @@ def test_a_commit_whose_answer_is_lost_and_nobody_to_ask(at_hub, adapter):
     assert not at_hub.asked("^(POST|PUT)")
 
 
-def test_a_commit_that_is_lost_itself(at_hub, adapter):
+def test_a_lost_commit_is_reported(at_hub, adapter):
     at_hub.fail("/commit/", cut_request(after=99))
     error = refused(adapter)
     assert "answer was lost" in error.what and "nothing of this push" in error.what and files(at_hub) == OLD
 
 
-def test_a_lost_answer_and_somebody_elses_commit(at_hub, adapter, monkeypatch):
+def test_a_lost_answer_is_told_apart_from_another_commit(at_hub, adapter, monkeypatch):
     new = finished(at_hub, adapter)
     theirs = {**new, "deltamem.safetensors": b"theirs"}
     at_hub.fail("/commit/", lose_answer())
@@ -223,7 +223,7 @@ def test_a_lost_answer_and_somebody_elses_commit(at_hub, adapter, monkeypatch):
     assert "somebody else" in error.what and "push again" in error.next and files(at_hub) == theirs
 
 
-def test_a_lost_pull_request(at_hub, adapter):
+def test_a_lost_pull_request_is_reported(at_hub, adapter):
     at_hub.fail("^PUT", answer(500), times=None)
     assert "pull request" not in str(refused(adapter, create_pr=True))  # none has been asked for
     at_hub.faults.clear()
@@ -235,7 +235,7 @@ def test_a_lost_pull_request(at_hub, adapter):
 
 
 @pytest.mark.parametrize("old", [OLD, None], ids=["there", "new"])
-def test_two_pushes_at_once(at_hub, adapter, tmp_path, monkeypatch, old):
+def test_one_of_two_concurrent_pushes_raises(at_hub, adapter, tmp_path, monkeypatch, old):
     start_anew(at_hub, old)
     folders = (adapter, other_adapter(tmp_path / "other"))
     new = [finished(at_hub, folder, old) for folder in folders]
@@ -262,13 +262,13 @@ def test_two_pushes_at_once(at_hub, adapter, tmp_path, monkeypatch, old):
     for thread in threads:
         thread.join()
     (winner,) = [which for which, end in ended.items() if isinstance(end, PushResult)]
-    told = ended[1 - winner]
-    assert files(at_hub) == new[winner] and isinstance(told, HubError)
-    assert "changed in the meantime" in told.why and "push again" in told.next
+    message = ended[1 - winner]
+    assert files(at_hub) == new[winner] and isinstance(message, HubError)
+    assert "changed in the meantime" in message.why and "push again" in message.next
 
 
 @pytest.mark.parametrize("stage", ["card", "validate", "put", "commit"])
-def test_somebody_elses_commit_is_not_lost(at_hub, adapter, monkeypatch, stage):
+def test_a_concurrent_commit_is_not_overwritten(at_hub, adapter, monkeypatch, stage):
     theirs = OLD | {"README.md": b"---\nlicense: mit\n---\n# Mine\nTheir words\n", "theirs.md": b"1"}
     when(at_hub, monkeypatch, STAGES[stage], lambda: at_hub.add_repo(REPO, theirs))
     error = refused(adapter)
@@ -278,7 +278,7 @@ def test_somebody_elses_commit_is_not_lost(at_hub, adapter, monkeypatch, stage):
     assert now["theirs.md"] == b"1" and b"Their words" in now["README.md"] and b"deltamem.load" in now["README.md"]
 
 
-def test_a_repository_that_others_make_meanwhile(at_hub, adapter, monkeypatch):
+def test_a_repository_created_meanwhile_is_not_overwritten(at_hub, adapter, monkeypatch):
     start_anew(at_hub, None)
     theirs = {"README.md": b"# Theirs\n"}
     when(at_hub, monkeypatch, STAGES["create"], lambda: at_hub.add_repo(REPO, theirs))
@@ -290,7 +290,7 @@ def test_a_repository_that_others_make_meanwhile(at_hub, adapter, monkeypatch):
     assert "created by somebody else" in refused(adapter).what and files(at_hub) == theirs
 
 
-def test_the_other_part_that_cannot_be_fetched(at_hub, adapter, tmp_path):
+def test_a_part_that_cannot_be_fetched_raises(at_hub, adapter, tmp_path):
     push(onnx_folder(tmp_path / "graph"), REPO)
     old = files(at_hub)
     at_hub.fail("GET .*onnx/deltamem_onnx.json", answer(500), times=None)
@@ -300,7 +300,7 @@ def test_the_other_part_that_cannot_be_fetched(at_hub, adapter, tmp_path):
     assert "OnnxModel" in push(adapter, REPO).card
 
 
-def test_a_slow_hub(at_hub, adapter, monkeypatch):
+def test_a_slow_hub_times_out_and_a_second_push_succeeds(at_hub, adapter, monkeypatch):
     new = finished(at_hub, adapter)
     at_hub.fail(LOOK, delay(60))
     with monkeypatch.context() as patch:
@@ -320,15 +320,15 @@ class InAHurry(Client):
         return super().send(request, **options)
 
 
-def test_a_commit_that_lands_late(at_hub, adapter, monkeypatch):
+def test_a_commit_that_is_applied_late_is_reported(at_hub, adapter, monkeypatch):
     """The client has long gone, and has looked too."""
     new = finished(at_hub, adapter)
-    gone, landed, reply = threading.Event(), threading.Event(), at_hub.answer
+    client_gone, landed, reply = threading.Event(), threading.Event(), at_hub.answer
 
     def reply_late(request):
         if not request.matches(STAGES["commit"]):
             return reply(request)
-        gone.wait()
+        client_gone.wait()
         late = reply(request)
         landed.set()
         return late
@@ -341,7 +341,7 @@ def test_a_commit_that_lands_late(at_hub, adapter, monkeypatch):
             error = refused(adapter)
             assert files(at_hub) == OLD
         finally:
-            gone.set()
+            client_gone.set()
     _http.close_session()
     assert "answer was lost" in error.what and "so far" in error.what and "in time" in error.why
     landed.wait()
@@ -350,7 +350,7 @@ def test_a_commit_that_lands_late(at_hub, adapter, monkeypatch):
     assert not at_hub.asked("^(POST|PUT)")
 
 
-def test_no_hub_at_all(at_hub, adapter, monkeypatch):
+def test_an_unreachable_hub_raises(at_hub, adapter, monkeypatch):
     with HubServer() as gone:
         nowhere = gone.endpoint
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
@@ -358,7 +358,7 @@ def test_no_hub_at_all(at_hub, adapter, monkeypatch):
     assert "connection failed" in error.why and files(at_hub) == OLD
 
 
-def test_an_interruption_in_the_middle_of_the_upload(at_hub, adapter, monkeypatch):
+def test_an_interrupted_upload_leaves_the_old_files(at_hub, adapter, monkeypatch):
     new = finished(at_hub, adapter)
     when(at_hub, monkeypatch, "^PUT", _thread.interrupt_main)
     with pytest.raises(KeyboardInterrupt):
@@ -368,7 +368,7 @@ def test_an_interruption_in_the_middle_of_the_upload(at_hub, adapter, monkeypatc
     assert files(at_hub) == new
 
 
-def test_a_file_that_cannot_be_read(at_hub, adapter, monkeypatch):
+def test_an_unreadable_file_raises(at_hub, adapter, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "deltamem.safetensors")
 
@@ -378,7 +378,7 @@ def test_a_file_that_cannot_be_read(at_hub, adapter, monkeypatch):
     assert files(at_hub) == OLD
 
 
-def test_a_card_that_is_no_text(at_hub, adapter):
+def test_a_card_that_is_not_text_raises(at_hub, adapter):
     start_anew(at_hub, {"README.md": b"# caf\xe9\n"})
     with pytest.raises(HubError, match="UTF-8"):
         push(adapter, REPO)

@@ -14,7 +14,7 @@ REPO = "someone/memory"
 
 
 @pytest.mark.parametrize("by_saving", [False, True])
-def test_the_adapter_is_pushed_and_not_the_base(hub, monkeypatch, tmp_path, by_saving):
+def test_only_the_adapter_is_pushed(hub, monkeypatch, tmp_path, by_saving):
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     base = save_checkpoint(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base).eval()

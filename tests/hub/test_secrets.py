@@ -1,4 +1,4 @@
-"""No token goes where it could be read, and nothing of this machine goes to the Hub."""
+"""Tokens are never printed or logged, and nothing about this machine is pushed to the Hub."""
 
 from __future__ import annotations
 
@@ -69,29 +69,29 @@ def logged() -> list[str]:
 
 def refusal(status: int, canary: str):
     """An answer that says the token again, in each way that the client reads."""
-    said = f"Who is {canary}? You sent Authorization: Bearer {canary}"
-    return answer(status, said, X_Error_Message=said, Retry_After="1", X_Request_Id=canary)
+    message = f"Who is {canary}? You sent Authorization: Bearer {canary}"
+    return answer(status, message, X_Error_Message=message, Retry_After="1", X_Request_Id=canary)
 
 
 @pytest.mark.slow
-def test_a_token_is_sent_to_the_hub_and_said_nowhere(hub, canary, deltamem, tmp_path, logged, monkeypatch):  # noqa: F811
+def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem, tmp_path, logged, monkeypatch):  # noqa: F811
     work = tmp_path / "work"
     folder = evaluated(trained(adapter_folder(work / "adapter")))
     onnx_folder(folder / "onnx")
     monkeypatch.chdir(work)
-    said = []
+    outputs = []
 
     def run(*arguments: object, code: int = 0) -> None:
         done = deltamem(*arguments)
         assert done.code == code, done.err
-        said.append(done.out + done.err)
+        outputs.append(done.out + done.err)
 
     run("push", "adapter", REPO, "--dry-run")
     for stage, match in STAGES.items():
         for status in (401, 403, 409, 413, 429, 500):
             hub.fail(match, refusal(status, canary), times=None)
             run("push", "adapter", REPO, code=1)
-            assert "***" in said[-1], said[-1]  # it was there to be said
+            assert "***" in outputs[-1], outputs[-1]  # it was there to be said
             hub.faults.clear()
             if stage == "create":
                 assert not hub.repositories
@@ -103,7 +103,7 @@ def test_a_token_is_sent_to_the_hub_and_said_nowhere(hub, canary, deltamem, tmp_
         run("pull", REPO, "--out", "pulled", code=1)
         hub.faults.clear()
     run("pull", REPO, "--out", "pulled", "--json")
-    assert not [text for text in [*said, *logged] if canary in text]
+    assert not [text for text in [*outputs, *logged] if canary in text]
     assert any("authenticated: True" in line for line in logged)
     kept = {Path(constants.HF_TOKEN_PATH), Path(constants.HF_STORED_TOKENS_PATH)}
     for path in [path for path in tmp_path.rglob("*") if path.is_file() and path not in kept]:

@@ -1,4 +1,4 @@
-"""`push(space=True)` over HTTP, with the Hub's own client: the page lands in a static Space beside the repository."""
+"""`push(space=True)` over HTTP, with the Hub's own client: the page is pushed to a static Space."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def onnx(tmp_path):
     return onnx_folder(tmp_path / "graph")
 
 
-def test_the_page_lands_beside_the_repository_and_the_card_links_it(as_writer, adapter, onnx):
+def test_the_page_is_pushed_to_a_space_that_the_card_links(as_writer, adapter, onnx):
     pushed = push(adapter, REPO, onnx=onnx, license="mit", space=True)
     assert pushed.space == f"{as_writer.endpoint}/spaces/{REPO}"
     assert f"[Talk to it in your browser]({pushed.space})" in as_writer.files_at(REPO)["README.md"].decode()
@@ -50,7 +50,7 @@ def test_the_page_lands_beside_the_repository_and_the_card_links_it(as_writer, a
     assert "spaces" not in str(as_writer.files_at(REPO).keys()) and "site.js" not in as_writer.files_at(REPO)
 
 
-def test_only_what_has_changed_is_sent_and_the_users_words_stay(as_writer, adapter, onnx):
+def test_only_changed_files_are_sent_and_the_users_text_is_kept(as_writer, adapter, onnx):
     push(adapter, REPO, onnx=onnx, space=True)
     head = as_writer.head(REPO, repo_type="space")
     again = push(adapter, REPO, onnx=onnx, space=True)
@@ -74,7 +74,7 @@ def test_a_dry_run_sends_nothing(as_writer, adapter, onnx):
     assert not as_writer.asked("POST .*/(commit|create)")
 
 
-def test_what_cannot_be_is_refused_before_anything_is_sent(as_writer, adapter, onnx, monkeypatch):
+def test_invalid_options_raise_before_anything_is_sent(as_writer, adapter, onnx, monkeypatch):
     for options in ({"branch": "other"}, {"create_pr": True}):
         with pytest.raises(ConfigError, match="only to its main branch"):
             push(adapter, REPO, onnx=onnx, space=True, **options)
@@ -99,7 +99,7 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(as_writer, adapter, o
     assert not as_writer.asked("POST .*/(commit|create)")
 
 
-def test_words_of_the_user_in_a_space_stay(as_writer, adapter, onnx):
+def test_the_users_text_in_a_space_is_kept(as_writer, adapter, onnx):
     as_writer.add_repo(REPO, {"README.md": b"mine", "notes.txt": b"mine", "library/old.js": b"old"}, repo_type="space")
     push(adapter, REPO, onnx=onnx, space=True)
     files = as_writer.files_at(REPO, repo_type="space")
