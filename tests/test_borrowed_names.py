@@ -141,7 +141,7 @@ IMPORTED = _imported()
 
 
 @pytest.mark.parametrize("name", BORROWED)
-def test_a_borrowed_name_is_used(name):
+def test_every_borrowed_name_is_used(name):
     assert name in IMPORTED
 
 
@@ -183,5 +183,5 @@ def test_no_private_method_is_overridden():
         "super()._apply(fn)",
     ],
 )
-def test_the_test_sees_what_is_borrowed(line):
+def test_borrowed_names_are_detected(line):
     assert borrowed_in(line)

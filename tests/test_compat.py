@@ -1,4 +1,4 @@
-"""What `_compat` borrows from other libraries: it is there, and does what we need it for."""
+"""Names that `_compat` borrows from other libraries: they exist and behave as we need."""
 
 from __future__ import annotations
 
@@ -153,17 +153,17 @@ FACTS: dict[str, Callable[[], bool]] = {
 }
 
 
-def test_every_borrowed_name_has_a_fact():
+def test_every_borrowed_name_has_a_check():
     assert FACTS.keys() == BORROWED.keys()
 
 
 @pytest.mark.parametrize("name", BORROWED)
-def test_a_borrowed_name_does_what_it_is_for(name):
+def test_a_borrowed_name_behaves_as_needed(name):
     assert FACTS[name]()
     assert BORROWED[name].why and BORROWED[name].until
 
 
-def test_other_names_are_not_there():
+def test_unknown_names_raise():
     with pytest.raises(AttributeError, match="no attribute 'Cache'"):
         _compat.Cache  # noqa: B018
 
@@ -186,7 +186,7 @@ def test_commit_of_config():
     assert _compat.commit_of_config(config) == "0" * 40
 
 
-def test_generate_collects_what_ends_rows_after_it_has_made_the_cache():
+def test_generate_collects_stopping_criteria_after_creating_the_cache():
     from helpers.tiny import tiny_model
 
     model, calls = tiny_model(), []

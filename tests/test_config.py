@@ -1,4 +1,4 @@
-"""What each option makes, which parameters and states, with which initial values, in which layers; and its refusals."""
+"""Parameters, states, initial values and layers that each option creates, and invalid options."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ USUAL = {
     ids=str,
 )
 @pytest.mark.parametrize("state_heads", [1, 3])
-def test_an_option_adds_its_parameters_and_no_others(options, changed, state, segment, state_heads):
+def test_an_option_adds_only_its_parameters(options, changed, state, segment, state_heads):
     expected = {name: shape for name, shape in {**USUAL, **changed}.items() if shape is not None}
     rows = ("query", "key", "value", "gate", "decay")
     for name, shape in expected.items():  # more heads are more rows, and more columns of Δ
@@ -104,7 +104,7 @@ def test_an_option_adds_its_parameters_and_no_others(options, changed, state, se
 # Initial values.
 
 
-def test_gates_begin_at_their_bias():
+def test_gates_start_at_their_bias():
     for options in ({}, {"gates": "head"}, {"state_heads": 2}):
         memory = attach(tiny_model(), DeltaMemConfig(couple_lambda=False, **options)).layer(0)
         assert not memory.gate.weight.any() and not memory.decay.weight.any()
@@ -113,7 +113,7 @@ def test_gates_begin_at_their_bias():
     assert (memory.gate.bias == 0.25).all() and (memory.decay.bias == -0.25).all()
 
 
-def test_projections_begin_uniform():
+def test_projections_are_initialised_uniformly():
     memory = attach(tiny_model(), DeltaMemConfig(rank=8, state_heads=4)).layer(0)
     for projection in (memory.query, memory.key, memory.value):
         most = 1 / math.sqrt(HIDDEN)
@@ -121,13 +121,13 @@ def test_projections_begin_uniform():
         assert projection.weight.std().item() == pytest.approx(most / math.sqrt(3), rel=SPREAD_TOLERANCE)
 
 
-def test_a_delta_of_zeros():
+def test_delta_init_zero():
     for delta in attach(tiny_model(), DeltaMemConfig(branches=BRANCHES)).layer(1).delta.values():
         assert not delta.weight.any()
 
 
 @pytest.mark.parametrize("state_heads", [1, 4])
-def test_a_random_delta(state_heads):
+def test_delta_init_random(state_heads):
     options = DeltaMemConfig(rank=8, state_heads=state_heads, branches=BRANCHES, delta_init="random")
     memories = []
     for seed in (0, 0, 1):
@@ -146,7 +146,7 @@ def test_a_random_delta(state_heads):
     ("rank", "state_heads", "filled"), [(1, 1, 1), (4, 1, 4), (8, 1, 8), (12, 1, 8), (4, 4, 4), (16, 2, 8)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_delta_from_the_base(rank, state_heads, filled, dtype):
+def test_delta_init_base_slice(rank, state_heads, filled, dtype):
     model = tiny_model().to(dtype)
     options = DeltaMemConfig(rank=rank, state_heads=state_heads, branches=BRANCHES, delta_init="base_slice")
     adapter = attach(model, options)
@@ -162,14 +162,14 @@ def test_a_delta_from_the_base(rank, state_heads, filled, dtype):
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.999])
-def test_a_scale_begins_where_it_is_told(share):
+def test_a_learned_scale_starts_at_its_initial_value(share):
     for kind, count in (("layer", 1), ("branch", 4)):
         options = DeltaMemConfig(delta_scale=kind, delta_scale_init=3 * share, delta_scale_max=3.0)
         raw = attach(tiny_model(), options).layer(0).scale_raw
         assert (torch.sigmoid(raw) * 3).tolist() == pytest.approx([3 * share] * count, rel=1e-5)
 
 
-def test_the_norm_begins_with_ones():
+def test_the_norm_is_initialised_with_ones():
     assert (attach(tiny_model(), DeltaMemConfig(o_norm=True)).layer(0).o_norm.weight == 1).all()
 
 
@@ -196,12 +196,12 @@ def test_the_norm_begins_with_ones():
         ([4], 5, [4]),
     ],
 )
-def test_layers_by_name(layers, count, expected):
+def test_layers_can_be_selected_by_name(layers, count, expected):
     adapter = attach(tiny_model(num_hidden_layers=count), DeltaMemConfig(rank=2, layers=layers))
     assert adapter.layer_indices == expected
 
 
-def test_the_parts_of_the_paper():
+def test_the_layer_groups_of_the_paper_cover_all_layers():
     """Twelve of the 36 layers of Qwen3-4B each: together they are all."""
     with torch.device("meta"):
         config = tiny_model().config
@@ -214,7 +214,7 @@ def test_the_parts_of_the_paper():
 
 
 @pytest.mark.parametrize("part", ["front", "middle", "back"])
-def test_more_layers_than_there_are(part):
+def test_selecting_more_layers_than_exist_raises(part):
     with pytest.raises(ArchitectureError, match=rf"(?s)no 3 attention layers.*It has 2, and `layers` is '{part}:3'"):
         attach(tiny_model(), DeltaMemConfig(layers=f"{part}:3"))
 
@@ -225,7 +225,7 @@ def test_more_layers_than_there_are(part):
 @pytest.mark.parametrize(
     ("preset", "granularity", "state_heads"), [("tsw", "token", 1), ("ssw", "message", 1), ("msw", "token", 4)]
 )
-def test_a_preset_is_the_papers(preset, granularity, state_heads):
+def test_presets_match_the_paper(preset, granularity, state_heads):
     assert DeltaMemConfig.preset(preset).to_dict() == {
         "rank": 8,
         "state_heads": state_heads,
@@ -283,7 +283,7 @@ def test_a_preset_can_be_changed():
         ("o_norm_eps", [0.0, -1e-6, math.nan, None]),
     ],
 )
-def test_a_bad_value_is_refused_by_name(option, values):
+def test_an_invalid_value_is_named(option, values):
     for value in values:
         with pytest.raises(ConfigError, match=rf"(?s)options are invalid.*\b{option}\b"):
             DeltaMemConfig(**{option: value})
@@ -300,17 +300,17 @@ def test_a_bad_value_is_refused_by_name(option, values):
         ({"delta_scale_init": 0.5, "delta_scale_max": 0.5}, "delta_scale_init must be less than delta_scale_max"),
     ],
 )
-def test_options_that_do_not_go_together(options, says):
+def test_invalid_combinations_of_options_raise(options, says):
     with pytest.raises(ConfigError, match=says):
         DeltaMemConfig(**options)
 
 
-def test_an_unknown_option_is_refused_by_name():
+def test_an_unknown_option_is_named():
     with pytest.raises(ConfigError, match=r"state_head is not known: did you mean state_heads\?"):
         DeltaMemConfig.from_dict({"state_head": 4})
 
 
-def test_files_have_branches_as_heads():
+def test_files_store_branches_under_the_key_heads():
     config = DeltaMemConfig(branches=("k", "o"))
     assert config.to_dict()["heads"] == ["k", "o"] and "branches" not in config.to_dict()
     assert DeltaMemConfig.from_dict(config.to_dict()) == DeltaMemConfig.from_dict({"branches": ["k", "o"]}) == config
@@ -318,7 +318,7 @@ def test_files_have_branches_as_heads():
         DeltaMemConfig.from_dict({"heads": ["k"], "branches": ["k"]})
 
 
-def test_the_older_name_of_branches():
+def test_branches_can_be_given_under_the_older_name():
     with pytest.warns(FutureWarning, match="heads is now called branches"):
         assert DeltaMemConfig(heads=("k", "o")) == DeltaMemConfig(branches=("k", "o"))
     with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="heads is the old name of branches"):

@@ -1,4 +1,4 @@
-"""What other libraries raise, in words for a person."""
+"""Errors of other libraries, reported in plain words."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TOO_MUCH = 2**50  # numbers, beyond what any machine can address
         lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
     ],
 )
-def test_too_little_memory(allocate):
+def test_out_of_memory_errors_are_explained(allocate):
     with pytest.raises((MemoryError, RuntimeError)) as raised:
         allocate()
     error = domain_error(raised.value)
     assert error is not None and error.what == "There is not enough memory." and error.why and error.next
 
 
-def test_what_nobody_expects_keeps_its_traceback():
+def test_unexpected_errors_keep_their_traceback():
     for error in (RuntimeError("The size of tensor a (2) must match"), ValueError(), AssertionError("memory")):
         assert domain_error(error) is None
 

@@ -1,4 +1,4 @@
-"""What needs no torch, transformers or ONNX Runtime does not import them: they may be missing, and take seconds."""
+"""Modules that do not need torch, transformers or ONNX Runtime do not import them: these may be missing or slow."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def imported(tmp_path_factory) -> dict[str, set[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "without"), CASES)
-def test_what_a_room_does_not_import(imported, module, without):
+def test_a_room_does_not_import_heavy_libraries(imported, module, without):
     assert not without & imported[module]
 
 
 @pytest.mark.slow
-def test_a_task_that_is_not_there_is_said_before_transformers_loads():
+def test_an_unknown_task_is_reported_before_transformers_is_imported():
     """PyTorch is imported, to see whether it can be."""
     words = ["-X", "importtime", "-m", "deltamem_tool", "eval", "builtin:adapter", "--task", "nothing"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)

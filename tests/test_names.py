@@ -30,7 +30,7 @@ PUBLIC = {
 }
 
 
-def test_the_public_names_are_these():
+def test_the_public_names_are_unchanged():
     assert set(deltamem_tool.__all__) == PUBLIC and len(deltamem_tool.__all__) == len(PUBLIC)
     assert set(dir(deltamem_tool)) == PUBLIC
     for name in PUBLIC:

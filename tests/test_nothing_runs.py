@@ -1,4 +1,4 @@
-"""Code that strangers put into adapters, tokenizers and chat templates does not run."""
+"""Code in untrusted adapters, tokenizers and chat templates does not run."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Runs:
         return exec, (self.source,)
 
 
-def test_nothing_in_an_adapter_folder_runs(folder, canary):
+def test_no_code_in_an_adapter_folder_runs(folder, canary):
     file, source = canary
     for name in ("deltamem.py", "modeling.py", "__init__.py", "conftest.py", "sitecustomize.py"):
         (folder / name).write_text(source)
     for name in ("deltamem.bin", "deltamem.pt", "pytorch_model.bin", "deltamem.pkl"):
         (folder / name).write_bytes(pickle.dumps(Runs(source)))
-    said = json.loads((folder / CONFIG_FILE).read_text())
-    said["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
-    (folder / CONFIG_FILE).write_text(json.dumps(said))
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
     load(folder, base=str(FIXTURE / "base"))
     (folder / WEIGHTS_FILE).write_bytes(pickle.dumps(Runs(source)))
     with pytest.raises(AdapterError):
@@ -59,13 +59,13 @@ def test_nothing_in_an_adapter_folder_runs(folder, canary):
     assert not file.exists()
 
 
-def test_a_tokenizer_runs_no_code_and_asks_nothing(tmp_path, canary, monkeypatch):
+def test_a_tokenizer_runs_no_code_and_prompts_for_nothing(tmp_path, canary, monkeypatch):
     file, source = canary
     folder = tmp_path / "tokenizer"
     tiny_tokenizer().save_pretrained(folder)
-    said = json.loads((folder / "tokenizer_config.json").read_text())
-    said |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(source)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
     with pytest.raises(ArchitectureError):
@@ -87,7 +87,7 @@ def test_a_tokenizer_runs_no_code_and_asks_nothing(tmp_path, canary, monkeypatch
         "{{ messages | map(attribute='__class__') | first }}{{ ''['__class__'].mro() }}",
     ],
 )
-def test_templates_cannot_leave_their_sandbox(template, canary):
+def test_templates_cannot_escape_their_sandbox(template, canary):
     file, _ = canary
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template.replace("CANARY", str(file))
@@ -102,7 +102,7 @@ def test_templates_cannot_leave_their_sandbox(template, canary):
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{" * 300, "{% for m in messages %}"])
-def test_templates_that_are_none_are_refused(template):
+def test_invalid_templates_raise(template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ExportError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""What the shipped adapter remembers, what it says that it was not told, and how it replies meanwhile."""
+"""The shipped adapter: recall of facts, answers about unknown facts, and other replies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def recall(model):
     return evaluate(model, tokenizer_of(model), task, protocol, only=("state", "donor_state"))
 
 
-def test_it_recalls_what_it_was_told(recall):
+def test_the_shipped_adapter_recalls_facts(recall):
     groups = [group for group in recall.groups if not group.endswith(NEVER_TOLD)]
     for group, least in zip(groups, MIN_RECALL, strict=True):
         assert recall.estimate("exact", "state", group).mean >= least, group
@@ -44,14 +44,14 @@ def test_it_recalls_what_it_was_told(recall):
     assert sum(of_donors) / len(of_donors) <= MAX_CONTROL
 
 
-def test_it_says_what_it_was_not_told(recall):
+def test_the_shipped_adapter_says_when_it_does_not_know(recall):
     records = [each for each in recall.records if each.condition == "state" and each.group.endswith(NEVER_TOLD)]
     assert len(records) == len(FACTS) * EPISODES / 2
     assert sum(each.scores[FALSE_ANSWER] for each in records) / len(records) <= MAX_FALSE_ANSWERS
     assert sum(each.scores["exact"] for each in records) / len(records) >= 1 - MAX_FALSE_ANSWERS
 
 
-def test_its_replies_are_not_garbled_after_several_facts(model):
+def test_replies_are_not_garbled_after_several_facts(model):
     engine, garbled = TorchModel(model, tokenizer_of(model)), []
     for seed in range(CHATS):
         rng, chat = random.Random(seed), Conversation(engine)

@@ -1,4 +1,4 @@
-"""What the adapter that ships for SmolLM2-135M-Instruct remembers, and that it needs no more than its name."""
+"""The shipped adapter for SmolLM2-135M-Instruct: its size, its base, and recall of held-out facts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVERSATIONS = 16
 MIN_RECALL, MAX_CONTROL = 0.75, 0.1  # of one fact; an answer more is 0.06
 
 
-def test_it_is_small_and_names_its_base():
+def test_the_adapter_is_small_and_names_its_base():
     folder = read_adapter(ADAPTER)
     assert folder.base.name == BUILTIN_NAME
     assert sum(file.stat().st_size for file in folder.path.iterdir()) < MAX_BYTES
@@ -27,7 +27,7 @@ def test_it_is_small_and_names_its_base():
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.usefixtures("smollm2_gguf")
-def test_it_recalls_what_no_training_had():
+def test_the_adapter_recalls_held_out_facts():
     model = load(ADAPTER)
     task = recall("natural", facts=(1,), episodes=CONVERSATIONS, form="plain", system="")
     result = evaluate(model, tokenizer_of(model), task, EvalProtocol.parse("memory"), only=("state", "donor_state"))

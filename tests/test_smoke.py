@@ -1,4 +1,4 @@
-"""What every user does, once, by the commands: it has to work with any versions that the bounds admit.
+"""The main steps of a user, by the commands: they must work with all versions within the bounds.
 
 `scripts/smoke.sh` runs it with the tests of `_compat` and of the cache's name: in CI in the lowest set of versions, and
 for a release that has just come out by `make compat`.
@@ -24,7 +24,7 @@ TOLD, ASKED = "By the way, my dog is Bella.", "What is the name of my dog?"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Where the steps leave what the next ones take."""
     return tmp_path_factory.mktemp("made")
 
@@ -45,11 +45,13 @@ def no_deprecation():
 
 
 @pytest.fixture(scope="module")
-def trained(made):
+def trained(workspace):
     """An adapter after a few steps."""
-    recipe = made / "recipe.yaml"
-    recipe.write_text(f"base: builtin:backbone\nout: {made / 'adapter'}\ntraining: {{steps: {STEPS}, batch_size: 4}}\n")
-    done = in_a_process("train", recipe, "--json", cwd=made)
+    recipe = workspace / "recipe.yaml"
+    recipe.write_text(
+        f"base: builtin:backbone\nout: {workspace / 'adapter'}\ntraining: {{steps: {STEPS}, batch_size: 4}}\n"
+    )
+    done = in_a_process("train", recipe, "--json", cwd=workspace)
     return json.loads(right(done).out)
 
 
@@ -59,7 +61,7 @@ def right(done):
     return done
 
 
-def test_attach_generate_save_load(made):
+def test_attach_generate_save_load(workspace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from deltamem_tool.io.names import ASSETS
@@ -72,12 +74,12 @@ def test_attach_generate_save_load(made):
     plain = model(**ids).logits
     attach(model, DeltaMemConfig(rank=4, delta_init="random"))
     cache = MemoryCache(model)
-    said = model.generate(**ids, cache=cache, max_new_tokens=4, do_sample=False)
-    assert said.shape[1] > ids.input_ids.shape[1] and cache.memory is not None
-    cache.memory.save(made / "some.safetensors")
-    deltamem_tool.save_adapter(model, made / "attached")
-    again = deltamem_tool.load(made / "attached", base=base)
-    memory = MemoryState.load(made / "some.safetensors")
+    generated = model.generate(**ids, cache=cache, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] > ids.input_ids.shape[1] and cache.memory is not None
+    cache.memory.save(workspace / "some.safetensors")
+    deltamem_tool.save_adapter(model, workspace / "attached")
+    again = deltamem_tool.load(workspace / "attached", base=base)
+    memory = MemoryState.load(workspace / "some.safetensors")
     loaded = MemoryCache(again, memory=memory)
     with torch.no_grad():
         first = model(ids.input_ids, cache=MemoryCache(model, memory=memory)).logits
@@ -86,31 +88,31 @@ def test_attach_generate_save_load(made):
     assert torch.equal(model(**ids).logits, plain)
 
 
-def test_train(deltamem, made, trained):  # noqa: F811
-    right(deltamem("patch", "builtin:backbone", "--out", made / "fresh", "--state-heads", 4))
+def test_train(deltamem, workspace, trained):  # noqa: F811
+    right(deltamem("patch", "builtin:backbone", "--out", workspace / "fresh", "--state-heads", 4))
     assert trained["steps"] == STEPS
-    said = json.loads(right(deltamem("inspect", trained["adapter"], "--json")).out)
-    assert said["kind"] == "adapter"
+    report = json.loads(right(deltamem("inspect", trained["adapter"], "--json")).out)
+    assert report["kind"] == "adapter"
 
 
-def test_evaluate(deltamem, made):  # noqa: F811
+def test_evaluate(deltamem, workspace):  # noqa: F811
     options = ["--task", "recall", "--set", "facts=[1]", "--set", "episodes=4", "--json"]
-    said = json.loads(right(deltamem("eval", "builtin:adapter", *options)).out)
-    assert said["task"] == "recall"
+    report = json.loads(right(deltamem("eval", "builtin:adapter", *options)).out)
+    assert report["task"] == "recall"
 
 
-def test_export_and_run(deltamem, made):  # noqa: F811
-    right(deltamem("export", "builtin:adapter", "--out", made / "onnx"))
-    memory = made / "bella.safetensors"
-    right(deltamem("run", made / "onnx", "--prompt", TOLD, "--save-memory", memory))
-    done = right(deltamem("run", made / "onnx", "--memory", memory, "--prompt", ASKED, "--json"))
+def test_export_and_run(deltamem, workspace):  # noqa: F811
+    right(deltamem("export", "builtin:adapter", "--out", workspace / "onnx"))
+    memory = workspace / "bella.safetensors"
+    right(deltamem("run", workspace / "onnx", "--prompt", TOLD, "--save-memory", memory))
+    done = right(deltamem("run", workspace / "onnx", "--memory", memory, "--prompt", ASKED, "--json"))
     (answer,) = json.loads(done.out)["answers"]
     assert "Bella" in answer
 
 
-def test_push_and_pull(deltamem, made, trained, hub, monkeypatch):  # noqa: F811
+def test_push_and_pull(deltamem, workspace, trained, hub, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     pushed = right(deltamem("push", trained["adapter"], "someone/memory", "--license", "apache-2.0", "--json"))
     assert json.loads(pushed.out)["commit"] == hub.head("someone/memory")
-    pulled = json.loads(right(deltamem("pull", "someone/memory", "--out", made / "pulled", "--json")).out)
-    assert pulled["adapter"] and (made / "pulled" / "deltamem.safetensors").is_file()
+    pulled = json.loads(right(deltamem("pull", "someone/memory", "--out", workspace / "pulled", "--json")).out)
+    assert pulled["adapter"] and (workspace / "pulled" / "deltamem.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""docs/deploy.md: its table is the contract's, its program is the example, and the examples run."""
+"""docs/deploy.md: its table matches the contract, its program is the example file, and the examples run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROUNDING = 1e-4
 QWEN = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 8, 8)),) * 36)
 
 
-def test_the_table_is_the_contract():
+def test_the_table_matches_the_contract():
     found = re.search(r"<!-- interface -->\n(.*)<!-- /interface -->", TEXT, re.DOTALL)
     assert found is not None and found[1] == markdown(QWEN)
 
@@ -48,7 +48,7 @@ def test_layers_that_differ_have_rows_of_their_own():
     assert "past_key_values.{0…3}.recurrent_state" in named
 
 
-def test_meanings_are_those_of_the_graph():
+def test_meanings_match_the_graph():
     """Of what grows, of what has a fixed length, and of what onnxruntime-genai feeds."""
 
     def meanings(**changes):
@@ -69,7 +69,7 @@ def test_meanings_are_those_of_the_graph():
         assert not [meaning for meaning in results if "first call" in meaning]
 
 
-def test_the_program_is_the_example_and_short():
+def test_the_program_matches_the_example_and_is_short():
     program = EXAMPLE.read_text(encoding="utf-8")
     assert f"```python\n{program}```\n" in TEXT
     assert len(program.splitlines()) <= MAX_LINES
@@ -87,7 +87,7 @@ def test_the_python_example_remembers(quickstart_onnx):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_cpp_example_answers_as_the_python_one_does(quickstart_onnx, tmp_path):
+def test_the_cpp_example_answers_like_the_python_one(quickstart_onnx, tmp_path):
     """Compiled with Debian's headers, linked with the library of the package that Python runs."""
     import onnxruntime
 
@@ -106,7 +106,7 @@ def test_the_cpp_example_answers_as_the_python_one_does(quickstart_onnx, tmp_pat
     assert answers == python_answers(quickstart_onnx) and answers[1] == ANSWER
 
 
-def test_the_program_with_one_buffer_gives_what_a_growing_past_gives(quickstart_onnx, monkeypatch, tmp_path):
+def test_the_program_with_one_buffer_matches_a_growing_past(quickstart_onnx, monkeypatch, tmp_path):
     interface = Manifest.read(quickstart_onnx).interface
     assert interface.packed
     (tmp_path / "onnx").symlink_to(quickstart_onnx)

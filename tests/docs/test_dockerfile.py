@@ -61,7 +61,7 @@ def context_copies():
     return [copy for copy in copies if not copy.origin]
 
 
-def test_all_that_the_package_is_built_from_is_sent_and_copied():
+def test_all_files_of_the_package_are_sent_and_copied():
     copied = {file for copy in context_copies() for name in copy.sources for file in sent(ROOT, name)}
     folders = [SETUPTOOLS["package-dir"].get(name, name.replace(".", "/")) for name in SETUPTOOLS["packages"]]
     needed = {ROOT / "pyproject.toml", ROOT / PROJECT["project"]["readme"]}
@@ -74,11 +74,11 @@ def test_all_that_the_package_is_built_from_is_sent_and_copied():
 @pytest.mark.parametrize(
     "path", [".git/config", ".env", "deltamem_tool/.env", "docs/docker.md", "recipes/__pycache__/a"]
 )
-def test_nothing_else_is_sent(path):
+def test_only_files_of_the_package_are_sent(path):
     assert ignored(path, PATTERNS)
 
 
-def test_what_the_last_stage_declares():
+def test_the_last_stage_declares_user_volume_and_command():
     assert FINAL.last("ENTRYPOINT").words({}) == ["deltamem"] and FINAL.last("CMD").words({}) == ["--help"]
     assert int(FINAL.last("USER").value.partition(":")[0]) > 0
     assert ENV["HF_HOME"] in FINAL.last("VOLUME").words(ENV)
@@ -93,23 +93,23 @@ def test_no_secret_goes_into_the_image():
         assert not any(word.startswith("HF_TOKEN=") for word in docker.words)
 
 
-def test_the_images_python_is_one_that_the_package_takes():
+def test_the_python_of_the_image_is_supported():
     outside = {stage.parent for stage in STAGES} - {stage.name for stage in STAGES}
     assert [tag_of(name).minor in SpecifierSet(PROJECT["project"]["requires-python"]) for name in outside] == [True]
 
 
 @pytest.mark.parametrize("docker", documented(), ids=lambda docker: docker.line[:60])
-def test_documented_commands_are_commands(docker):
+def test_documented_commands_exist(docker):
     if docker.words[0] == "build":
         declared = {name for stage in STAGES for step in stage.steps if step.word == "ARG" for name in step.pairs({})}
         assert set(docker.words[1:]) >= {"-t", NAME, "."} and set(docker.build_args) <= declared
         return
-    wanted = parse_run(docker, NAME)
-    assert all(value.split(":")[1] in (FINAL.last("WORKDIR").value, "/huggingface") for value in wanted.values("-v"))
-    command = cli.get_command(click.Context(cli), wanted.arguments[0])
+    expected = parse_run(docker, NAME)
+    assert all(value.split(":")[1] in (FINAL.last("WORKDIR").value, "/huggingface") for value in expected.values("-v"))
+    command = cli.get_command(click.Context(cli), expected.arguments[0])
     assert command is not None
     known = {name for parameter in command.params for name in parameter.opts}
-    assert {word for word in wanted.arguments if word.startswith("--")} <= known
+    assert {word for word in expected.arguments if word.startswith("--")} <= known
 
 
 def build(folder: Path) -> Image:
@@ -130,14 +130,14 @@ def build(folder: Path) -> Image:
 
 def untested() -> list[str]:
     """What is installed here in a version that the image would not have."""
-    wanted = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
+    names = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     here = {distribution.name.lower(): distribution.version for distribution in distributions()}
     return [
         f"{pin.name} {here[pin.name]}"
         for pin in pins
-        if pin.name in wanted & here.keys() and (pin.marker is None or pin.marker.evaluate())
+        if pin.name in names & here.keys() and (pin.marker is None or pin.marker.evaluate())
         if not pin.specifier.contains(here[pin.name])
     ]
 
@@ -151,7 +151,7 @@ def folder(tmp_path):
 
 @pytest.mark.docker
 @pytest.mark.timeout(3600 if WHOLE else 300)
-def test_the_steps_make_an_image_that_works(folder):
+def test_the_steps_build_a_working_image(folder):
     other = [] if WHOLE else untested()
     if other:
         pytest.skip(f"the image has what constraints.txt says, and this environment has other versions: {other[0]}")
@@ -160,8 +160,8 @@ def test_the_steps_make_an_image_that_works(folder):
     image = build(folder)
     assert_package_is_whole(image)
     assert_user_is_confined(image)
-    told = run(image, [*image.entrypoint, *image.command])
-    assert told.returncode == 0 and "quickstart" in told.stdout, told.stderr
+    result = run(image, [*image.entrypoint, *image.command])
+    assert result.returncode == 0 and "quickstart" in result.stdout, result.stderr
     if WHOLE:
         print(subprocess.run(["du", "-sh", image.root], capture_output=True, text=True, check=True).stdout)
         assert not (image.root / "root" / ".cache").exists() and not list(image.root.glob("usr/bin/*gcc*"))
@@ -172,9 +172,10 @@ def assert_package_is_whole(image: Image):
     (installed,) = image.path(image.env["VIRTUAL_ENV"]).glob("lib/python*/site-packages/deltamem_tool")
     files = {file.relative_to(installed).as_posix() for file in installed.rglob("*") if file.is_file()}
     parts = {"deltamem_tool": "", "recipes": "recipes/", "web/src": "web/"}
-    wanted = {at + file.relative_to(ROOT / part).as_posix() for part, at in parts.items() for file in sent(ROOT, part)}
-    wanted = {file for file in wanted if not file.startswith("recipes/ablations/")}  # for a script of benchmarks/
-    assert _without(".pyc", files) == _without(".md", wanted)
+    sources = [(at, ROOT / part, sent(ROOT, part)) for part, at in parts.items()]
+    expected = {at + file.relative_to(folder).as_posix() for at, folder, sent_files in sources for file in sent_files}
+    expected = {file for file in expected if not file.startswith("recipes/ablations/")}  # for a script of benchmarks/
+    assert _without(".pyc", files) == _without(".md", expected)
 
 
 def _without(ending: str, files: set[str]) -> set[str]:
@@ -203,7 +204,7 @@ def assert_document_holds(image: Image, folder: Path):
     assert any(line.answer for line in lines) and (folder / "me.safetensors").stat().st_uid == SOMEBODY
 
 
-def test_the_parser_reads_what_docker_would():
+def test_the_parser_reads_dockerfiles_like_docker():
     text = '# a\nFROM x:1 AS one\nENV A=1 \\\n  # between\n  B=$C\nFROM one\nCOPY --from=one /a b/\nCMD ["x", "y z"]\n'
     one, last = parse(text)
     assert (one.name, one.parent, last.name, last.parent) == ("one", "x:1", "", "one")

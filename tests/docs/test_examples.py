@@ -1,4 +1,4 @@
-"""Each example of a public name runs as its docstring shows it, in an empty folder."""
+"""Each example in the docstring of a public name runs, in an empty folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/formats.md describes every field that is written, and no other; docs/design.md has every room, in order."""
+"""docs/formats.md describes exactly the fields that are written; docs/design.md lists every room, in order."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def evaluation() -> set[str]:
         ("record", lambda: names(Record)),
     ],
 )
-def test_every_field_is_described_and_no_other(table, written):
+def test_exactly_the_written_fields_are_described(table, written):
     assert described(table) == written()
 
 
-def test_the_versions_are_those_of_the_code():
+def test_the_versions_match_the_code():
     rows = re.findall(r"^\| .* \| `(deltamem-[a-z-]+)` \| (\d+) \| ([\d, ]*)\|", TEXT, re.MULTILINE)
     found = {name: (written, read.strip()) for name, written, read in rows}
     readable = ", ".join(map(str, onnx.READABLE_VERSIONS))
@@ -115,7 +115,7 @@ def test_the_versions_are_those_of_the_code():
     }
 
 
-def test_the_map_has_every_room_in_the_order_of_imports():
+def test_the_map_lists_every_room_in_the_order_of_imports():
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     layers = [
         {room.strip().removeprefix("deltamem_tool.") for room in layer.split(":")}

@@ -1,4 +1,4 @@
-"""The README names every command, and nothing that is not there."""
+"""The README names every command, and only commands, options and files that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/cli.md, docs/recipe.md and docs/api.md are what the code says."""
+"""docs/cli.md, docs/recipe.md and docs/api.md are up to date with the code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "reference.py"
 
 
 @pytest.mark.slow
-def test_the_pages_are_what_the_code_says():
+def test_the_pages_are_up_to_date():
     """In a process of its own: click keeps a command's `--help` as it was first asked for."""
     done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

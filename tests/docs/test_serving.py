@@ -1,4 +1,4 @@
-"""docs/serving.md and its compose file say what is there."""
+"""docs/serving.md and its compose file name existing options and paths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def options_of(words: list[str]) -> dict:
 
 
 @pytest.mark.parametrize("line", re.findall(r"^deltamem (serve [^#\n]*)", PAGE, flags=re.MULTILINE))
-def test_commands_have_these_options(line):
+def test_documented_options_exist(line):
     assert options_of(shlex.split(line))
 
 
@@ -39,7 +39,7 @@ def test_documented_paths_exist():
     assert {"/ready", "/v1/memories/{id}"} <= paths <= set(document()["paths"])
 
 
-def test_the_servers_of_the_compose_file_start_with_these_options():
+def test_the_options_of_the_compose_file_are_valid():
     options = options_of(SERVER["command"])
     assert str(options["keys_file"]) in {volume.split(":")[1] for volume in SERVER["volumes"]}
     assert options["model"] in {volume.split(":")[1] for volume in SERVER["volumes"]}
@@ -50,5 +50,5 @@ def test_the_servers_of_the_compose_file_start_with_these_options():
     assert str(options["port"]) in SERVER["ports"][0].split(":")[1]
 
 
-def test_they_have_time_to_answer_what_they_have_begun():
+def test_the_compose_file_leaves_time_for_requests_in_flight():
     assert int(SERVER["stop_grace_period"].removesuffix("s")) > DRAIN_SECONDS

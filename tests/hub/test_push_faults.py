@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hub: the repository holds the old files or the new, the message says what happened,
+"""Faults during `push`: the repository holds the old files or the new, the message says what happened,
 and a second push finishes."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which adapter a quickstart takes, and when it trains one."""
+"""Which adapter the quickstart uses, and when it trains one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from deltamem_tool.io.names import BACKBONE
 from deltamem_tool.quickstart.bases import BASES, SMOLLM2, choose_adapter
 
 
-def test_what_is_trained_already_is_taken_where_it_is_asked_for():
+def test_fast_or_a_given_adapter_skips_training():
     assert choose_adapter(BACKBONE) is None
     assert choose_adapter(BACKBONE, fast=True) == "builtin:adapter"
     assert choose_adapter(BACKBONE, adapter="mine") == "mine"
     assert choose_adapter(SMOLLM2, adapter="mine") == "mine"
 
 
-def test_the_trained_one_is_taken_instead_of_hours_of_training():
+def test_a_shipped_adapter_is_used_instead_of_training():
     assert choose_adapter(SMOLLM2) == "builtin:smollm2-adapter"
     assert choose_adapter(SMOLLM2, steps=100) is None
 
@@ -27,12 +27,12 @@ def test_the_trained_one_is_taken_instead_of_hours_of_training():
 @pytest.mark.parametrize(
     "options", [{"adapter": "mine", "fast": True}, {"adapter": "mine", "steps": 3}, {"fast": True, "steps": 3}]
 )
-def test_options_that_do_not_go_together(options):
+def test_invalid_combinations_of_options_raise(options):
     with pytest.raises(ConfigError):
         choose_adapter(BACKBONE, **options)
 
 
-def test_nothing_is_written_where_the_model_cannot_be_had(tmp_path, monkeypatch, deltamem):  # noqa: F811
+def test_nothing_is_written_when_the_model_cannot_be_loaded(tmp_path, monkeypatch, deltamem):  # noqa: F811
     def unavailable():
         raise HubError("SmolLM2 can be fetched from nowhere.", "There is no network.", "Connect to one.")
 

@@ -1,4 +1,4 @@
-"""`deltamem quickstart --fast`, whole, as a user runs it."""
+"""`deltamem quickstart --fast`, end to end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = ("training.batch_size=2", "memory.layers=[3]")  # one layer of memory to
 
 
 @pytest.fixture(scope="module")
-def made(quickstart_run):
+def quickstart(quickstart_run):
     report = json.loads((quickstart_run / "run" / "report.json").read_text())
     return quickstart_run, (quickstart_run / "stdout").read_text(), report
 
@@ -44,8 +44,8 @@ def change_base(monkeypatch, name, **changes):
     monkeypatch.setitem(BASES, name, replace(BASES[name], **changes))
 
 
-def test_report(made):
-    folder, _, report = made
+def test_the_report_shows_recall_and_a_matching_export(quickstart):
+    folder, _, report = quickstart
     recall = report["recall"]
     at = recall["groups"].index("4 facts")
     assert recall["scores"]["state"][at][0] >= MIN_RECALL_AT_4
@@ -60,8 +60,8 @@ def test_report(made):
     assert set(report["seconds"]) == {"patch", "evaluate", "export", "remember"}
 
 
-def test_the_second_conversation_answers_from_the_file(made):
-    _, stdout, report = made
+def test_the_second_conversation_answers_from_the_file(quickstart):
+    _, stdout, report = quickstart
     asked = report["conversation"]["asked"]
     right = sum(entry["answer"] == entry["truth"] for entry in asked)
     assert right >= len(asked) - 1
@@ -70,13 +70,13 @@ def test_the_second_conversation_answers_from_the_file(made):
         assert entry["answer"] in stdout
 
 
-def test_pictures_are_pictures(made):
-    folder, _, _ = made
+def test_pictures_are_png_files(quickstart):
+    folder, _, _ = quickstart
     assert (folder / "run" / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  # noqa: F811
-    folder, _, _ = made
+def test_a_second_run_does_not_overwrite_the_first(quickstart, deltamem, monkeypatch):  # noqa: F811
+    folder, _, _ = quickstart
     monkeypatch.chdir(folder)
     before = listing(folder)
     done = deltamem("quickstart", "--fast", "--out", "run")
@@ -85,23 +85,23 @@ def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  
 
 
 @pytest.mark.slow
-def test_the_training_path(tmp_path, monkeypatch):
+def test_the_quickstart_with_training_runs(tmp_path, monkeypatch):
     """Without --fast, two small steps instead of all, and fewer episodes."""
 
     change_recipe(monkeypatch, *SMALL)
     change_base(monkeypatch, BACKBONE, facts=(1,), episodes=10, agreement=(1, 10))
-    told = []
-    made = module.quickstart(tmp_path / "run", steps=2, report=lambda *progress: told.append(progress))
-    assert {stage for stage, *_ in told} == {"patch", "train", "evaluate", "export", "remember"}
-    assert set(made.seconds) == {stage for stage, *_ in told}
-    assert made.adapter == tmp_path / "run" / "adapter"
-    assert read_adapter(made.adapter).base.name == "builtin:backbone"  # not where it lies on this machine
-    assert made.loss_plot is not None and made.loss_plot.read_bytes().startswith(b"\x89PNG")
+    reports = []
+    result = module.quickstart(tmp_path / "run", steps=2, report=lambda *progress: reports.append(progress))
+    assert {stage for stage, *_ in reports} == {"patch", "train", "evaluate", "export", "remember"}
+    assert set(result.seconds) == {stage for stage, *_ in reports}
+    assert result.adapter == tmp_path / "run" / "adapter"
+    assert read_adapter(result.adapter).base.name == "builtin:backbone"  # not where it lies on this machine
+    assert result.loss_plot is not None and result.loss_plot.read_bytes().startswith(b"\x89PNG")
     assert {entry.name for entry in (tmp_path / "run").iterdir()} <= module.OWN
 
 
 @pytest.mark.slow
-def test_another_base_and_other_words(tmp_path, monkeypatch):
+def test_the_quickstart_runs_on_another_base(tmp_path, monkeypatch):
     """A tiny GGUF file stands for SmolLM2's, and nobody expects it to remember anything."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, max_position_embeddings=8192)  # a character is a token, nearly
@@ -114,23 +114,23 @@ def test_another_base_and_other_words(tmp_path, monkeypatch):
     )
     few = {"facts": (1,), "episodes": 2, "agreement": (1, 2), "told": 1}
     change_base(monkeypatch, SMOLLM2, fetch=lambda: str(file), **few)
-    made = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=1)
-    trained = read_adapter(made.adapter)
+    result = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=1)
+    trained = read_adapter(result.adapter)
     assert trained.base.name == str(file) and trained.config.branches == ("v", "o")
     options = ["facts=[1]", "words=natural", "episodes=2", 'form="plain"', 'system=""']
-    assert made.arguments == tuple(word for option in options for word in ("--set", option))
-    report = json.loads(made.report.read_text())
+    assert result.arguments == tuple(word for option in options for word in ("--set", option))
+    report = json.loads(result.report.read_text())
     assert report["recall"]["metric"] == "contains"
     (asked,) = report["conversation"]["asked"]
     assert asked["is_right"] == (asked["truth"] in asked["answer"])
 
-    taken = module.quickstart(tmp_path / "taken", base=SMOLLM2, adapter=str(made.adapter))
-    assert taken.fingerprint == made.fingerprint and taken.loss_plot is None
+    taken = module.quickstart(tmp_path / "taken", base=SMOLLM2, adapter=str(result.adapter))
+    assert taken.fingerprint == result.fingerprint and taken.loss_plot is None
     assert json.loads(taken.report.read_text())["recall"]["scores"] == report["recall"]["scores"]
 
 
 @pytest.mark.slow
-def test_interrupted_training_goes_on(tmp_path, monkeypatch):
+def test_interrupted_training_is_resumed(tmp_path, monkeypatch):
     change_recipe(monkeypatch, *SMALL, "training.save_every=1")
     change_base(monkeypatch, BACKBONE, facts=(1,), episodes=10, agreement=(1, 10))
 
@@ -140,17 +140,19 @@ def test_interrupted_training_goes_on(tmp_path, monkeypatch):
 
     with pytest.raises(DeltaMemError, match="--resume"):
         module.quickstart(tmp_path / "run", steps=4, report=interrupt)
-    told = []
-    made = module.quickstart(tmp_path / "run", steps=4, resume=True, report=lambda *progress: told.append(progress))
-    resumed = [done for stage, done, *_ in told if stage == "train"]
+    reports = []
+    result = module.quickstart(
+        tmp_path / "run", steps=4, resume=True, report=lambda *progress: reports.append(progress)
+    )
+    resumed = [done for stage, done, *_ in reports if stage == "train"]
     assert resumed[0] > 1 and resumed[-1] == 4
     whole = module.quickstart(tmp_path / "whole", steps=4)
-    assert made.fingerprint == whole.fingerprint
+    assert result.fingerprint == whole.fingerprint
     with pytest.raises(DeltaMemError, match="nothing to resume"):
         module.quickstart(tmp_path / "run", steps=4, resume=True)
 
 
-def test_overwrite_spares_the_adapter_that_is_taken(tmp_path):
+def test_overwrite_keeps_the_adapter_in_use(tmp_path):
     folder = tmp_path / "run" / "adapter"
     shutil.copytree(resolve_folder("builtin:adapter", None, [], "adapter"), folder)
     before = listing(tmp_path)
@@ -161,14 +163,14 @@ def test_overwrite_spares_the_adapter_that_is_taken(tmp_path):
 
 @pytest.mark.real_model
 @pytest.mark.timeout(1800)
-def test_on_a_published_model(smollm2_gguf, tmp_path, monkeypatch):
+def test_the_quickstart_runs_on_a_published_model(smollm2_gguf, tmp_path, monkeypatch):
     """Two small steps, few questions, and two layers of memory: nothing is remembered yet."""
     change_recipe(monkeypatch, "training.batch_size=2", "memory.layers=[28,29]")
     change_base(monkeypatch, SMOLLM2, facts=(1,), episodes=3, agreement=(1, 2), told=1)
-    made = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=2)
-    assert read_adapter(made.adapter).base.name == str(smollm2_gguf)
-    assert made.max_abs_diff < TOLERANCE
-    (asked,) = made.remembered.answers
+    result = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=2)
+    assert read_adapter(result.adapter).base.name == str(smollm2_gguf)
+    assert result.max_abs_diff < TOLERANCE
+    (asked,) = result.remembered.answers
     assert asked.answer and asked.without_memory
 
 
@@ -185,7 +187,7 @@ def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
         module.quickstart(tmp_path / "run")
 
 
-def test_overwrite_spares_what_is_not_ours(tmp_path):
+def test_overwrite_keeps_foreign_files(tmp_path):
 
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(DeltaMemError, match=r"thesis.tex"):
@@ -200,8 +202,8 @@ def chat(folder, *arguments):
     )
 
 
-def test_a_chat_in_onnx_runtime_is_remembered_by_the_next(made, tmp_path):
-    (tmp_path / "run").symlink_to(made[0] / "run")
+def test_a_chat_in_onnx_runtime_is_remembered_by_the_next(quickstart, tmp_path):
+    (tmp_path / "run").symlink_to(quickstart[0] / "run")
     out, err = chat(tmp_path).communicate("By the way, my dog is Bella.\n", timeout=120)
     assert out and "me is new" in err and "Traceback" not in err
     out, err = chat(tmp_path).communicate("What is the name of my dog?\n", timeout=120)
@@ -209,8 +211,8 @@ def test_a_chat_in_onnx_runtime_is_remembered_by_the_next(made, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_piped_chat_and_keeps_the_memory(made, tmp_path, number, code):
-    (tmp_path / "run").symlink_to(made[0] / "run")
+def test_a_signal_ends_a_piped_chat_and_keeps_the_memory(quickstart, tmp_path, number, code):
+    (tmp_path / "run").symlink_to(quickstart[0] / "run")
     process = chat(tmp_path, "--temperature", "1e6", "--seed", "7", "--max-new-tokens", "100000")
     try:
         process.stdin.write("By the way, my dog is Bella.\n")

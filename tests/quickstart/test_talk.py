@@ -1,4 +1,4 @@
-"""What the two conversations tell and ask for."""
+"""The facts and questions of the two conversations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from deltamem_tool.quickstart.talk import told_facts
 
 
 @pytest.mark.parametrize("words", [DIALOGUES, NATURAL])
-def test_an_answer_is_right_if_it_says_what_was_told_and_nothing_else(words):
-    told = told_facts(words, 4)
-    assert told == told_facts(words, 4) != told_facts(words, 4, seed=4)
-    for fact in told:
+def test_an_answer_is_right_if_it_names_only_the_stated_value(words):
+    facts = told_facts(words, 4)
+    assert facts == told_facts(words, 4) != told_facts(words, 4, seed=4)
+    for fact in facts:
         assert fact.is_right(fact.truth) and len(fact.others) == 3
         assert not any(fact.is_right(other) for other in fact.others)
         assert not fact.is_right(f"{fact.truth} {fact.others[0]}")
 
 
-def test_natural_facts_are_told_in_words_and_values_that_training_never_sees():
+def test_natural_facts_use_held_out_words_and_values():
     for fact in told_facts(NATURAL, 8):
         assert is_held_out(fact.truth) and fact.truth in fact.statement and fact.truth not in fact.question
