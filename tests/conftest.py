@@ -21,7 +21,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 from fake_hub.isolation import hub  # noqa: E402, F401  (a fixture)
-from helpers.once import folder_once  # noqa: E402
+from helpers.shared_folder import folder_once  # noqa: E402
 
 # Nothing heavy here: pytest-xdist's first process imports this file, waits, and runs no test.
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.once import folder_once
+from helpers.shared_folder import folder_once
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnxscript", "matplotlib", "huggingface_hub"}
 

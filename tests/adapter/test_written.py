@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter.folders import CONFIG
-from helpers.running import cache_of
+from helpers.model_runs import cache_of
 from helpers.tiny import listing, patched_model, randomise, save_checkpoint, tiny_model, tokens, weights_of
 from transformers import AutoModelForCausalLM
 

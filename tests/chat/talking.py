@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from helpers.continued import continued
+from helpers.greedy import continue_greedily
 from helpers.tiny import PAD, randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
@@ -54,7 +54,7 @@ def in_generate(engine: TorchModel, turns, new_tokens: int):
         new = torch.tensor([engine.text.encode(text)])
         ids = torch.cat([ids, new], dim=1)
         prompt = ids.shape[1]
-        ids = continued(engine.model, ids, cache, new_tokens, PAD)
+        ids = continue_greedily(engine.model, ids, cache, new_tokens, PAD)
         answers.append(tuple(ids[0, prompt:].tolist()))
     return answers, cache.memory
 

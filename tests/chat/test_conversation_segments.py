@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.continued import continued
+from helpers.greedy import continue_greedily
 from helpers.tiny import PAD, randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
@@ -64,7 +64,7 @@ def in_generate(engine: TorchModel, turns, memory: MemoryState | None = None):
         cache.segment_tags = torch.tensor([pending + tagged.tags[-new:]], dtype=torch.int8)
         ids = torch.cat([ids, torch.tensor([tagged.input_ids[-new:]])], dim=1)
         prompt = ids.shape[1]
-        ids = continued(engine.model, ids, cache, NEW, PAD)
+        ids = continue_greedily(engine.model, ids, cache, NEW, PAD)
         answers.append(tuple(ids[0, prompt:].tolist()))
         messages = [*messages, {"role": "assistant", "content": "x"}]
     return answers, cache

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from data.made_once import encode
 from data.talks import TALK
-from helpers.forked import forked
+from helpers.forked_process import forked_process
 from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool.data import store
@@ -183,7 +183,7 @@ def test_two_processes_encode_once(tmp_path):
     pipes, both = [], []
     for _ in range(2):
         ours, theirs = Pipe()
-        process = forked(encode, theirs, str(tmp_path / "named"))
+        process = forked_process(encode, theirs, str(tmp_path / "named"))
         process.start()
         theirs.close()  # one that dies is one that says nothing more
         pipes.append(ours)

@@ -13,7 +13,7 @@ from baselines.loras import make_lora
 from baselines.statics import make_static
 from click.testing import CliRunner
 from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
-from helpers.running import cache_of
+from helpers.model_runs import cache_of
 from helpers.tiny import randomise, tiny_model
 from transformers import AutoModelForCausalLM
 

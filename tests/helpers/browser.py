@@ -1,4 +1,4 @@
-"""Chromium, where it is installed."""
+"""Chromium for tests, if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of a `BufferedGraph`, and what its pasts hold."""
+"""Calls of a `BufferedGraph`, and the contents of its pasts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fed(graph, tokens, past):
 
 
 def content(graph, past):
-    """All that a past holds: keys and values of its columns, and its memory."""
+    """The contents of a past: keys and values of its columns, and its memory."""
     cache = {name: to_numpy(value)[:, :, : past.length].copy() for name, value in past.lease.buffers.cache.items()}
     return cache | {("state", i): state for i, state in graph.states(past).items()}
 

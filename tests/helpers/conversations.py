@@ -1,4 +1,4 @@
-"""Random memories and random conversations for property tests, and the one way in which all of them are fed.
+"""Random memories and conversations for property tests, and one function to feed all of them.
 
 Run as a program, this file answers what `Elsewhere` asks: it continues conversations in a process of their own.
 """
@@ -36,7 +36,7 @@ NEVER = VOCABULARY - 1  # a stop token that no text says
 
 
 def examples(count: int) -> settings:
-    """The same examples every time, and however slow the machine."""
+    """Hypothesis settings: reproducible examples, without a deadline."""
     slow = [HealthCheck.too_slow]
     return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
 
@@ -89,7 +89,7 @@ NOTHING = Text((), (), ())
 
 @st.composite
 def setups(draw: st.DrawFn, **fixed) -> Setup:
-    """Any options that go together, of which `fixed` are given."""
+    """Any valid combination of options; those in `fixed` are kept."""
     heads = draw(st.lists(st.sampled_from(BRANCHES), min_size=1, unique=True).map(tuple))
     rule = draw(st.sampled_from(UPDATE_RULES))
     options = {
@@ -147,7 +147,7 @@ def new_cache(model: PreTrainedModel, memory: MemoryState | None = None, room: i
 
 
 def cuts(text: int) -> st.SearchStrategy[list[int]]:
-    """Where to cut so many tokens into pieces."""
+    """Random positions at which to split a text into pieces."""
     return st.lists(st.integers(1, text - 1), unique=True, max_size=6).map(sorted) if text > 1 else st.just([])
 
 
@@ -249,11 +249,11 @@ def memory_of(model: PreTrainedModel, text: Text) -> MemoryState | None:
     return alone(model, text)[1] if len(text) else None
 
 
-def same(actual: Tensor, expected: Tensor, what: str) -> None:
-    assert actual.shape == expected.shape, what
+def same(actual: Tensor, expected: Tensor, label: str) -> None:
+    assert actual.shape == expected.shape, label
     error, size = (actual - expected).abs().max(), expected.abs().max().clamp_min(1.0)
     ratio = float(error / size)
-    assert ratio <= TOLERANCE, f"{what}: off by {ratio:.1e} of {float(size):.3g}"
+    assert ratio <= TOLERANCE, f"{label}: off by {ratio:.1e} of {float(size):.3g}"
 
 
 def same_memory(memory: MemoryState, expected: MemoryState, row: int = 0) -> None:

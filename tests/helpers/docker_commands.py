@@ -1,4 +1,4 @@
-"""The `docker` lines of a document, as a shell would hand them over; and a root to run them in."""
+"""The `docker` lines of a document, parsed like in a shell, and a root folder to run them in."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def parse_run(docker: Docker, image: str) -> DockerRun:
 
 def run_line(image: Image, docker: Docker, name: str) -> subprocess.CompletedProcess[str]:
     """What the line does, in a throw-away container but for its mounts: `image` keeps what is written beside them."""
-    wanted = parse_run(docker, name)
-    pairs = [value.partition(":") for value in wanted.values("-v")]
+    parsed = parse_run(docker, name)
+    pairs = [value.partition(":") for value in parsed.values("-v")]
     mounts = {target: Path(source) for source, _, target in pairs}  # of folders: named volumes need the Hub
-    words = [*image.entrypoint, *(wanted.arguments or image.command)]
-    user = (wanted.values("--user") or [None])[0]
+    words = [*image.entrypoint, *(parsed.arguments or image.command)]
+    user = (parsed.values("--user") or [None])[0]
     return run(image, words, user=user, mounts=mounts, stdin=docker.stdin)
 
 

@@ -1,4 +1,4 @@
-"""Modules of the package that need what an extra brings."""
+"""Modules of the package that need an extra."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _NEED = {"deltamem_tool.evaluation.harness_model": "lm_eval", "deltamem_tool.ser
 
 
 def lacks_extra(module: str) -> bool:
-    """Whether what `module` needs is not installed."""
+    """Whether the extra that `module` needs is missing."""
     return module in _NEED and importlib.util.find_spec(_NEED[module]) is None

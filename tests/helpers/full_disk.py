@@ -1,4 +1,4 @@
-"""Disks that are full, or as good as full."""
+"""Full disks, real or simulated by a limit on file sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exported graph in another runtime than ours, for whatever takes a `Graph`."""
+"""An exported graph in a runtime other than ours, usable wherever a `Graph` is."""
 
 from __future__ import annotations
 

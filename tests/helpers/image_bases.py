@@ -1,4 +1,4 @@
-"""What `FROM python:…` is without a registry: a root of Debian's packages, or one that borrows this machine's."""
+"""Stand-ins for `FROM python:…` without a registry: a root of Debian packages, or one that borrows this machine's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Llama-style decoder with δ-mem, written out in float64, a token at a time: no hooks, no scan, no module of ours.
+"""A Llama-style decoder with δ-mem, written out in float64, one token at a time: no hooks, no scan, no module of ours.
 
 It is what the equations say (arXiv 2605.12357), and knows the model by its weights' names alone.
 """

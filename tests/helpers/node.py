@@ -1,4 +1,4 @@
-"""Scripts in Node with packages of npm, which are fetched once and kept in the user's cache."""
+"""Run Node scripts with npm packages, which are fetched once into the user's cache."""
 
 from __future__ import annotations
 

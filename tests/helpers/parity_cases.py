@@ -42,10 +42,10 @@ def load_model(case: str, attention: str) -> PreTrainedModel:
 
 
 def load_calls(case: str) -> list[Call]:
-    said = json.loads((FOLDER / case / "case.json").read_text())
+    content = json.loads((FOLDER / case / "case.json").read_text())
     tensors = load_file(FOLDER / case / "case.safetensors")
     calls = []
-    for index, call in enumerate(said["calls"]):
+    for index, call in enumerate(content["calls"]):
         prefix = f"call{index}."
         states = {
             int(name.removeprefix(f"{prefix}state.")): tensor

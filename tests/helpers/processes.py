@@ -1,4 +1,4 @@
-"""Processes of one launch, without a launcher: forked off one that has imported everything."""
+"""The processes of one launch, without a launcher: forked from a process that has imported everything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
-from helpers.forked import forked
+from helpers.forked_process import forked_process
 from torch.distributed import TCPStore
 
 
@@ -16,7 +16,7 @@ def started(count: int, target: Callable, *args) -> Iterator[list[BaseProcess]]:
     """Start `target(*args)` in `count` processes, with the variables that torchrun sets."""
     # They meet in a store of this process, as under torchrun: a port that is chosen for one of theirs could be taken.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [forked(_run, rank, count, store.port, target, args) for rank in range(count)]
+    processes = [forked_process(_run, rank, count, store.port, target, args) for rank in range(count)]
     for process in processes:
         process.start()
     yield processes

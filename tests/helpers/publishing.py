@@ -1,4 +1,4 @@
-"""Folders that can be pushed, made without training and without tracing a graph where none is run."""
+"""Folders that can be pushed, created without training and without tracing a graph."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def adapter_folder(folder: Path, name: str = BASE, revision: str | None = COMMIT
     """The shipped adapter, as one that was made for `name`."""
     shutil.copytree(ASSETS / "adapter", folder)
     config = folder / CONFIG_FILE
-    said = json.loads(config.read_text())
-    said["base"] |= {"name": name, "revision": revision}
-    config.write_text(json.dumps(said))
+    content = json.loads(config.read_text())
+    content["base"] |= {"name": name, "revision": revision}
+    config.write_text(json.dumps(content))
     return folder
 
 
 def trained(folder: Path, data: str | None = "talks.jsonl") -> Path:
     """With the files that training leaves."""
     recipe = {"data.path": data, "training.learning_rate": 1e-3, "training.seed": 7}
-    said = {"recipe": recipe, "steps": 40, "versions": {"torch": "2.13"}}
-    (folder / SUMMARY_FILE).write_text(json.dumps(said))
+    summary = {"recipe": recipe, "steps": 40, "versions": {"torch": "2.13"}}
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary))
     (folder / PLOT_FILE).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
     return folder
 
@@ -44,7 +44,7 @@ def trained(folder: Path, data: str | None = "talks.jsonl") -> Path:
 def evaluated(folder: Path, adapter: str | None = None) -> Path:
     """With an evaluation of this adapter, or of the one with that fingerprint."""
     scores = {name: [[1.0 - at / 10, 0.9 - at / 10, 1.0], [0.5, 0.4, 0.6]] for at, name in enumerate(CONDITIONS)}
-    said = {
+    evaluation = {
         "format": FORMAT,
         "format_version": 1,
         "task": "recall",
@@ -60,7 +60,7 @@ def evaluated(folder: Path, adapter: str | None = None) -> Path:
         "verdict": ["the state adds 0.20 ± 0.04 over donor state"],
         "seed": 3,
     }
-    (folder / EVALUATION_FILE).write_text(json.dumps(said))
+    (folder / EVALUATION_FILE).write_text(json.dumps(evaluation))
     return folder
 
 
@@ -96,7 +96,7 @@ def other_adapter(folder: Path, **changes) -> Path:
     adapter_folder(folder)
     found = read_adapter(folder)
     config = folder / CONFIG_FILE
-    said = json.loads(config.read_text())
-    said["mechanism"] = replace(found.config, alpha=8.0, **changes).to_dict()
-    config.write_text(json.dumps(said))
+    content = json.loads(config.read_text())
+    content["mechanism"] = replace(found.config, alpha=8.0, **changes).to_dict()
+    config.write_text(json.dumps(content))
     return folder

@@ -1,4 +1,4 @@
-"""Models, tokenizers and checkpoints that are small enough to be made on the spot."""
+"""Models, tokenizers and checkpoints small enough to be created in a test."""
 
 from __future__ import annotations
 

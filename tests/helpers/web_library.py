@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.node import node_folder
-from helpers.once import folder_once
+from helpers.shared_folder import folder_once
 
 SCRIPTS = Path(__file__).parents[1] / "onnx" / "web"
 LIBRARY = Path(__file__).parents[2] / "web"

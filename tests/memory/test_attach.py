@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.naive_model import naive_run
-from helpers.running import (
+from helpers.model_runs import (
     CUT_TOLERANCE,
     EQUATION_TOLERANCE,
     HEADS,
@@ -17,6 +16,7 @@ from helpers.running import (
     fingerprint_of_base,
     run,
 )
+from helpers.naive_model import naive_run
 from helpers.tiny import PAD, base_parameters, patched_model, randomise, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach

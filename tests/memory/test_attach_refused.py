@@ -6,8 +6,8 @@ import threading
 
 import pytest
 import torch
+from helpers.model_runs import EQUATION_TOLERANCE, close, close_memory, fingerprint_of_base, run
 from helpers.naive_model import naive_run
-from helpers.running import EQUATION_TOLERANCE, close, close_memory, fingerprint_of_base, run
 from helpers.tiny import logits, patched_model, tiny_model, tokens
 from torch import nn
 from transformers import (

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.running import close_memory
+from helpers.model_runs import close_memory
 from helpers.tiny import patched_model, randomise, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.running import CUT_TOLERANCE, close, close_memory, run
+from helpers.model_runs import CUT_TOLERANCE, close, close_memory, run
 from helpers.tiny import patched_model, randomise, save_checkpoint, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import cache_of, close, close_memory
+from helpers.model_runs import cache_of, close, close_memory
 from helpers.tiny import randomise, tiny_model, tokens
 from memory.test_generate import continue_alone, left_padded, memory_of, settings
 from torch._dynamo.testing import CompileCounterWithBackend

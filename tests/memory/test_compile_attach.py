@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import CUT_TOLERANCE, close
+from helpers.model_runs import CUT_TOLERANCE, close
 from helpers.tiny import logits, randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach, detach

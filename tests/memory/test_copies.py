@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.running import close_memory, fingerprint_of_base, run
+from helpers.model_runs import close_memory, fingerprint_of_base, run
 from helpers.tiny import ARCHITECTURES, logits, patched_model, randomise, tiny_model, tokens
 from memory.test_wrapped import gpt2, with_lora
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import run
+from helpers.model_runs import run
 from helpers.tiny import patched_model, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, attach, load, save_adapter

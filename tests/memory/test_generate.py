@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import cache_of, close_memory
+from helpers.model_runs import cache_of, close_memory
+from helpers.recording_cache import RecordingCache
 from helpers.tiny import ARCHITECTURES, END, PAD, patched_model, tiny_model, tokens
-from helpers.watched import WatchedCache
 from transformers import GenerationConfig
 
 from deltamem_tool import MemoryCache, MemoryState
@@ -154,7 +154,7 @@ def test_each_beam_carries_its_own_state(name, loaded, tmp_path):
         start = MemoryState.load(tmp_path / "memory")
 
     options = settings(num_beams=3, num_return_sequences=3, output_scores=True, return_dict_in_generate=True)
-    cache = WatchedCache(model, memory=start)
+    cache = RecordingCache(model, memory=start)
     output = model.generate(**left_padded(rows), cache=cache, **options)
     assert any(beams != sorted(set(beams)) for beams in cache.taken), "no beam ever replaced another"
     assert output.sequences.shape == (6, 6 + NEW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import CUT_TOLERANCE, close, run
+from helpers.model_runs import CUT_TOLERANCE, close, run
 from helpers.tiny import patched_model, save_checkpoint, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach, load, save_adapter

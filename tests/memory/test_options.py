@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.model_runs import cache_of
 from helpers.naive_model import naive_run
-from helpers.running import cache_of
 from helpers.tiny import ARCHITECTURES, patched_model, randomise, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach

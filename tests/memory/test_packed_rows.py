@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import close
+from helpers.model_runs import close
 from helpers.tiny import patched_model, tokens
 from transformers import DataCollatorWithFlattening
 

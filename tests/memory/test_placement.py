@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from helpers.forked import result_of
-from helpers.running import run
+from helpers.forked_process import run_in_fork
+from helpers.model_runs import run
 from helpers.tiny import PAD, patched_model, randomise, save_checkpoint, tiny_model, tiny_tokenizer, tokens
 from memory import spread
 from transformers import AutoModelForCausalLM
@@ -37,7 +37,7 @@ APART = [[spread.FIRST], [spread.SECOND]]
 
 @pytest.mark.slow
 def test_each_memory_layer_is_on_the_device_of_its_hidden_states():
-    seen = result_of(spread.seen)
+    seen = run_in_fork(spread.seen)
     assert "same device" in seen["mixed"]  # that is what the calls of the others do not do
     for granularity in ("token", "message"):
         start, *calls = seen[granularity]

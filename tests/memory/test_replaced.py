@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from helpers.running import CUT_TOLERANCE, close, close_memory, fingerprint_of_base, run
+from helpers.model_runs import CUT_TOLERANCE, close, close_memory, fingerprint_of_base, run
 from helpers.tiny import logits, randomise, tiny_model, tokens
 from memory.test_wrapped import gpt2
 from torch import nn

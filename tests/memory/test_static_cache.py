@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.running import cache_of, close, close_memory
+from helpers.model_runs import cache_of, close, close_memory
 from helpers.tiny import ARCHITECTURES, END, patched_model, randomise, tiny_model, tokens
 from memory.test_generate import NEVER, SUPPRESSED, continue_alone, left_padded, memory_of, settings
 from transformers import GenerationConfig, StaticCache

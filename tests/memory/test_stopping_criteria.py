@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import close_memory
+from helpers.model_runs import close_memory
 from helpers.tiny import tiny_tokenizer, tokens
 from transformers import StoppingCriteria
 from transformers import StoppingCriteriaList as Criteria

@@ -9,7 +9,7 @@ import torch
 from base_model.tiny_configs import tiny_config
 from baselines.loras import make_lora
 from baselines.statics import make_static
-from helpers.forked import forked
+from helpers.forked_process import forked_process
 from helpers.processes import together
 from helpers.tiny import randomise, save_checkpoint, tiny_tokenizer
 from memory.tensor_parallel import PROCESSES, exact, in_float64, rank, refused, results
@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
     """For each case, what two processes found."""
     base = tmp_path_factory.mktemp("parallel")
     folders = {name: make(base / name, name) for name in CASES}
-    processes = [forked(rank, number, list(folders.values())) for number in range(PROCESSES)]
+    processes = [forked_process(rank, number, list(folders.values())) for number in range(PROCESSES)]
     for process in processes:
         process.start()
     for process in processes:

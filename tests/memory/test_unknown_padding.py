@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.running import close, close_memory
+from helpers.model_runs import close, close_memory
 from helpers.tiny import patched_model, tokens
 from memory.test_generate import continue_alone, settings
 

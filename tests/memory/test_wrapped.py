@@ -7,7 +7,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from helpers.running import CUT_TOLERANCE, close
+from helpers.model_runs import CUT_TOLERANCE, close
 from helpers.tiny import PAD, randomise, tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir
 import pytest
 import torch
-from helpers.once import folder_once
+from helpers.shared_folder import folder_once
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.recording_cache import RecordingCache
 from helpers.tiny import ARCHITECTURES, PAD, patched_model, tokens
-from helpers.watched import WatchedCache
 from segments.tagged import DIFFERENT, close_memory, run
 from transformers import GenerationConfig
 
@@ -161,7 +161,7 @@ def test_each_beam_carries_its_own_open_segment(model, started, returned):
     start = start_of(model) if started else None
 
     prompts, tags = batch()
-    cache = WatchedCache(model, memory=start)
+    cache = RecordingCache(model, memory=start)
     cache.segment_tags = tags
     options = settings(num_beams=2, num_return_sequences=returned, output_scores=True, return_dict_in_generate=True)
     output = model.generate(**prompts, cache=cache, **options)

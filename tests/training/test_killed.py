@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.forked import forked
+from helpers.forked_process import forked_process
 from safetensors.torch import load_file
 from training.halted import train_until
 from training.talks import write_talks
@@ -57,7 +57,7 @@ def test_a_run_killed_while_writing_a_checkpoint_resumes_bit_for_bit(checkpoint,
     killed, halted = recipe(tmp_path / "killed", checkpoint), tmp_path / "halted"
     run = tmp_path / "killed" / "adapter.run"
     for number, file in enumerate(FILES):
-        process = forked(train_until, killed, bool(checkpoints(run)), file, halted)
+        process = forked_process(train_until, killed, bool(checkpoints(run)), file, halted)
         process.start()
         while not halted.exists():
             assert process.is_alive()

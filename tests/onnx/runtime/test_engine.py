@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers.continued import continued
+from helpers.greedy import continue_greedily
 
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
 from deltamem_tool.chat.engine import empty_memory
@@ -44,7 +44,7 @@ def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
             text = ("\n" if ids[0, -1] == 257 else "<|im_end|>\n") + text
         ids = torch.cat([ids, exported.tokenizer(text, return_tensors="pt").input_ids], dim=1)
         prompt = ids.shape[1]
-        ids = continued(exported.model, ids, cache, new_tokens, 0, stop_tokens)
+        ids = continue_greedily(exported.model, ids, cache, new_tokens, 0, stop_tokens)
         answers.append(ids[0, prompt:].tolist())
     return answers, cache.memory
 

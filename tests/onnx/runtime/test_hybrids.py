@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.hybrids import HYBRIDS, OTHER_CACHES, hybrid
-from helpers.once import folder_once
+from helpers.shared_folder import folder_once
 from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together

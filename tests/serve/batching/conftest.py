@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.once import folder_once
+from helpers.shared_folder import folder_once
 from helpers.tiny import randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, attach

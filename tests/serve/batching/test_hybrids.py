@@ -6,7 +6,7 @@ import random
 
 import pytest
 from helpers.hybrids import hybrid
-from helpers.once import folder_once
+from helpers.shared_folder import folder_once
 from helpers.tiny import tiny_tokenizer
 from serve.batching.alone import answered_alone, assert_close, random_job
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from subprocess import run
 
 import pytest
-from helpers.once import folder_once
+from helpers.shared_folder import folder_once
 from serve.faults.server_process import ServerProcess
 
 

@@ -1,4 +1,4 @@
-"""Runs of tiny patched models, cut in pieces, and what must be close to what."""
+"""Run tiny patched models over a text in pieces, and compare results within named tolerances."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A cache that remembers what beam search did to it."""
+"""A cache that records how beam search reorders it."""
 
 from deltamem_tool import MemoryCache
 
 
-class WatchedCache(MemoryCache):
-    """`taken`: the rows that each step went on from; `memories`: the memory before each step."""
+class RecordingCache(MemoryCache):
+    """`taken`: the rows selected at each step; `memories`: the memory before each step."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

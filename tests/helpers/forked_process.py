@@ -1,4 +1,4 @@
-"""Processes that need not import everything anew: each is forked off one that has, and does nothing else."""
+"""Processes that start quickly: each is forked from one that has imported everything already."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 
-def forked(target, *args) -> BaseProcess:
-    """One that runs `target`, a function of a module that it can import."""
+def forked_process(target, *args) -> BaseProcess:
+    """A process, not yet started, that runs `target`, a function of an importable module."""
     return _context().Process(target=target, args=args)
 
 
-def result_of(target: Callable[..., Any], *args: Any) -> Any:
-    """What `target` returns or raises in a process of its own, which changes nothing in this one."""
+def run_in_fork(target: Callable[..., Any], *args: Any) -> Any:
+    """What `target` returns or raises when run in a separate process, which changes nothing in this one."""
     with ProcessPoolExecutor(1, mp_context=_context()) as pool:
         return pool.submit(target, *args).result()
 

@@ -1,4 +1,4 @@
-"""Folders that take long to make, made once for all of pytest-xdist's workers."""
+"""Folders that take long to create, created once and shared by all of pytest-xdist's workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from filelock import FileLock
 
 
 def folder_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """What `make` writes into the folder that it is given; read only."""
+    """The folder that `make` fills, called once for all workers; read only."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # workers have folders of their own in one
     folder = shared / "once" / name

@@ -1,4 +1,4 @@
-"""Text continued by transformers' own `generate`, which conversations are held against."""
+"""Greedy continuation by transformers' own `generate`, to compare conversations with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from deltamem_tool import MemoryCache
 
 
-def continued(
+def continue_greedily(
     model: PreTrainedModel,
     ids: Tensor,
     cache: MemoryCache,
