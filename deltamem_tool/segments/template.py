@@ -127,11 +127,11 @@ class ChatTemplate:
             DataError: a message has no role or no text, or the template leaves out a content or tool calls.
         """
         check_messages(messages, text_alone=False)
-        text = self._rendered(messages, generation_prompt)
+        text = self._render_unchecked(messages, generation_prompt)
         self._check_complete(messages)
         return text
 
-    def _rendered(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    def _render_unchecked(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         takes_text, takes_parts = self._kinds
         if not takes_parts:
             if any(isinstance(m.get("content"), list) for m in messages):
@@ -233,7 +233,7 @@ class ChatTemplate:
     def try_render(self, messages: Sequence[Message]) -> str | None:
         """Return the rendering, or None if there is an error."""
         try:
-            return self._rendered(messages)
+            return self._render_unchecked(messages)
         except DataError:
             return None
 

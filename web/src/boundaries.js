@@ -3,7 +3,12 @@
 import { isBlank, trim, trimStart } from "./characters.js";
 import { DataError } from "./errors.js";
 
-export const [OUTSIDE, INSIDE, LAST] = [0, 1, 2];
+/** The tag of one token, as in deltamem_tool/segments/tags.py. */
+export const SegmentTag = Object.freeze({
+  OUTSIDE: 0, // the token reads, and is never written
+  INSIDE: 1, // the token belongs to a segment
+  LAST: 2, // the token is the last of its segment, which is written here
+});
 const WITHOUT_TAGS = 'Or use granularity "token", which needs no boundaries.';
 
 /**
@@ -47,8 +52,8 @@ export function spansOf(template, messages, text, split) {
       const starts = sentenceStarts(template, messages, index, body, start, end, split);
       for (const [number, first] of starts.entries()) {
         const following = starts[number + 1] ?? end;
-        const words = trim(body.slice(first, following)).slice(0, 60);
-        spans.push({ end: following, belongs: true, segment: `sentence "${words}" of ${name}` });
+        const excerpt = trim(body.slice(first, following)).slice(0, 60);
+        spans.push({ end: following, belongs: true, segment: `sentence "${excerpt}" of ${name}` });
       }
     }
   }
@@ -77,41 +82,41 @@ function boundsOf(template, messages, body) {
 
 // Where message `index` starts and the one before it ends; null if the template does not show it.
 function boundOf(template, messages, index, body) {
-  const earlier = template.attempt(messages.slice(0, index));
+  const earlier = template.tryRender(messages.slice(0, index));
   if (earlier !== null && body.startsWith(earlier)) return earlier.length;
   const message = messages[index];
-  const found = template.content(messages, index, body);
-  const header = found === null ? null : template.header(message, found.before);
-  if (header !== null) return found.before.length - header.length;
+  const place = template.content(messages, index, body);
+  const header = place === null ? null : template.header(message, place.before);
+  if (header !== null) return place.before.length - header.length;
   const isAfterSystem = messages.slice(0, index).every(({ role }) => role === "system");
   return isAfterSystem ? template.preamble(message, body) : null; // their text is within this message
 }
 
 // Where in `body` the sentences of message `index`, `body.slice(start, end)`, start.
 function sentenceStarts(template, messages, index, body, start, end, split) {
-  const { begin, said } = saidOf(template, messages, index, body, start, end);
-  if (isBlank(said)) return [begin];
+  const { begin, written } = writtenContent(template, messages, index, body, start, end);
+  if (isBlank(written)) return [begin];
   const starts = [];
   let position = 0;
-  for (const piece of split(said)) {
-    const place = said.indexOf(piece, position);
-    if (place < 0) {
+  for (const piece of split(written)) {
+    const at = written.indexOf(piece, position);
+    if (at < 0) {
       throw new DataError(`The split of ${nameOf(messages, index)} has a piece that is not in its text.`, "", WITHOUT_TAGS);
     }
-    if (!isBlank(piece)) starts.push(begin + place);
-    position = place + piece.length;
+    if (!isBlank(piece)) starts.push(begin + at);
+    position = at + piece.length;
   }
   return starts;
 }
 
-// Where the content of message `index` begins, and the part of it that the template writes.
-function saidOf(template, messages, index, body, start, end) {
-  const found = template.content(messages, index, body);
-  if (found !== null && body.endsWith(found.after)) {
-    const [begin, stop] = [found.before.length, body.length - found.after.length];
+// Where the content of message `index` begins, and the content as rendered.
+function writtenContent(template, messages, index, body, start, end) {
+  const place = template.content(messages, index, body);
+  if (place !== null && body.endsWith(place.after)) {
+    const [begin, stop] = [place.before.length, body.length - place.after.length];
     const isWithin = start <= begin && begin <= stop && stop <= end;
-    const said = body.slice(begin, stop);
-    if (isWithin && messages[index].content.includes(said)) return { begin, said };
+    const written = body.slice(begin, stop);
+    if (isWithin && messages[index].content.includes(written)) return { begin, written };
   }
   throw new DataError(
     `The chat template of ${template.name} does not show where the content of ${nameOf(messages, index)} is.`,
@@ -121,13 +126,17 @@ function saidOf(template, messages, index, body, start, end) {
 }
 
 /**
- * The tags of tokens with the character ranges `offsets`; byte-level tokens can share a character.
+ * Return the tags of tokens with the character ranges `offsets`; byte-level tokens can share a character.
  *
+ * @param {string} text
+ * @param {[number, number][]} offsets start and end of each token in `text`, in UTF-16 units
+ * @param {Span[]} spans
+ * @returns {number[]} a `SegmentTag` for each token
  * @throws {DataError} a segment has no token of its own
  */
 export function tagsOf(text, offsets, spans) {
   const owners = offsets.map(([start, end]) => spans.findIndex((span) => span.end > placeOf(text, start, end)));
-  const tags = owners.map((owner) => (spans[owner].belongs ? INSIDE : OUTSIDE));
+  const tags = owners.map((owner) => (spans[owner].belongs ? SegmentTag.INSIDE : SegmentTag.OUTSIDE));
   for (const [index, { segment }] of spans.entries()) {
     if (!segment) continue;
     const last = owners.lastIndexOf(index);
@@ -138,7 +147,7 @@ export function tagsOf(text, offsets, spans) {
         "Leave it out, or merge it with another.",
       );
     }
-    tags[last] = LAST;
+    tags[last] = SegmentTag.LAST;
   }
   return tags;
 }

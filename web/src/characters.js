@@ -10,7 +10,11 @@ export const trimStart = (text) => text.replace(LEADING, "");
 export const trim = (text) => trimStart(text).replace(TRAILING, "");
 export const isBlank = (text) => trimStart(text) === "";
 
-/** @throws {DataError} `text` contains half of a surrogate pair */
+/**
+ * Check that `text` is Unicode. The error calls it `name`.
+ *
+ * @throws {DataError} `text` contains half of a surrogate pair
+ */
 export function checkUnicode(text, name) {
   if (!text.isWellFormed()) {
     throw new DataError(`${name} is not Unicode text.`, "It contains half of a surrogate pair.", "Correct the text.");

@@ -2,11 +2,11 @@
 // The context is what the model attends to: a KV cache that grows with every token. The memory has a fixed size and keeps
 // a trace of what has left the context.
 
-import { LAST, OUTSIDE } from "./boundaries.js";
+import { SegmentTag } from "./boundaries.js";
 import { ConfigError } from "./errors.js";
 import { AnswerStream, answerPrompt } from "./generation.js";
 import { checkMemory, endSegment, memoryBytes, readMemory } from "./memory.js";
-import { Sampler, samplingOf } from "./sampling.js";
+import { createSampling, Sampler } from "./sampling.js";
 import { Transcript } from "./transcript.js";
 
 const KEPT_AFTER_EVICTION = 0.5; // at most this share of the window, so that turns only leave once in a while
@@ -48,20 +48,33 @@ export class Conversation {
     }
     checkMemory(memory, model.memoryShape, model.adapter);
     Object.assign(this, { model, write, window });
-    this._place = beginning(model, memory);
+    this._place = initialPlace(model, memory);
     this._before = []; // the place before each turn and before each change of memory
     this._busy = false;
   }
 
-  /** How much of the conversation is in the context: its tokens and messages, and how many messages have left it. */
+  /**
+   * How much of the conversation is in the context.
+   *
+   * @returns {{ tokens: number, window: number | null, messages: number, dropped: number }} number of tokens in the
+   *   context; their maximum, null for no limit; number of messages in the context, and of those that have left it
+   */
   get context() {
     const { transcript, tokens, pending } = this._place;
-    const count = (turns) => turns.reduce((sum, { messages }) => sum + messages.length + 1, 0);
-    const messages = transcript.system.length + count(transcript.turns);
-    return { tokens: tokens.length + pending.length, window: this.window, messages, dropped: count(transcript.dropped) };
+    const countMessages = (turns) => turns.reduce((sum, { messages }) => sum + messages.length + 1, 0);
+    return {
+      tokens: tokens.length + pending.length,
+      window: this.window,
+      messages: transcript.system.length + countMessages(transcript.turns),
+      dropped: countMessages(transcript.dropped),
+    };
   }
 
-  /** All messages since the start or the last `forget`, including those that have left the context. */
+  /**
+   * All messages since the start or the last `forget`, including those that have left the context.
+   *
+   * @returns {import("./template.js").Message[]}
+   */
   get messages() {
     return this._place.transcript.messages;
   }
@@ -71,12 +84,21 @@ export class Conversation {
     return this._before.length > 0;
   }
 
-  /** @returns {Promise<import("./memory.js").Memory>} */
+  /**
+   * Return a copy of the memory.
+   *
+   * @returns {Promise<import("./memory.js").Memory>}
+   */
   memory() {
     return this.model.memory(this._place.past);
   }
 
-  /** The memory as the bytes of a memory file, which every runtime can load. */
+  /**
+   * Return the memory as the bytes of a memory file, which every runtime can load.
+   *
+   * @returns {Promise<Uint8Array>}
+   * @throws {MemoryStateError} the memory contains NaN or infinity
+   */
   async memoryBytes() {
     return memoryBytes(await this.memory());
   }
@@ -88,7 +110,7 @@ export class Conversation {
    * @throws {MemoryStateError} the memory is damaged or does not fit; nothing has changed
    */
   setMemory(memory) {
-    return this._alone(async () => {
+    return this._runExclusive(async () => {
       if (memory instanceof ArrayBuffer || memory instanceof Uint8Array) memory = readMemory(memory);
       checkMemory(memory, this.model.memoryShape, this.model.adapter);
       const former = await this._earlier(this._place);
@@ -99,8 +121,8 @@ export class Conversation {
 
   /** Reset the memory to zeros and empty the context. This cannot be undone. */
   forget() {
-    return this._alone(async () => {
-      this._place = beginning(this.model, this.model.emptyMemory());
+    return this._runExclusive(async () => {
+      this._place = initialPlace(this.model, this.model.emptyMemory());
       this._before = [];
     });
   }
@@ -112,15 +134,15 @@ export class Conversation {
    * @returns {Promise<boolean>} false if there is nothing to undo
    */
   undo() {
-    return this._alone(async () => {
+    return this._runExclusive(async () => {
       if (!this._before.length) return false;
       const place = this._before.at(-1);
       const { past, memory, tokens } = place;
       if (memory === null) {
         this._place = place;
       } else {
-        const cut = past ?? (await this.model.take(this._place.past, tokens.length));
-        this._place = { ...place, past: this.model.withMemory(cut, memory), memory: null };
+        const shorter = past ?? (await this.model.take(this._place.past, tokens.length));
+        this._place = { ...place, past: this.model.withMemory(shorter, memory), memory: null };
       }
       this._before = this._before.slice(0, -1);
       return true;
@@ -141,86 +163,88 @@ export class Conversation {
    *   thrown, nothing has changed
    */
   generate(content, sampling = {}, { onText = () => {}, signal } = {}) {
-    return this._alone(async () => {
+    return this._runExclusive(async () => {
       const { model } = this;
-      const options = samplingOf(sampling);
-      const start = await this._withRoom(content, options);
+      const options = createSampling(sampling);
+      const start = await this._makeRoom(content, options);
       const { transcript, tokens } = start.transcript.begin(model.text, content);
-      const { past, prompt } = await this._marked(start, transcript, tokens);
+      const { past, prompt } = await this._markTokens(start, transcript, tokens);
       const length = start.tokens.length;
       const limit = Math.min(options.maxNewTokens, (this.window ?? Infinity) - length - prompt.length);
       const context = [...start.tokens, ...prompt.map(({ id }) => id)];
       const turn = { past, length, prompt, answerWrites: this.write, limit };
       const sampler = new Sampler(options, context, model.ids);
       const stream = new AnswerStream(model.text, options.stop, onText);
-      const row = await answerPrompt(model, turn, sampler, stream, signal);
-      const after = {
-        past: row.past,
+      const result = await answerPrompt(model, turn, sampler, stream, signal);
+      await this._commit(start, {
+        past: result.past,
         memory: null,
-        transcript: transcript.answered(row.answer.text, row.answered),
-        tokens: [...start.tokens, ...row.fed.map(({ id }) => id)],
-        pending: row.pending,
+        transcript: transcript.withAnswer(result.answer.text, result.answerTokens),
+        tokens: [...start.tokens, ...result.tokens.map(({ id }) => id)],
+        pending: result.pending,
         foreign: false,
-      };
-      await this._goOn(start, after);
-      return row.answer;
+      });
+      return result.answer;
     });
   }
 
-  // The place after a turn that began at `start`; the one before it is kept for `undo`.
-  async _goOn(start, after) {
+  // Continues at `place`, which follows a turn that began at `start`. The place before the turn is kept for `undo`.
+  async _commit(start, place) {
     if (start === this._place) {
       this._before = [...this._before, await this._earlier(start)];
-      if (this.model.takesBack) this.model.release(start.past, after.past);
+      if (this.model.takesBack) this.model.release(start.past, place.past);
     } else {
       // Turns have left the context: keep the place before with its whole context. These are large, so keep only one.
       const whole = this._before.findLastIndex(({ memory }) => memory === null);
       this._before = [...this._before.slice(whole + 1), this._place];
     }
-    this._place = after;
+    this._place = place;
   }
 
-  // What is kept of `place` when the next one continues from it.
+  // Returns the part of `place` that is kept when the next one continues from it.
   async _earlier(place) {
     const past = this.model.takesBack ? null : place.past; // a hybrid's past cannot be restored by truncating
     return { ...place, past, memory: await this.model.memory(place.past) };
   }
 
-  // The past to start from, and the tokens to feed. The last answer's segment ends with the last token that the template
-  // writes for its message. An open segment of another conversation ends before anything is fed.
-  async _marked(start, transcript, tokens) {
+  // Returns the past to start from, and the tokens to feed. The last answer's segment ends with the last token that the
+  // template writes for its message. An open segment of another conversation ends before anything is fed.
+  async _markTokens(start, transcript, tokens) {
     const { model, write } = this;
     if (!write || !model.memoryShape.width) {
       return { past: start.past, prompt: [...start.pending, ...tokens.map((id) => ({ id, writes: write, ends: false }))] };
     }
     const { tags, ended } = transcript.tags(model.text, start.transcript.head.length, model.split);
     const pending = [...start.pending];
-    const past = start.foreign || (ended && !pending.length) ? await this._closed(start.past) : start.past;
+    const past = start.foreign || (ended && !pending.length) ? await this._closeSegment(start.past) : start.past;
     if (ended && pending.length) pending.push({ ...pending.pop(), ends: true });
-    const fed = tokens.map((id, place) => ({ id, writes: tags[place] !== OUTSIDE, ends: tags[place] === LAST }));
-    return { past, prompt: [...pending, ...fed] };
+    const tagged = tokens.map((id, index) => ({
+      id,
+      writes: tags[index] !== SegmentTag.OUTSIDE,
+      ends: tags[index] === SegmentTag.LAST,
+    }));
+    return { past, prompt: [...pending, ...tagged] };
   }
 
-  // This place, without its oldest turns if the window is too small for the prompt and an answer. The turns that stay are
-  // fed again from the current memory, without writing.
-  async _withRoom(content, { maxNewTokens }) {
+  // Returns the current place, without its oldest turns if the window is too small for the prompt and an answer. The turns
+  // that stay are fed again from the current memory, without writing.
+  async _makeRoom(content, { maxNewTokens }) {
     const { window } = this;
     const place = this._place;
     if (window === null) return place;
     const { text } = this.model;
     const room = Math.max(1, Math.min(maxNewTokens, Math.floor(window * ROOM_FOR_ANSWER)));
-    const added = place.transcript.begin(text, content).tokens.length;
-    if (place.tokens.length + place.pending.length + added + room <= window) return place;
+    const countNew = (transcript) => transcript.begin(text, content).tokens.length;
+    if (place.tokens.length + place.pending.length + countNew(place.transcript) + room <= window) return place;
     for (let count = place.transcript.turns.length - 1; count >= 0; count--) {
-      const kept = place.transcript.keep(text, count);
-      const tokens = kept.tokens(text);
-      const fresh = kept.begin(text, content).tokens.length;
-      const fits = tokens.length <= window * KEPT_AFTER_EVICTION && tokens.length + fresh + room <= window;
-      if (fits) return this._evicted(kept, tokens);
+      const transcript = place.transcript.keep(text, count);
+      const tokens = transcript.tokens(text);
+      const fits = tokens.length <= window * KEPT_AFTER_EVICTION && tokens.length + countNew(transcript) + room <= window;
+      if (fits) return this._evict(transcript, tokens);
     }
-    const kept = place.transcript.keep(text, 0);
-    const tokens = kept.tokens(text);
-    const length = tokens.length + kept.begin(text, content).tokens.length;
+    const transcript = place.transcript.keep(text, 0);
+    const tokens = transcript.tokens(text);
+    const length = tokens.length + countNew(transcript);
     if (length >= window) {
       throw new ConfigError(
         `The prompt is longer than the window of ${window} tokens.`,
@@ -228,30 +252,31 @@ export class Conversation {
         "Shorten it, or use a larger window.",
       );
     }
-    return place.tokens.length || place.pending.length ? this._evicted(kept, tokens) : place;
+    return place.tokens.length || place.pending.length ? this._evict(transcript, tokens) : place;
   }
 
-  // A new context: `tokens`, fed from the current memory without writing.
-  async _evicted(kept, tokens) {
+  // Returns a place with a new context: `tokens`, fed from the current memory without writing.
+  async _evict(transcript, tokens) {
     const { model } = this;
     const place = this._place;
     let { past } = place;
-    if (place.foreign && this.write && model.memoryShape.width) past = await this._closed(past);
+    if (place.foreign && this.write && model.memoryShape.width) past = await this._closeSegment(past);
     // Without this, the pending tokens would never reach the memory.
     if (place.pending.length) past = (await model.step(past, place.tokens.length, place.pending)).past;
     past = model.start(await model.memory(past));
-    const read = tokens.map((id) => ({ id, writes: false, ends: false }));
-    if (read.length) past = (await model.step(past, 0, read)).past;
+    const readOnly = tokens.map((id) => ({ id, writes: false, ends: false }));
+    if (readOnly.length) past = (await model.step(past, 0, readOnly)).past;
     // If no turn stays, none of the tokens fed later can end the last turn's segment.
-    return { past, memory: null, transcript: kept, tokens, pending: [], foreign: !kept.turns.length };
+    return { past, memory: null, transcript, tokens, pending: [], foreign: !transcript.turns.length };
   }
 
-  // `past` after the open segment of its memory is written.
-  async _closed(past) {
+  // Returns `past` after the open segment of its memory is written.
+  async _closeSegment(past) {
     return this.model.withMemory(past, endSegment(await this.model.memory(past), this.model.mechanism));
   }
 
-  async _alone(action) {
+  // Runs `action`, unless another call is still running.
+  async _runExclusive(action) {
     if (this._busy) {
       throw new ConfigError("This conversation is busy.", "Another call has not finished.", "Await that call first.");
     }
@@ -264,7 +289,7 @@ export class Conversation {
   }
 }
 
-const beginning = (model, memory) => ({
+const initialPlace = (model, memory) => ({
   past: model.start(memory),
   memory: null,
   transcript: new Transcript(),

@@ -2,6 +2,7 @@
 
 const MAX_SENTENCE = 8000; // characters; a sentence may quote an untrusted file
 
+/** The base class of all errors of this library. */
 export class DeltaMemError extends Error {
   /**
    * @param {string} what failed
@@ -29,5 +30,5 @@ export class FetchError extends DeltaMemError {}
 /** Another tab or window has changed the stored memory. */
 export class MemoryConflict extends DeltaMemError {}
 
-/** The first line of another library's message. */
+/** Return the first line of another library's error message. */
 export const firstLine = (error) => String(error?.message ?? error).split("\n")[0].slice(0, 500);

@@ -15,41 +15,46 @@ const NOT_FOUND = [404, 410];
  * Returns a file's content, or null if there is no such file. A file of more than `limit` bytes is rejected, so there is no
  * need to read all of it.
  *
- * @typedef {(name: string, limit: number) => Promise<Uint8Array | null>} Read
+ * @typedef {(name: string, limit: number) => Promise<Uint8Array | null>} ReadFile
  *
  * @typedef {object} Progress
  * @property {string} name of the file
  * @property {number} loaded bytes
  * @property {number | null} total bytes, if known
  *
- * @typedef {{ bytes: number, sha256: string, url?: string }} Expected size and SHA-256 of a file; its address, if it is
- *   not below the base
+ * @typedef {object} ExpectedFile
+ * @property {number} bytes size
+ * @property {string} sha256 hexadecimal
+ * @property {string} [url] address, if the file is not below the base
  */
 
 /**
- * Read every file that a model needs. The graph and its weights are returned as `graph` and `weights`.
+ * Read every file that a model needs.
  *
- * @param {Read} read
- * @param {string} [graphFile]
+ * @param {ReadFile} read
+ * @param {string} [graphFile] file name of the graph
+ * @returns {Promise<Record<string, Uint8Array>>} contents by file name, and `graph` and `weights`
  * @throws {ExportError} a file is missing or too large
  */
 export async function readFolder(read, graphFile = GRAPH_FILE) {
   const files = {};
   for (const name of [...REQUIRED, ...OPTIONAL]) {
-    const content = await checked(read, name, MAX_GRAPH_BYTES, OPTIONAL.includes(name));
+    const content = await readChecked(read, name, MAX_GRAPH_BYTES, OPTIONAL.includes(name));
     if (content !== null) files[name] = content;
   }
-  const graph = await checked(read, graphFile, MAX_GRAPH_BYTES);
-  const weights = await checked(read, DATA_FILE, MAX_DATA_BYTES);
+  const graph = await readChecked(read, graphFile, MAX_GRAPH_BYTES);
+  const weights = await readChecked(read, DATA_FILE, MAX_DATA_BYTES);
   return { graph, weights, ...files };
 }
 
-async function checked(read, name, limit, isOptional = false) {
+// Reads a file, and checks that it exists and is not too large.
+async function readChecked(read, name, limit, isOptional = false) {
   const content = await read(name, limit);
   if (content === null && !isOptional) {
-    throw new ExportError("This is not a model folder.", `It lacks ${name}.`, "Create one with `deltamem export --target web`.");
+    const next = "Create one with `deltamem export --target web`.";
+    throw new ExportError("This is not a model folder.", `It lacks ${name}.`, next);
   }
-  if (content !== null && content.length > limit) throw tooLarge(name, limit);
+  if (content !== null && content.length > limit) throw tooLargeError(name, limit);
   return content;
 }
 
@@ -59,36 +64,40 @@ async function checked(read, name, limit, isOptional = false) {
  * @param {string | URL} base the address, with a trailing slash
  * @param {object} [options]
  * @param {string | null} [options.cache] name of the cache (Cache API) that keeps complete files; null keeps none
- * @param {Record<string, Expected>} [options.expected] by file name; a file with another content is rejected
+ * @param {Record<string, ExpectedFile>} [options.expected] by file name; a file with another content is rejected
  * @param {(progress: Progress) => void} [options.onProgress]
  * @param {AbortSignal} [options.signal]
- * @returns {Read}
+ * @returns {ReadFile} throws FetchError if a file cannot be fetched or is not the expected one, and ExportError if it is
+ *   larger than its limit
  */
 export function fetchedFrom(base, { cache = "deltamem", expected = {}, onProgress = () => {}, signal } = {}) {
   return async (name, limit) => {
-    const wanted = expected[name];
-    const url = new URL(wanted?.url ?? name, new URL(base, globalThis.location?.href)).href;
-    const store = cache === null ? null : await globalThis.caches?.open(cache).catch(() => null);
-    const kept = await store?.match(url);
-    if (kept) {
-      const content = await contentOf(kept, name, limit, onProgress);
-      if (await isExpected(content, wanted)) return content;
+    const expectedFile = expected[name];
+    const url = new URL(expectedFile?.url ?? name, new URL(base, globalThis.location?.href)).href;
+    const storage = cache === null ? null : await globalThis.caches?.open(cache).catch(() => null);
+    const cachedResponse = await storage?.match(url);
+    if (cachedResponse) {
+      const content = await readBody(cachedResponse, name, limit, onProgress);
+      if (await isIntact(content, expectedFile)) return content;
     }
     const response = await request(url, name, signal);
     if (response === null) return null;
-    const content = await contentOf(response, name, limit, onProgress);
-    if (!(await isExpected(content, wanted))) {
+    const content = await readBody(response, name, limit, onProgress);
+    if (!(await isIntact(content, expectedFile))) {
       throw new FetchError(
         `${name} is not the expected file.`,
-        content.length === wanted.bytes ? "Its content has changed." : `It has ${content.length} of ${wanted.bytes} bytes.`,
+        content.length === expectedFile.bytes
+          ? "Its content has changed."
+          : `It has ${content.length} of ${expectedFile.bytes} bytes.`,
         "Reload the page. If that does not help, its folder has to be published again.",
       );
     }
-    await store?.put(url, new Response(content)).catch(() => {}); // if the disk is full, it is fetched again next time
+    await storage?.put(url, new Response(content)).catch(() => {}); // if the disk is full, it is fetched again next time
     return content;
   };
 }
 
+// Returns the response, or null if the host has no such file.
 async function request(url, name, signal) {
   let response;
   try {
@@ -102,8 +111,8 @@ async function request(url, name, signal) {
   throw new FetchError(`${name} cannot be fetched.`, `The host returned status ${response.status}.`, "Try again later.");
 }
 
-// The content; reading stops with an error once there are more than `limit` bytes.
-async function contentOf(response, name, limit, onProgress) {
+// Reads the content of a response. Stops with an error once there are more than `limit` bytes.
+async function readBody(response, name, limit, onProgress) {
   const length = Number(response.headers.get("Content-Length"));
   const isPlain = length > 0 && !response.headers.get("Content-Encoding"); // otherwise it is the compressed length
   const total = isPlain ? length : null;
@@ -120,24 +129,25 @@ async function contentOf(response, name, limit, onProgress) {
     onProgress({ name, loaded, total });
     if (loaded > limit) {
       await reader.cancel();
-      throw tooLarge(name, limit);
+      throw tooLargeError(name, limit);
     }
   }
   const content = new Uint8Array(loaded);
-  let place = 0;
+  let offset = 0;
   for (const chunk of chunks) {
-    content.set(chunk, place);
-    place += chunk.length;
+    content.set(chunk, offset);
+    offset += chunk.length;
   }
   return content;
 }
 
-async function isExpected(content, wanted) {
-  if (wanted === undefined) return true;
-  if (content.length !== wanted.bytes) return false;
+// Returns whether a content is that of `expectedFile`, if that is known.
+async function isIntact(content, expectedFile) {
+  if (expectedFile === undefined) return true;
+  if (content.length !== expectedFile.bytes) return false;
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
-  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") === wanted.sha256;
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") === expectedFile.sha256;
 }
 
-const tooLarge = (name, limit) =>
+const tooLargeError = (name, limit) =>
   new ExportError(`${name} is too large.`, `It has more than ${limit} bytes.`, "Use a smaller model.");

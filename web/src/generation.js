@@ -14,6 +14,13 @@ export const [STOP_TOKEN, STOP_STRING, LENGTH, INTERRUPTED] = ["stop token", "st
  * @property {string} text without the stop token or stop string
  * @property {number[]} tokens generated tokens, including a stop token or the last token of a stop string
  * @property {"stop token" | "stop string" | "length" | "interrupted"} why the answer ended
+ *
+ * @typedef {object} AnswerResult
+ * @property {Answer} answer
+ * @property {number[]} answerTokens tokens of the answer in the context, fed or not
+ * @property {import("./model.js").Past} past
+ * @property {Token[]} tokens tokens of prompt and answer that are in the past
+ * @property {Token[]} pending tokens that are not fed yet
  */
 
 /** The text of an answer while it is generated. Text that may become a stop string is held back. */
@@ -38,7 +45,7 @@ export class AnswerStream {
 
   /** Release the text that was held back: no token follows. */
   end() {
-    if (!this._add(this._stream.flush())) this._give(this._held);
+    if (!this._add(this._stream.flush())) this._emit(this._held);
   }
 
   _add(piece) {
@@ -46,17 +53,17 @@ export class AnswerStream {
     const starts = this._stop.map((stop) => text.indexOf(stop)).filter((start) => start >= 0);
     if (starts.length) {
       this._held = "";
-      this._give(text.slice(0, Math.min(...starts)));
+      this._emit(text.slice(0, Math.min(...starts)));
       return true;
     }
     let keep = 0;
     while (keep < text.length && !this._stop.some((stop) => stop.startsWith(text.slice(keep)))) keep++;
     this._held = text.slice(keep);
-    this._give(text.slice(0, keep));
+    this._emit(text.slice(0, keep));
     return false;
   }
 
-  _give(piece) {
+  _emit(piece) {
     if (!piece) return;
     this.text += piece;
     this._onText(piece);
@@ -76,23 +83,23 @@ export class AnswerStream {
  * @param {import("./sampling.js").Sampler} sampler
  * @param {AnswerStream} stream
  * @param {AbortSignal} [signal] ends the answer; the text so far is kept
- * @returns {Promise<{ answer: Answer, past: import("./model.js").Past, fed: Token[], pending: Token[] }>} `fed`: the
- *   tokens of prompt and answer that are in the past; `pending`: those that are not fed yet
- * @throws the signal was aborted before the prompt was fed, or a call of the model failed
+ * @returns {Promise<AnswerResult>}
+ * @throws {DOMException} the signal was aborted before the prompt was fed
+ * @throws {Error} a call of the model failed, or its logits contain NaN
  */
 export async function answerPrompt(model, { past, length, prompt, answerWrites, limit }, sampler, stream, signal) {
   const tokens = [...prompt];
   const start = past;
-  let fed = 0;
+  let fedCount = 0;
   let last = []; // the token that ended the answer, which is not fed
   let why = INTERRUPTED;
   try {
     while (why === INTERRUPTED) {
-      if (fed === 0) signal?.throwIfAborted();
-      const stepped = await model.step(past, length + fed, tokens.slice(fed));
+      if (fedCount === 0) signal?.throwIfAborted();
+      const output = await model.step(past, length + fedCount, tokens.slice(fedCount));
       if (past !== start) model.release(past);
-      [past, fed] = [stepped.past, tokens.length];
-      const id = sampler.pick(stepped.logits);
+      [past, fedCount] = [output.past, tokens.length];
+      const id = sampler.pick(output.logits);
       if (model.stopTokens.has(id)) {
         [last, why] = [[id], STOP_TOKEN];
         stream.end();
@@ -105,7 +112,7 @@ export async function answerPrompt(model, { past, length, prompt, answerWrites, 
           why = LENGTH;
         }
       }
-      await turnOfLoop();
+      await yieldToEventLoop();
       if (signal?.aborted && why === INTERRUPTED) {
         stream.end();
         break;
@@ -115,13 +122,13 @@ export async function answerPrompt(model, { past, length, prompt, answerWrites, 
     if (past !== start) model.release(past);
     throw error;
   }
-  const answered = tokens.slice(prompt.length).map(({ id }) => id);
-  const answer = { text: stream.text, tokens: [...answered, ...last], why };
-  return { answer, answered, past, fed: tokens.slice(0, fed), pending: tokens.slice(fed) };
+  const answerTokens = tokens.slice(prompt.length).map(({ id }) => id);
+  const answer = { text: stream.text, tokens: [...answerTokens, ...last], why };
+  return { answer, answerTokens, past, tokens: tokens.slice(0, fedCount), pending: tokens.slice(fedCount) };
 }
 
 // Lets the page render and handle messages, since a call of the model blocks the thread. (A timer would wait 4 ms.)
-function turnOfLoop() {
+function yieldToEventLoop() {
   const { port1, port2 } = new MessageChannel();
   return new Promise((resolve) => {
     port1.onmessage = () => {

@@ -1,13 +1,18 @@
 // Reads small untrusted files within limits.
 
-export const MAX_JSON_BYTES = 8 * 2 ** 20;
+const MAX_JSON_BYTES = 8 * 2 ** 20;
 const MAX_DEPTH = 64; // of nested objects and lists; the files of this project have 4
 // NaN and infinity outside of strings: transformers writes them.
 const NOT_JSON = /("(?:[^"\\]|\\.)*")|-?Infinity|NaN/g;
 
 /**
+ * Parse JSON.
+ *
  * @param {Uint8Array} bytes
- * @param {{ finite?: boolean, limit?: number }} [options] finite: reject NaN and infinity instead of reading them as null
+ * @param {object} [options]
+ * @param {boolean} [options.finite] reject NaN and infinity instead of reading them as null
+ * @param {number} [options.limit] maximum size in bytes
+ * @returns {unknown}
  * @throws {Error} the bytes are not UTF-8 or not JSON, or are too large or nested too deeply
  */
 export function parseJson(bytes, { finite = true, limit = MAX_JSON_BYTES } = {}) {
@@ -17,7 +22,14 @@ export function parseJson(bytes, { finite = true, limit = MAX_JSON_BYTES } = {})
   return value;
 }
 
-/** Decode UTF-8. A byte-order mark is left out. */
+/**
+ * Decode UTF-8. A byte-order mark is left out.
+ *
+ * @param {Uint8Array} bytes
+ * @param {number} [limit] maximum size in bytes
+ * @returns {string}
+ * @throws {Error} the bytes are not UTF-8, or are too large
+ */
 export function decodeText(bytes, limit = MAX_JSON_BYTES) {
   if (bytes.length > limit) throw new Error(`it is larger than ${limit} bytes`);
   return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
@@ -25,9 +37,9 @@ export function decodeText(bytes, limit = MAX_JSON_BYTES) {
 
 export const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 
-function checkDepth(value, room) {
+function checkDepth(value, depth) {
   if (typeof value === "number" && !Number.isFinite(value)) throw new Error("a number is too large");
   if (typeof value !== "object" || value === null) return;
-  if (room === 0) throw new Error(`its objects and lists are nested deeper than ${MAX_DEPTH}`);
-  for (const part of Object.values(value)) checkDepth(part, room - 1);
+  if (depth === 0) throw new Error(`its objects and lists are nested deeper than ${MAX_DEPTH}`);
+  for (const part of Object.values(value)) checkDepth(part, depth - 1);
 }

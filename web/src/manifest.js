@@ -4,6 +4,7 @@ import { ExportError, firstLine } from "./errors.js";
 import { isObject, parseJson } from "./json.js";
 
 export const MANIFEST_FILE = "deltamem_onnx.json";
+export const PAST = "past_key_values"; // prefix of the inputs that carry tensors from call to call
 const FORMAT = "deltamem-onnx";
 const READABLE_VERSIONS = [3, 4];
 
@@ -46,6 +47,8 @@ const DTYPES = ["float32", "float16"]; // of keys and values, among those that O
  */
 
 /**
+ * Read and validate a manifest.
+ *
  * @param {Uint8Array} bytes content of the file
  * @returns {Manifest}
  * @throws {ExportError} the file is not a valid manifest, or is that of a graph that this library cannot run
@@ -55,9 +58,9 @@ export function readManifest(bytes) {
   try {
     content = parseJson(bytes);
   } catch (error) {
-    throw disagreement(`It is not valid JSON: ${firstLine(error)}`);
+    throw disagreementError(`It is not valid JSON: ${firstLine(error)}`);
   }
-  if (!isObject(content) || content.format !== FORMAT) throw disagreement(`It does not say that its format is ${FORMAT}`);
+  if (!isObject(content) || content.format !== FORMAT) throw disagreementError(`It does not say that its format is ${FORMAT}`);
   if (!READABLE_VERSIONS.includes(content.format_version)) {
     throw new ExportError(
       `This model folder is of format ${JSON.stringify(content.format_version)}.`,
@@ -66,23 +69,23 @@ export function readManifest(bytes) {
     );
   }
   const graph = content.interface;
-  require(isObject(graph), "interface");
-  require(Array.isArray(graph.layers) && graph.layers.length > 0 && graph.layers.length <= MAX_LAYERS, "interface.layers");
+  requireValid(isObject(graph), "interface");
+  requireValid(Array.isArray(graph.layers) && graph.layers.length > 0 && graph.layers.length <= MAX_LAYERS, "interface.layers");
   const manifest = {
-    adapter: text(content, "adapter"),
-    baseModel: content.base_model == null ? null : text(content, "base_model"),
-    quantize: text(content, "quantize"),
+    adapter: readText(content, "adapter"),
+    baseModel: content.base_model == null ? null : readText(content, "base_model"),
+    quantize: readText(content, "quantize"),
     mechanism: readMechanism(content.mechanism),
-    vocabSize: count(graph.vocab_size, MAX_VOCABULARY, "interface.vocab_size"),
+    vocabSize: readCount(graph.vocab_size, MAX_VOCABULARY, "interface.vocab_size"),
     dtype: graph.dtype,
-    segment: graph.segment === 0 ? 0 : count(graph.segment, MAX_SEGMENT, "interface.segment"),
-    positions: graph.positions ? count(graph.positions, MAX_LENGTH, "interface.positions") : null,
+    segment: graph.segment === 0 ? 0 : readCount(graph.segment, MAX_SEGMENT, "interface.segment"),
+    positions: graph.positions ? readCount(graph.positions, MAX_LENGTH, "interface.positions") : null,
     layers: graph.layers.map(readLayer),
   };
-  require(DTYPES.includes(manifest.dtype), "interface.dtype");
+  requireValid(DTYPES.includes(manifest.dtype), "interface.dtype");
   const shapes = manifest.layers.flatMap(({ state }) => (state === null ? [] : [String(state)]));
-  require(shapes.length > 0 && new Set(shapes).size === 1, "layers.state");
-  require((manifest.mechanism.granularity === "token") === (manifest.segment === 0), "interface.segment");
+  requireValid(shapes.length > 0 && new Set(shapes).size === 1, "layers.state");
+  requireValid((manifest.mechanism.granularity === "token") === (manifest.segment === 0), "interface.segment");
   checkRunnable(graph);
   return manifest;
 }
@@ -98,34 +101,34 @@ function checkRunnable(graph) {
 }
 
 function readMechanism(content) {
-  require(isObject(content), "mechanism");
-  require(GRANULARITIES.includes(content.granularity), "mechanism.granularity");
-  require(["standard", "lambda_outside", "no_lambda"].includes(content.update_rule), "mechanism.update_rule");
-  require(typeof content.couple_lambda === "boolean", "mechanism.couple_lambda");
-  require(["row", "head"].includes(content.gates), "mechanism.gates");
+  requireValid(isObject(content), "mechanism");
+  requireValid(GRANULARITIES.includes(content.granularity), "mechanism.granularity");
+  requireValid(["standard", "lambda_outside", "no_lambda"].includes(content.update_rule), "mechanism.update_rule");
+  requireValid(typeof content.couple_lambda === "boolean", "mechanism.couple_lambda");
+  requireValid(["row", "head"].includes(content.gates), "mechanism.gates");
   const { granularity, update_rule: updateRule, couple_lambda: coupleLambda, gates } = content;
   return { granularity, updateRule, coupleLambda, gates };
 }
 
 function readLayer(content) {
-  require(isObject(content), "layers");
+  requireValid(isObject(content), "layers");
   const { convolutions = [], recurrent = null } = content;
   const layer = {
-    key: sizes(content.key, [MAX_SIZE, MAX_SIZE], "layers.key"),
-    value: sizes(content.value, [MAX_SIZE, MAX_SIZE], "layers.value"),
-    state: sizes(content.state, [MAX_STATE_HEADS, MAX_RANK, MAX_RANK], "layers.state"),
+    key: readSizes(content.key, [MAX_SIZE, MAX_SIZE], "layers.key"),
+    value: readSizes(content.value, [MAX_SIZE, MAX_SIZE], "layers.value"),
+    state: readSizes(content.state, [MAX_STATE_HEADS, MAX_RANK, MAX_RANK], "layers.state"),
   };
-  require((layer.key === null) === (layer.value === null), "layers.value");
-  require(layer.state === null || layer.state[1] === layer.state[2], "layers.state");
-  require(Array.isArray(convolutions) && convolutions.length <= MAX_CONVOLUTIONS, "layers.convolutions");
-  layer.convolutions = convolutions.map((one) => sizes(one ?? [], [MAX_SIZE, MAX_SIZE], "layers.convolutions"));
-  require(recurrent === null || (recurrent.length > 0 && recurrent.length <= MAX_RECURRENT_AXES), "layers.recurrent");
-  layer.recurrent = sizes(recurrent, Array(recurrent?.length ?? 0).fill(MAX_SIZE), "layers.recurrent");
+  requireValid((layer.key === null) === (layer.value === null), "layers.value");
+  requireValid(layer.state === null || layer.state[1] === layer.state[2], "layers.state");
+  requireValid(Array.isArray(convolutions) && convolutions.length <= MAX_CONVOLUTIONS, "layers.convolutions");
+  layer.convolutions = convolutions.map((shape) => readSizes(shape ?? [], [MAX_SIZE, MAX_SIZE], "layers.convolutions"));
+  requireValid(recurrent === null || (recurrent.length > 0 && recurrent.length <= MAX_RECURRENT_AXES), "layers.recurrent");
+  layer.recurrent = readSizes(recurrent, Array(recurrent?.length ?? 0).fill(MAX_SIZE), "layers.recurrent");
   return layer;
 }
 
 /**
- * The tensors that are passed from call to call, by the name of the input.
+ * Return the tensors that are carried from call to call, by the name of the input.
  *
  * @param {Manifest} manifest
  * @returns {Map<string, { kind: "cache" | "base" | "state" | "segment", layer: number, sizes: number[], type: string }>}
@@ -135,7 +138,7 @@ export function carriedTensors({ layers, segment, dtype }) {
   const tensors = new Map();
   layers.forEach((layer, index) => {
     const add = (part, kind, sizes, type = "float32") =>
-      tensors.set(`past_key_values.${index}.${part}`, { kind, layer: index, sizes, type });
+      tensors.set(`${PAST}.${index}.${part}`, { kind, layer: index, sizes, type });
     for (const part of ["key", "value"]) {
       if (layer[part] !== null) add(part, "cache", [layer[part][0], 0, layer[part][1]], dtype);
     }
@@ -149,26 +152,31 @@ export function carriedTensors({ layers, segment, dtype }) {
   return tensors;
 }
 
-function sizes(content, most, name) {
+function readSizes(content, most, name) {
   if (content === null || content === undefined) return null;
-  require(Array.isArray(content) && content.length === most.length, name);
-  return content.map((size, axis) => count(size, most[axis], name));
+  requireValid(Array.isArray(content) && content.length === most.length, name);
+  return content.map((size, axis) => readCount(size, most[axis], name));
 }
 
-function count(value, most, name) {
-  require(Number.isInteger(value) && value > 0 && value <= most, name);
+function readCount(value, most, name) {
+  requireValid(Number.isInteger(value) && value > 0 && value <= most, name);
   return value;
 }
 
-function text(content, name) {
-  require(typeof content[name] === "string" && content[name] !== "", name);
+function readText(content, name) {
+  requireValid(typeof content[name] === "string" && content[name] !== "", name);
   return content[name];
 }
 
-function require(holds, name) {
-  if (!holds) throw disagreement(`Its value for ${name} is not valid`);
+function requireValid(isValid, name) {
+  if (!isValid) throw disagreementError(`Its value for ${name} is not valid`);
 }
 
-export function disagreement(why) {
-  return new ExportError(`${MANIFEST_FILE} does not match the graph or this version of deltamem.`, `${why}.`, "Export the model again.");
+/** Return the error for a manifest that does not match the graph or this version. */
+export function disagreementError(why) {
+  return new ExportError(
+    `${MANIFEST_FILE} does not match the graph or this version of deltamem.`,
+    `${why}.`,
+    "Export the model again.",
+  );
 }

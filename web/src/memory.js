@@ -12,13 +12,14 @@ const MAX_FILE_BYTES = 2 ** 30;
 const LENGTH_BYTES = 8; // of the length of the header, with which the file begins
 const FLOAT_BYTES = 4;
 const TENSOR = /^layers\.(0|[1-9][0-9]{0,5})\.(state|segment)$/;
-const L2_EPS = 1e-6;
+const L2_EPS = 1e-6; // of a key's normalisation, as in deltamem_tool/config.py
+const USE_ANOTHER = "Use the adapter that wrote it, or start from an empty memory.";
 
 /**
  * @typedef {object} MemoryShape
  * @property {number[]} layers indices, ascending
- * @property {number} heads H
- * @property {number} rank R
+ * @property {number} heads H, state heads
+ * @property {number} rank R, rows and columns of a state
  * @property {number} width W, the number of values that a layer keeps of an open segment; 0 if every token writes
  *
  * @typedef {object} Memory
@@ -52,7 +53,7 @@ export function emptyMemory(shape, adapter) {
 export function readMemory(file, name = "This file") {
   const bytes = file instanceof Uint8Array ? file : new Uint8Array(file);
   const { tensors, metadata, begin } = readHeader(bytes, name);
-  if (metadata.format !== FORMAT) throw refused(name, "Its metadata does not say that it is");
+  if (metadata.format !== FORMAT) throw notMemoryFileError(name, "Its metadata does not say that it is");
   if (metadata.format_version !== FORMAT_VERSION) {
     const why = `This version of deltamem-web reads format ${FORMAT_VERSION}.`;
     throw new MemoryStateError(`${name} is of memory format ${metadata.format_version}.`, why, "Update deltamem-web.");
@@ -62,26 +63,30 @@ export function readMemory(file, name = "This file") {
   for (const [tensor, { dtype, shape, from, to }] of tensors) {
     const match = TENSOR.exec(tensor);
     if (match === null || shape.length !== (match[2] === "state" ? 4 : 2) || dtype !== "F32") {
-      throw damaged(name, `Its tensor ${JSON.stringify(tensor)} is not a float32 state`);
+      throw damagedError(name, `Its tensor ${JSON.stringify(tensor)} is not a float32 state`);
     }
     const values = new Float32Array(bytes.slice(begin + from, begin + to).buffer);
-    if (!values.every(Number.isFinite)) throw damaged(name, `The state ${JSON.stringify(tensor)} contains NaN or infinity`);
+    if (!values.every(Number.isFinite)) {
+      throw damagedError(name, `The state ${JSON.stringify(tensor)} contains NaN or infinity`);
+    }
     parts[match[2]].set(Number(match[1]), values);
     shapes[match[2]].set(Number(match[1]), shape);
   }
-  if (!parts.state.size || typeof metadata.adapter !== "string") throw damaged(name, "It contains no states or no fingerprint");
+  if (!parts.state.size || typeof metadata.adapter !== "string") {
+    throw damagedError(name, "It contains no states or no fingerprint");
+  }
   const [[rows, heads, rank]] = shapes.state.values();
   const [, width] = shapes.segment.values().next().value ?? [rows, 0];
-  const same = (part, expected) => [...shapes[part].values()].every((shape) => String(shape) === String(expected));
-  if (!same("state", [rows, heads, rank, rank])) throw damaged(name, "Its states are not square, or differ in size");
-  const layers = [...parts.state.keys()].sort((one, other) => one - other);
-  const open = [...parts.segment.keys()];
-  if (!same("segment", [rows, width]) || (open.length && String(open.sort((a, b) => a - b)) !== String(layers))) {
-    throw damaged(name, "Its layers disagree on their open segments");
+  const haveShape = (part, expected) => [...shapes[part].values()].every((shape) => String(shape) === String(expected));
+  if (!haveShape("state", [rows, heads, rank, rank])) throw damagedError(name, "Its states are not square, or differ in size");
+  const [layers, segmentLayers] = [parts.state, parts.segment].map((part) => [...part.keys()].sort((a, b) => a - b));
+  const isComplete = segmentLayers.length === 0 || String(segmentLayers) === String(layers);
+  if (!haveShape("segment", [rows, width]) || !isComplete) {
+    throw damagedError(name, "Its layers disagree on their open segments");
   }
-  const ordered = (part) => new Map(layers.filter((layer) => part.has(layer)).map((layer) => [layer, part.get(layer)]));
-  const shape = { layers, heads, rank, width };
-  return { adapter: metadata.adapter, rows, shape, states: ordered(parts.state), segments: ordered(parts.segment) };
+  const states = new Map(layers.map((layer) => [layer, parts.state.get(layer)]));
+  const segments = new Map(segmentLayers.map((layer) => [layer, parts.segment.get(layer)]));
+  return { adapter: metadata.adapter, rows, shape: { layers, heads, rank, width }, states, segments };
 }
 
 /**
@@ -95,7 +100,7 @@ export function memoryBytes({ adapter, rows, shape: { heads, rank, width }, stat
   const tensors = [
     ...[...states].map(([layer, values]) => [`layers.${layer}.state`, [rows, heads, rank, rank], values]),
     ...[...segments].map(([layer, values]) => [`layers.${layer}.segment`, [rows, width], values]),
-  ].sort(([one], [other]) => (one < other ? -1 : 1));
+  ].sort(([a], [b]) => (a < b ? -1 : 1));
   const metadata = { adapter, deltamem_version: VERSION, format: FORMAT, format_version: FORMAT_VERSION };
   const header = { __metadata__: metadata };
   let end = 0;
@@ -122,35 +127,37 @@ export function memoryBytes({ adapter, rows, shape: { heads, rank, width }, stat
 
 // Reads the header of a safetensors file, whose tensors must follow each other without gaps up to the end of the file.
 function readHeader(bytes, name) {
-  const unreadable = (why) => refused(name, `It cannot be read: ${why}`);
-  if (bytes.length > MAX_FILE_BYTES) throw unreadable(`it is larger than ${MAX_FILE_BYTES} bytes`);
-  if (bytes.length < LENGTH_BYTES) throw unreadable("it is truncated");
+  const unreadableError = (why) => notMemoryFileError(name, `It cannot be read: ${why}`);
+  if (bytes.length > MAX_FILE_BYTES) throw unreadableError(`it is larger than ${MAX_FILE_BYTES} bytes`);
+  if (bytes.length < LENGTH_BYTES) throw unreadableError("it is truncated");
   const length = Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true));
   const begin = LENGTH_BYTES + length;
-  if (length > MAX_HEADER_BYTES || begin > bytes.length) throw unreadable("its header is too large, or the file is truncated");
+  if (length > MAX_HEADER_BYTES || begin > bytes.length) {
+    throw unreadableError("its header is too large, or the file is truncated");
+  }
   let header;
   try {
     header = parseJson(bytes.subarray(LENGTH_BYTES, begin));
   } catch (error) {
-    throw unreadable(firstLine(error));
+    throw unreadableError(firstLine(error));
   }
-  if (!isObject(header)) throw unreadable("its header is not an object");
+  if (!isObject(header)) throw unreadableError("its header is not an object");
   const { __metadata__: metadata = {}, ...entries } = header;
   const isText = (value) => typeof value === "string";
-  if (!isObject(metadata) || !Object.values(metadata).every(isText)) throw unreadable("its metadata is not text");
+  if (!isObject(metadata) || !Object.values(metadata).every(isText)) throw unreadableError("its metadata is not text");
   const tensors = Object.entries(entries).map(([tensor, entry]) => {
     const { dtype, shape, data_offsets: [from, to] = [] } = isObject(entry) ? entry : {};
     const isShape = Array.isArray(shape) && shape.every((size) => Number.isSafeInteger(size) && size >= 0);
-    if (!isShape || ![from, to].every(Number.isSafeInteger)) throw unreadable("its header is damaged");
+    if (!isShape || ![from, to].every(Number.isSafeInteger)) throw unreadableError("its header is damaged");
     return [tensor, { dtype, shape, from, to }];
   });
   let end = 0;
-  for (const [, { shape, from, to }] of tensors.toSorted(([, one], [, other]) => one.from - other.from)) {
+  for (const [, { shape, from, to }] of tensors.toSorted(([, a], [, b]) => a.from - b.from)) {
     const size = shape.reduce((product, size) => product * size, FLOAT_BYTES);
-    if (from !== end || to !== from + size) throw unreadable("its header does not match its tensors");
+    if (from !== end || to !== from + size) throw unreadableError("its header does not match its tensors");
     end = to;
   }
-  if (begin + end !== bytes.length) throw unreadable("the file is truncated, or longer than its header says");
+  if (begin + end !== bytes.length) throw unreadableError("the file is truncated, or longer than its header says");
   return { tensors, metadata, begin };
 }
 
@@ -164,14 +171,13 @@ function readHeader(bytes, name) {
  */
 export function checkMemory(memory, shape, adapter) {
   const difference = ["layers", "heads", "rank", "width"].find((part) => String(memory.shape[part]) !== String(shape[part]));
-  const another = "Use the adapter that wrote it, or start from an empty memory.";
   if (difference !== undefined) {
     const why = `Its ${difference}: ${memory.shape[difference]}; the adapter's: ${shape[difference]}.`;
-    throw new MemoryStateError("This memory does not fit the adapter.", why, another);
+    throw new MemoryStateError("This memory does not fit the adapter.", why, USE_ANOTHER);
   }
   if (memory.adapter !== adapter) {
     const why = `It was written by the adapter ${memory.adapter.slice(0, 16)}…, this is ${adapter.slice(0, 16)}….`;
-    throw new MemoryStateError("This memory belongs to another adapter.", why, another);
+    throw new MemoryStateError("This memory belongs to another adapter.", why, USE_ANOTHER);
   }
   if (memory.rows !== 1) {
     const why = `This one holds ${memory.rows}.`;
@@ -180,8 +186,8 @@ export function checkMemory(memory, shape, adapter) {
 }
 
 /**
- * Write the open segments and return the memory with empty ones, as deltamem_tool/ops/numpy_write.py does. A segment
- * without tokens writes nothing.
+ * Return the memory after its open segments are written, as deltamem_tool/ops/numpy_write.py does. A segment without
+ * tokens writes nothing.
  *
  * @param {Memory} memory the memory of one conversation
  * @param {import("./manifest.js").Mechanism} mechanism
@@ -189,22 +195,26 @@ export function checkMemory(memory, shape, adapter) {
  */
 export function endSegment(memory, mechanism) {
   const states = new Map(memory.states);
-  for (const [layer, segment] of memory.segments) states.set(layer, written(memory, mechanism, states.get(layer), segment));
+  for (const [layer, segment] of memory.segments) {
+    states.set(layer, writeSegment(memory.shape, mechanism, states.get(layer), segment));
+  }
   return { ...memory, states, segments: emptyMemory(memory.shape, memory.adapter).segments };
 }
 
-// S ← keep S − erase (S k) kᵀ + write v kᵀ, with the means over the segment's tokens. Gates act on rows.
-function written({ shape: { heads, rank } }, { updateRule, coupleLambda, gates }, state, segment) {
+// Returns the state [H, R, R] after the write of an open segment [W]: S ← keep S − erase (S k) kᵀ + write v kᵀ, with the
+// means over the segment's tokens. A segment holds the sums of keys [H, R], values [H, R] and gates, and its number of
+// tokens. Gates act on rows.
+function writeSegment({ heads, rank }, { updateRule, coupleLambda, gates }, state, segment) {
   const tokens = segment.at(-1);
   if (tokens === 0) return state;
-  const after = new Float32Array(state.length);
+  const newState = new Float32Array(state.length);
   const gateWidth = gates === "row" ? heads * rank : heads;
   const [keys, values, betas] = [0, heads * rank, 2 * heads * rank];
-  const mean = (place) => segment[place] / tokens;
+  const mean = (index) => segment[index] / tokens;
   for (let head = 0; head < heads; head++) {
     const k = Float64Array.from({ length: rank }, (_, j) => Math.tanh(mean(keys + head * rank + j)));
-    const length = Math.max(Math.hypot(...k), L2_EPS);
-    for (let j = 0; j < rank; j++) k[j] /= length;
+    const norm = Math.max(Math.hypot(...k), L2_EPS);
+    for (let j = 0; j < rank; j++) k[j] /= norm;
     for (let i = 0; i < rank; i++) {
       const gate = gates === "row" ? head * rank + i : head;
       const write = sigmoid(mean(betas + gate));
@@ -212,15 +222,15 @@ function written({ shape: { heads, rank } }, { updateRule, coupleLambda, gates }
       const keep = updateRule === "no_lambda" ? 1 : decayed;
       const erase = updateRule === "lambda_outside" ? write * decayed : write;
       const row = (head * rank + i) * rank;
-      const read = k.reduce((sum, entry, j) => sum + state[row + j] * entry, 0);
-      const change = write * mean(values + head * rank + i) - erase * read;
-      for (let j = 0; j < rank; j++) after[row + j] = keep * state[row + j] + change * k[j];
+      const reading = k.reduce((sum, entry, j) => sum + state[row + j] * entry, 0);
+      const change = write * mean(values + head * rank + i) - erase * reading;
+      for (let j = 0; j < rank; j++) newState[row + j] = keep * state[row + j] + change * k[j];
     }
   }
-  return after;
+  return newState;
 }
 
 const sigmoid = (x) => 0.5 * (1 + Math.tanh(0.5 * x)); // avoids exp(−x), which overflows
 
-const refused = (name, why) => new MemoryStateError(`${name} is not a memory file.`, `${why}.`, "Use another file.");
-const damaged = (name, why) => new MemoryStateError(`${name} is damaged.`, `${why}.`, "Use another file.");
+const notMemoryFileError = (name, why) => new MemoryStateError(`${name} is not a memory file.`, `${why}.`, "Use another file.");
+const damagedError = (name, why) => new MemoryStateError(`${name} is damaged.`, `${why}.`, "Use another file.");

@@ -2,21 +2,23 @@
 
 import { DataError, ExportError, firstLine } from "./errors.js";
 import { DATA_FILE, readFolder } from "./folder.js";
-import { carriedTensors, disagreement, MANIFEST_FILE, readManifest } from "./manifest.js";
+import { carriedTensors, disagreementError, MANIFEST_FILE, PAST, readManifest } from "./manifest.js";
 import { emptyMemory } from "./memory.js";
 import { runtimes } from "./packages.js";
 import { sentenceSplitter } from "./sentences.js";
 import { ChatText, readJson } from "./text.js";
 
 const LOGITS = "logits";
-const PRESENT = "present";
-const PAST = "past_key_values";
+const PRESENT = "present"; // prefix of the outputs that the next call takes as inputs
 
 /** @typedef {Record<string, import("onnxruntime-common").Tensor>} Past KV cache and memory by input name; it is never changed */
 
+/** A model folder in ONNX Runtime Web. Create it with `WebModel.load`. */
 export class WebModel {
   /**
-   * @param {import("./folder.js").Read} read returns the folder's files by name
+   * Load a model folder.
+   *
+   * @param {import("./folder.js").ReadFile} read returns the folder's files by name
    * @param {object} [options]
    * @param {"wasm" | "webgpu"} [options.provider] execution provider; see `bestProvider`
    * @param {string} [options.graph] file name of the graph; model.onnx by default
@@ -25,7 +27,8 @@ export class WebModel {
    * @param {Uint8Array} [options.sentences] sentencex_wasm_bg.wasm, fetched from its package by default; used only if the
    *   adapter writes by sentence
    * @returns {Promise<WebModel>}
-   * @throws {ExportError} a file is missing or damaged, or the files do not match
+   * @throws {ExportError} a file is missing or damaged, the files do not match, or ONNX Runtime cannot load the graph
+   * @throws {FetchError} `read` of `fetchedFrom` cannot fetch a file
    */
   static async load(read, { provider = "wasm", graph: graphFile, runtime, sentences } = {}) {
     const { graph, weights, ...files } = await readFolder(read, graphFile);
@@ -82,6 +85,7 @@ export class WebModel {
     await this._session.release();
   }
 
+  /** Return a memory of zeros for one conversation. */
   emptyMemory() {
     return emptyMemory(this.memoryShape, this.adapter);
   }
@@ -89,25 +93,32 @@ export class WebModel {
   /**
    * Return a past without tokens that holds the given memory.
    *
+   * @param {import("./memory.js").Memory} memory
    * @returns {Past}
    */
   start(memory) {
     const past = {};
     for (const [name, { sizes, type }] of this._carried) {
-      const size = sizes.reduce((one, other) => one * other, 1);
+      const size = sizes.reduce((product, length) => product * length, 1);
       past[name] = this._tensor(type, type === "float16" ? new Uint16Array(size) : new Float32Array(size), [1, ...sizes]);
     }
     return this.withMemory(past, memory);
   }
 
-  /** Return `past` with another memory. */
+  /**
+   * Return the past with the same tokens and another memory.
+   *
+   * @param {Past} past
+   * @param {import("./memory.js").Memory} memory
+   * @returns {Past}
+   */
   withMemory(past, memory) {
-    const changed = { ...past };
+    const newPast = { ...past };
     for (const [name, { kind, layer, sizes }] of this._carried) {
       const values = { state: memory.states, segment: memory.segments }[kind]?.get(layer);
-      if (values !== undefined) changed[name] = this._tensor("float32", Float32Array.from(values), [1, ...sizes]);
+      if (values !== undefined) newPast[name] = this._tensor("float32", Float32Array.from(values), [1, ...sizes]);
     }
-    return changed;
+    return newPast;
   }
 
   /**
@@ -116,59 +127,71 @@ export class WebModel {
    * @param {Past} past the past, which holds `length` tokens
    * @param {number} length
    * @param {import("./generation.js").Token[]} tokens
-   * @returns {Promise<{ logits: Float32Array, past: Past }>} the logits after the last token, and the new past
+   * @returns {Promise<{ logits: Float32Array, past: Past }>} the logits [V] after the last token, and the new past
    * @throws {DataError} a token id is outside the model's vocabulary
    */
   async step(past, length, tokens) {
-    const unknown = tokens.find(({ id }) => id >= this._vocabSize);
-    if (unknown) throw new DataError(`The model has no token ${unknown.id}.`, "", "Use the tokenizer of this model.");
-    const bools = (part) => this._tensor("bool", Uint8Array.from(tokens, (token) => token[part]), [1, tokens.length]);
-    const all = length + tokens.length;
+    const unknownToken = tokens.find(({ id }) => id >= this._vocabSize);
+    if (unknownToken) throw new DataError(`The model has no token ${unknownToken.id}.`, "", "Use the tokenizer of this model.");
+    const boolTensor = (key) => this._tensor("bool", Uint8Array.from(tokens, (token) => token[key]), [1, tokens.length]);
+    const totalLength = length + tokens.length;
     const { [LOGITS]: logits, ...present } = await this._session.run({
       input_ids: this._tensor("int64", BigInt64Array.from(tokens, ({ id }) => BigInt(id)), [1, tokens.length]),
-      attention_mask: this._tensor("int64", new BigInt64Array(all).fill(1n), [1, all]),
-      write_mask: bools("writes"),
-      ...(this.memoryShape.width ? { segment_end: bools("ends") } : {}),
+      attention_mask: this._tensor("int64", new BigInt64Array(totalLength).fill(1n), [1, totalLength]),
+      write_mask: boolTensor("writes"),
+      ...(this.memoryShape.width ? { segment_end: boolTensor("ends") } : {}),
       ...past,
     });
-    const renamed = Object.entries(present).map(([name, tensor]) => [name.replace(PRESENT, PAST), tensor]);
-    return { logits: await logits.getData(true), past: Object.fromEntries(renamed) };
+    const pastEntries = Object.entries(present).map(([name, tensor]) => [name.replace(PRESENT, PAST), tensor]);
+    return { logits: await logits.getData(true), past: Object.fromEntries(pastEntries) };
   }
 
   /**
    * Return a copy of the memory: states and open segments.
    *
+   * @param {Past} past
    * @returns {Promise<import("./memory.js").Memory>}
    */
   async memory(past) {
     const memory = this.emptyMemory();
     for (const [name, { kind, layer }] of this._carried) {
-      const part = { state: memory.states, segment: memory.segments }[kind];
-      part?.set(layer, Float32Array.from(await past[name].getData()));
+      const arrays = { state: memory.states, segment: memory.segments }[kind];
+      arrays?.set(layer, Float32Array.from(await past[name].getData()));
     }
     return memory;
   }
 
-  /** Return `past` truncated to its first `length` tokens. Its memory stays as it is. */
+  /**
+   * Return `past` truncated to its first `length` tokens. Its memory stays as it is. `takesBack` must be true.
+   *
+   * @param {Past} past
+   * @param {number} length
+   * @returns {Promise<Past>}
+   */
   async take(past, length) {
     const shorter = { ...past };
     for (const [name, { kind, type }] of this._carried) {
       if (kind !== "cache") continue;
       const [, heads, columns, width] = past[name].dims;
       const values = await past[name].getData();
-      const kept = new values.constructor(heads * length * width);
+      const prefix = new values.constructor(heads * length * width);
       for (let head = 0; head < heads; head++) {
         const start = head * columns * width;
-        kept.set(values.subarray(start, start + length * width), head * length * width);
+        prefix.set(values.subarray(start, start + length * width), head * length * width);
       }
-      shorter[name] = this._tensor(type, kept, [1, heads, length, width]);
+      shorter[name] = this._tensor(type, prefix, [1, heads, length, width]);
     }
     return shorter;
   }
 
-  /** Release the GPU memory of `past`, except for tensors that are also in `kept`. */
-  release(past, kept = {}) {
-    const shared = new Set(Object.values(kept));
+  /**
+   * Release the GPU memory of `past`, except for tensors that are also in `other`.
+   *
+   * @param {Past} past
+   * @param {Past} [other]
+   */
+  release(past, other = {}) {
+    const shared = new Set(Object.values(other));
     for (const tensor of Object.values(past)) if (!shared.has(tensor)) tensor.dispose();
   }
 
@@ -177,7 +200,11 @@ export class WebModel {
   }
 }
 
-/** Return "webgpu" if the browser has a GPU for it, else "wasm". */
+/**
+ * Return "webgpu" if the browser has a GPU for it, else "wasm".
+ *
+ * @returns {Promise<"wasm" | "webgpu">}
+ */
 export async function bestProvider() {
   const adapter = await globalThis.navigator?.gpu?.requestAdapter().catch(() => null);
   return adapter && !adapter.info?.isFallbackAdapter ? "webgpu" : "wasm";
@@ -191,21 +218,21 @@ function outputLocations(manifest) {
 
 // Checks that the graph has exactly the inputs that the manifest describes.
 function checkGraph(inputs, manifest) {
+  const carried = carriedTensors(manifest);
   const expected = new Map([
     ["input_ids", "int64"],
     ["attention_mask", "int64"],
     ["write_mask", "bool"],
     ...(manifest.segment ? [["segment_end", "bool"]] : []),
-    ...[...carriedTensors(manifest)].map(([name, { type }]) => [name, type]),
+    ...[...carried].map(([name, { type }]) => [name, type]),
   ]);
-  const carried = carriedTensors(manifest);
   for (const { name, type, shape } of inputs) {
-    if (expected.get(name) !== type) throw disagreement(`The graph has an input ${name} of type ${type}`);
+    if (expected.get(name) !== type) throw disagreementError(`The graph has an input ${name} of type ${type}`);
     const { sizes } = carried.get(name) ?? {};
     if (sizes && !sizes.every((size, axis) => size === 0 || size === shape[axis + 1])) {
-      throw disagreement(`The graph's input ${name} is [${shape}]`);
+      throw disagreementError(`The graph's input ${name} is [${shape}]`);
     }
     expected.delete(name);
   }
-  if (expected.size) throw disagreement(`The graph has no input ${[...expected.keys()][0]}`);
+  if (expected.size) throw disagreementError(`The graph has no input ${[...expected.keys()][0]}`);
 }

@@ -6,7 +6,7 @@ export const tokenizers = () => import("@huggingface/tokenizers");
 /** Splits text into sentences. */
 export const sentencex = () => import("sentencex-wasm");
 
-/** ONNX Runtime has a build for each provider. */
+/** The builds of ONNX Runtime, by provider. */
 export const runtimes = {
   wasm: () => import("onnxruntime-web/wasm"),
   webgpu: () => import("onnxruntime-web/webgpu"),

@@ -29,14 +29,16 @@ const DEFAULTS = {
 };
 
 /**
+ * Return complete sampling options, with the default of each option that is left out.
+ *
  * @param {Partial<Sampling>} options
  * @returns {Sampling}
  * @throws {ConfigError} an option is unknown or out of range
  */
-export function samplingOf(options) {
+export function createSampling(options) {
   const sampling = { ...DEFAULTS, ...options };
   const { maxNewTokens, temperature, topK, topP, minP, repetitionPenalty, seed, stop } = sampling;
-  for (const [holds, why] of [
+  for (const [isValid, why] of [
     [Object.keys(options).every((name) => name in DEFAULTS), `the options are ${Object.keys(DEFAULTS).join(", ")}`],
     [Number.isInteger(maxNewTokens) && maxNewTokens >= 1, `maxNewTokens must be 1 or more, not ${maxNewTokens}`],
     [temperature >= 0 && temperature < Infinity, `temperature must be 0 or more, not ${temperature}`],
@@ -45,9 +47,12 @@ export function samplingOf(options) {
     [minP >= 0 && minP <= 1, `minP must be 0 to 1, not ${minP}`],
     [repetitionPenalty > 0 && repetitionPenalty < Infinity, `repetitionPenalty must be above 0, not ${repetitionPenalty}`],
     [seed === null || (Number.isSafeInteger(seed) && seed >= 0), `seed must be 0 or more, not ${seed}`],
-    [Array.isArray(stop) && stop.every((text) => typeof text === "string" && text), "stop must be a list of texts, none of them empty"],
+    [
+      Array.isArray(stop) && stop.every((text) => typeof text === "string" && text),
+      "stop must be a list of texts, none of them empty",
+    ],
   ]) {
-    if (!holds) throw new ConfigError("Invalid sampling options.", `${why}.`, "Correct the option and try again.");
+    if (!isValid) throw new ConfigError("Invalid sampling options.", `${why}.`, "Correct the option and try again.");
   }
   return sampling;
 }
@@ -69,7 +74,8 @@ export class Sampler {
   /**
    * Return the next token.
    *
-   * @param {Float32Array} logits
+   * @param {Float32Array} logits [V]
+   * @returns {number} its id
    * @throws {DeltaMemError} the logit of a valid token is NaN or infinity, or those of all are minus infinity
    */
   pick(logits) {
@@ -80,75 +86,78 @@ export class Sampler {
       scores[id] = logits[id];
       largest = Number.isNaN(scores[id]) ? NaN : Math.max(largest, scores[id]);
     }
-    if (!Number.isFinite(largest)) throw notFinite("The model's logits");
-    this._penalise(scores);
-    const token = this._sampling.temperature === 0 ? argmax(scores) : this._draw(probabilities(scores, this._sampling));
+    if (!Number.isFinite(largest)) throw notFiniteError();
+    this._applyRepetitionPenalty(scores);
+    const token = this._sampling.temperature === 0 ? argmax(scores) : this._drawToken(probabilities(scores, this._sampling));
     this._seen.add(token);
     return token;
   }
 
-  _penalise(scores) {
+  _applyRepetitionPenalty(scores) {
     const penalty = this._sampling.repetitionPenalty;
     if (penalty === 1) return;
     for (const id of this._seen) {
-      if (id < scores.length) scores[id] = Math.min(scores[id] < 0 ? scores[id] * penalty : scores[id] / penalty, Number.MAX_VALUE);
+      if (id >= scores.length) continue;
+      const score = scores[id] < 0 ? scores[id] * penalty : scores[id] / penalty;
+      scores[id] = Math.min(score, Number.MAX_VALUE);
     }
   }
 
   // Draws like `Generator.choice` of NumPy with probabilities.
-  _draw(chances) {
-    const sums = cumulative(chances);
-    const drawn = this._random.next();
-    return sums.findIndex((sum) => sum / sums.at(-1) > drawn);
+  _drawToken(chances) {
+    const sums = cumulativeSum(chances);
+    const target = this._random.next();
+    return sums.findIndex((sum) => sum / sums.at(-1) > target);
   }
 }
 
 /**
- * Return the probabilities to draw from at a temperature above 0; zero for excluded tokens.
+ * Return the probabilities to draw from at a temperature above 0: [V], zero for excluded tokens.
  *
- * @param {Float64Array} logits after the repetition penalty
+ * @param {Float64Array} logits [V], after the repetition penalty
  * @param {Sampling} sampling
+ * @returns {Float64Array}
  */
-export function probabilities(logits, { temperature, topK, topP, minP }) {
+function probabilities(logits, { temperature, topK, topP, minP }) {
   const largest = logits[argmax(logits)];
   const scores = logits.map((logit) => (logit - largest) / temperature);
   if (topK > 0 && topK < scores.length) {
     const least = scores.toSorted()[scores.length - topK];
-    leaveOut(scores, (place) => scores[place] < least);
+    exclude(scores, (index) => scores[index] < least);
   }
   if (topP < 1) {
     const chances = softmax(scores);
     // In ascending order, as transformers does: the tail is cut off, and never the most likely token.
-    const order = [...scores.keys()].sort((one, other) => scores[one] - scores[other] || one - other).slice(0, -1);
+    const order = [...scores.keys()].sort((a, b) => scores[a] - scores[b] || a - b).slice(0, -1);
     let sum = 0;
-    for (const place of order) if ((sum += chances[place]) <= 1 - topP) scores[place] = -Infinity;
+    for (const index of order) if ((sum += chances[index]) <= 1 - topP) scores[index] = -Infinity;
   }
   if (minP > 0) {
     const chances = softmax(scores);
     const least = minP * chances[argmax(chances)];
-    leaveOut(scores, (place) => chances[place] < least);
+    exclude(scores, (index) => chances[index] < least);
   }
   return softmax(scores);
 }
 
-export const notFinite = (what) =>
+const notFiniteError = () =>
   new DeltaMemError(
-    `${what} contain NaN or infinity.`,
+    "The model's logits contain NaN or infinity.",
     "The weights are damaged or overflow in half precision, or the memory belongs to another model.",
     "Try another dtype or an earlier memory.",
   );
 
-function leaveOut(scores, isOut) {
-  for (let place = 0; place < scores.length; place++) if (isOut(place)) scores[place] = -Infinity;
+function exclude(scores, isExcluded) {
+  for (let index = 0; index < scores.length; index++) if (isExcluded(index)) scores[index] = -Infinity;
 }
 
 function argmax(values) {
   let best = 0;
-  for (let place = 1; place < values.length; place++) if (values[place] > values[best]) best = place;
+  for (let index = 1; index < values.length; index++) if (values[index] > values[best]) best = index;
   return best;
 }
 
-function cumulative(values) {
+function cumulativeSum(values) {
   let sum = 0;
   return values.map((value) => (sum += value));
 }
@@ -156,6 +165,6 @@ function cumulative(values) {
 function softmax(scores) {
   const largest = scores[argmax(scores)];
   const chances = scores.map((score) => Math.exp(score - largest));
-  const sum = chances.reduce((one, other) => one + other, 0);
+  const sum = chances.reduce((total, chance) => total + chance, 0);
   return chances.map((chance) => chance / sum);
 }

@@ -5,12 +5,16 @@ import { sentencex } from "./packages.js";
 
 /**
  * @typedef {(text: string) => string[]} Split returns the pieces of a text, in order
+ */
+
+/**
+ * Return a function that splits English text into sentences.
  *
  * @param {Uint8Array} [binary] sentencex_wasm_bg.wasm; by default it is fetched from the package's folder
- * @returns {Promise<Split>} a function that splits English text
+ * @returns {Promise<Split>}
  */
 export async function sentenceSplitter(binary) {
-  const { default: start, segment } = await sentencex();
-  await start(binary === undefined ? undefined : { module_or_path: binary });
+  const { default: init, segment } = await sentencex();
+  await init(binary === undefined ? undefined : { module_or_path: binary });
   return (text) => segment("en", text);
 }

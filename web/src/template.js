@@ -4,13 +4,18 @@ import { checkUnicode, isBlank } from "./characters.js";
 import { DataError, ExportError, firstLine } from "./errors.js";
 import { isObject } from "./json.js";
 
-/** @typedef {{ role: string, content: string }} Message */
+/**
+ * @typedef {{ role: string, content: string }} Message
+ *
+ * @typedef {object} Content the text of a rendering before and after a message's content
+ * @property {string} before
+ * @property {string} after
+ */
 
-const PRIVATE_USE = 0xe000; // the first of the private-use characters, which have no meaning
-const LAST_PRIVATE_USE = 0xf8ff;
+const [FIRST_PRIVATE_USE, LAST_PRIVATE_USE] = [0xe000, 0xf8ff]; // characters without a meaning
 const PROBES = [["user"], ["user", "assistant"], ["system"]]; // roles before a message whose header is learned
 const BYTE_ORDER_MARK = /^\ufeff/;
-const said = (number) => `\ue100${number}\ue101`; // in place of a content
+const contentSentinel = (number) => `\ue100${number}\ue101`; // in place of a content
 
 /** @throws {DataError} there is no message, or a message has no role or no text */
 export function checkMessages(messages) {
@@ -23,6 +28,7 @@ export function checkMessages(messages) {
   }
 }
 
+/** A chat template, and where it writes messages, as found by rendering. */
 export class ChatTemplate {
   /**
    * @param {string} name for errors
@@ -33,14 +39,14 @@ export class ChatTemplate {
     this._write = write;
     this._headers = new Map();
     this._complete = new Set(); // shapes of conversations that are written completely
-    this._takesText = this._writesText();
+    this._takesText = this._detectTextSupport();
   }
 
   // Whether to pass contents as text. Only a template that leaves out text and writes lists of texts gets lists.
-  _writesText() {
-    const sentinel = String.fromCharCode(PRIVATE_USE);
+  _detectTextSupport() {
+    const sentinel = String.fromCharCode(FIRST_PRIVATE_USE);
     const writes = (content) =>
-      Boolean(this._attempt(() => this._written([{ role: "user", content }]))?.includes(sentinel));
+      Boolean(nullOnError(() => this._renderRaw([{ role: "user", content }]))?.includes(sentinel));
     return writes(sentinel) || !writes([{ type: "text", text: sentinel }]);
   }
 
@@ -48,24 +54,26 @@ export class ChatTemplate {
    * Render messages.
    *
    * @param {Message[]} messages
+   * @param {boolean} [generationPrompt] whether to end with the header of the assistant's next message
+   * @returns {string}
    * @throws {ExportError} the template rejects the messages
    * @throws {DataError} a message has no role or no text, or the template leaves out a content
    */
   render(messages, generationPrompt = false) {
     checkMessages(messages);
-    const text = this._rendered(messages, generationPrompt);
+    const text = this._renderUnchecked(messages, generationPrompt);
     this._checkComplete(messages);
     return text;
   }
 
-  _rendered(messages, generationPrompt = false) {
-    const parts = (message) => ({ ...message, content: [{ type: "text", text: message.content }] });
-    const text = this._written(this._takesText ? messages : messages.map(parts), generationPrompt);
+  _renderUnchecked(messages, generationPrompt = false) {
+    const withParts = (message) => ({ ...message, content: [{ type: "text", text: message.content }] });
+    const text = this._renderRaw(this._takesText ? messages : messages.map(withParts), generationPrompt);
     checkUnicode(text, "The conversation");
     return text;
   }
 
-  _written(messages, generationPrompt = false) {
+  _renderRaw(messages, generationPrompt = false) {
     try {
       return this._write(structuredClone(messages), generationPrompt).replace(BYTE_ORDER_MARK, "");
     } catch (error) {
@@ -74,26 +82,17 @@ export class ChatTemplate {
     }
   }
 
-  _attempt(render) {
-    try {
-      return render();
-    } catch (error) {
-      if (error instanceof ExportError || error instanceof DataError) return null;
-      throw error;
-    }
-  }
-
   /** Return the rendering, or null if there is an error. */
-  attempt(messages) {
-    return this._attempt(() => this._rendered(messages));
+  tryRender(messages) {
+    return nullOnError(() => this._renderUnchecked(messages));
   }
 
   _checkComplete(messages) {
     const shape = JSON.stringify(messages.map(({ role, content }) => [role, content !== ""]));
     if (this._complete.has(shape)) return;
-    const text = this.attempt(messages.map(probe));
+    const text = this.tryRender(messages.map(probe));
     if (text !== null) {
-      const missing = messages.findIndex(({ content }, number) => content !== "" && !text.includes(said(number)));
+      const missing = messages.findIndex(({ content }, number) => content !== "" && !text.includes(contentSentinel(number)));
       if (missing >= 0) {
         throw new DataError(
           `The chat template of ${this.name} leaves out message ${missing + 1} (${messages[missing].role}).`,
@@ -107,33 +106,33 @@ export class ChatTemplate {
 
   /** Whether the template writes all later contents, and no earlier ones, after the content of message `index`. */
   continues(messages, index) {
-    const text = this.attempt(messages.map(probe));
-    if (text === null || text.split(said(index)).length !== 2) return false;
-    const [, after] = text.split(said(index));
+    const text = this.tryRender(messages.map(probe));
+    if (text === null || text.split(contentSentinel(index)).length !== 2) return false;
+    const [, after] = text.split(contentSentinel(index));
     return messages.every(
       ({ role, content }, number) =>
-        content === "" || ["system", "developer"].includes(role) || after.includes(said(number)) === number > index,
+        content === "" || ["system", "developer"].includes(role) || after.includes(contentSentinel(number)) === number > index,
     );
   }
 
   /**
    * Find the content of message `index` in `text`, the rendering of `messages`.
    *
-   * @returns {{ before: string, after: string } | null} the text before and after it
+   * @returns {Content | null} null if the template does not show where it is
    */
   content(messages, index, text) {
-    const sentinel = unusedIn(text);
-    const other = this.attempt(messages.with(index, { ...messages[index], content: sentinel }))?.split(sentinel);
-    if (other?.length !== 2) return null;
-    const [before, after] = other;
+    const sentinel = unusedCharacter(text);
+    const parts = this.tryRender(messages.with(index, { ...messages[index], content: sentinel }))?.split(sentinel);
+    if (parts?.length !== 2) return null;
+    const [before, after] = parts;
     return text.startsWith(before) ? { before, after } : null;
   }
 
   /** Return the text that the template writes after an answer: the last one, or else an earlier one. */
   closing() {
-    const talk = ["user", "assistant", "user"].map((role) => ({ role, content: "" }));
-    for (const messages of [talk.slice(0, 2), talk]) {
-      const text = this.attempt(messages);
+    const exchange = ["user", "assistant", "user"].map((role) => ({ role, content: "" }));
+    for (const messages of [exchange.slice(0, 2), exchange]) {
+      const text = this.tryRender(messages);
       const place = text === null ? null : this.content(messages, 1, text);
       if (place !== null && !isBlank(place.after)) return place.after;
     }
@@ -143,21 +142,21 @@ export class ChatTemplate {
   /** Return the role's header: the one known header that `before`, the text before the content, ends with; or null. */
   header(message, before) {
     const { role } = message;
-    if (!this._headers.has(role)) this._headers.set(role, this._learned(role));
+    if (!this._headers.has(role)) this._headers.set(role, this._learnHeaders(role));
     const matches = [...this._headers.get(role)].filter((header) => before.endsWith(header));
     if (matches.length) return matches.length === 1 ? matches[0] : null;
     const opening = this.opening(message);
     return opening !== null && before.endsWith(opening) ? opening : null;
   }
 
-  // The headers of messages of a role in short conversations, each the beginning of a longer one.
-  _learned(role) {
-    const [context, sentinel] = [String.fromCharCode(PRIVATE_USE), String.fromCharCode(PRIVATE_USE + 1)];
+  // Returns the headers of messages of a role in short conversations, each the beginning of a longer one.
+  _learnHeaders(role) {
+    const [context, sentinel] = [String.fromCharCode(FIRST_PRIVATE_USE), String.fromCharCode(FIRST_PRIVATE_USE + 1)];
     const headers = new Set();
     for (const roles of PROBES) {
       const earlier = roles.map((role) => ({ role, content: context }));
-      const start = this.attempt(earlier);
-      const text = this.attempt([...earlier, { role, content: sentinel }]);
+      const start = this.tryRender(earlier);
+      const text = this.tryRender([...earlier, { role, content: sentinel }]);
       if (start === null || text === null || !text.startsWith(start) || text.split(sentinel).length !== 2) continue;
       const header = text.slice(start.length, text.indexOf(sentinel));
       // Otherwise the template writes another message's content within this one.
@@ -168,8 +167,8 @@ export class ChatTemplate {
 
   /** Return the text before the content of such a message at the beginning of a conversation. */
   opening({ role }) {
-    const sentinel = String.fromCharCode(PRIVATE_USE);
-    const parts = this.attempt([{ role, content: sentinel }])?.split(sentinel);
+    const sentinel = String.fromCharCode(FIRST_PRIVATE_USE);
+    const parts = this.tryRender([{ role, content: sentinel }])?.split(sentinel);
     return parts?.length === 2 ? parts[0] : null;
   }
 
@@ -184,11 +183,20 @@ export class ChatTemplate {
   }
 }
 
-function unusedIn(text) {
-  for (let code = PRIVATE_USE; code <= LAST_PRIVATE_USE; code++) {
+function unusedCharacter(text) {
+  for (let code = FIRST_PRIVATE_USE; code <= LAST_PRIVATE_USE; code++) {
     if (!text.includes(String.fromCharCode(code))) return String.fromCharCode(code);
   }
   throw new DataError("The conversation contains every private-use character.", "", "Leave one out.");
 }
 
-const probe = (message, number) => (message.content ? { ...message, content: said(number) } : message);
+function nullOnError(render) {
+  try {
+    return render();
+  } catch (error) {
+    if (error instanceof ExportError || error instanceof DataError) return null;
+    throw error;
+  }
+}
+
+const probe = (message, number) => (message.content ? { ...message, content: contentSentinel(number) } : message);

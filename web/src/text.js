@@ -23,35 +23,37 @@ export class ChatText {
   }
 
   constructor(files, Tokenizer, Template) {
-    const description = readJson(files, "tokenizer.json", MAX_TOKENIZER_BYTES);
-    const options = readJson(files, "tokenizer_config.json");
+    const tokenizerJson = readJson(files, "tokenizer.json", MAX_TOKENIZER_BYTES);
+    const tokenizerConfig = readJson(files, "tokenizer_config.json");
     try {
-      // The options are left out: they would change texts, and other runtimes only use tokenizer.json.
-      this.tokenizer = new Tokenizer(description, {});
+      // tokenizer_config.json is left out: it would change texts, and other runtimes only use tokenizer.json.
+      this.tokenizer = new Tokenizer(tokenizerJson, {});
     } catch (error) {
-      throw unreadable("tokenizer.json", error);
+      throw damagedError("tokenizer.json", error);
     }
-    this._description = description;
+    this._tokenizerJson = tokenizerJson;
     this.ids = new Set(this.tokenizer.get_vocab(true).values());
     this._specialTokens = {};
-    for (const [name, token] of Object.entries(options)) {
+    for (const [name, token] of Object.entries(tokenizerConfig)) {
       const content = isObject(token) ? token.content : token;
       if (name.endsWith("_token") && typeof content === "string") this._specialTokens[name] = content;
     }
-    const source = templateSource(files["chat_template.jinja"], options.chat_template);
-    this.template = source === null ? null : new ChatTemplate("this model", this._writer(source, Template));
+    const source = templateSource(files["chat_template.jinja"], tokenizerConfig.chat_template);
+    this.template = source === null ? null : new ChatTemplate("this model", this._compile(source, Template));
   }
 
+  /** Whether the model has a chat template. */
   get hasTemplate() {
     return this.template !== null;
   }
 
-  _writer(source, Template) {
+  // Returns a function that renders messages with the template in `source`.
+  _compile(source, Template) {
     let template;
     try {
       template = new Template(source);
     } catch (error) {
-      throw unreadable("The chat template", error);
+      throw damagedError("The chat template", error);
     }
     return (messages, generationPrompt) =>
       template.render({ ...this._specialTokens, messages, add_generation_prompt: generationPrompt });
@@ -64,9 +66,11 @@ export class ChatText {
    * @returns {Set<number>}
    */
   stopTokens(configured) {
-    const listed = configured == null ? [] : [configured].flat();
-    if (!listed.every(Number.isInteger)) throw unreadable("generation_config.json", "its eos_token_id is not a number or a list of them");
-    const ids = [...listed, this.tokenizer.token_to_id(this._specialTokens.eos_token ?? "")];
+    const configuredIds = configured == null ? [] : [configured].flat();
+    if (!configuredIds.every(Number.isInteger)) {
+      throw damagedError("generation_config.json", "its eos_token_id is not a number or a list of them");
+    }
+    const ids = [...configuredIds, this.tokenizer.token_to_id(this._specialTokens.eos_token ?? "")];
     if (this.hasTemplate) {
       // If the template ends an answer with plain text, that text could be part of an answer.
       const [first] = this.encode(trimStart(this.template.closing()));
@@ -78,6 +82,9 @@ export class ChatText {
   /**
    * Render the conversation as text; with `generationPrompt`, up to where the assistant speaks next.
    *
+   * @param {import("./template.js").Message[]} messages
+   * @param {boolean} [generationPrompt]
+   * @returns {string}
    * @throws {ExportError} there is no template, or it rejects the messages
    * @throws {DataError} a message has no role or no text, or the template leaves out a content
    */
@@ -91,7 +98,10 @@ export class ChatText {
   /**
    * Return token ids. `specialTokens` lets the tokenizer add its own, which templates write themselves.
    *
+   * @param {string} text
+   * @param {boolean} [specialTokens]
    * @returns {number[]}
+   * @throws {DataError} the text is not valid Unicode
    */
   encode(text, specialTokens = false) {
     checkUnicode(text, "The text");
@@ -101,14 +111,21 @@ export class ChatText {
   /**
    * Return the character range of each token of `text`.
    *
-   * @returns {[number, number][]}
+   * @param {string} text
+   * @returns {[number, number][]} start and end, in UTF-16 units
    * @throws {DataError} the positions of the tokens cannot be found
    */
   offsets(text) {
     const { tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
-    return offsetsOf(text, tokens, this._description);
+    return offsetsOf(text, tokens, this._tokenizerJson);
   }
 
+  /**
+   * Return the text of token ids, without special tokens.
+   *
+   * @param {number[]} ids
+   * @returns {string}
+   */
   decode(ids) {
     const options = { skip_special_tokens: true, clean_up_tokenization_spaces: false };
     return ids.length ? this.tokenizer.decode(ids, options) : "";
@@ -125,7 +142,12 @@ export class TextStream {
     this._end = 0; // the text of the tokens before this one has been returned
   }
 
-  /** Return the text that `token` completes, which is often empty. */
+  /**
+   * Return the text that `token` completes, which is often empty.
+   *
+   * @param {number} token
+   * @returns {string}
+   */
   push(token) {
     this._tokens.push(token);
     return this._new(true);
@@ -148,8 +170,11 @@ export class TextStream {
 /**
  * Read a JSON object from a model folder.
  *
- * @param {Record<string, Uint8Array | undefined>} files
+ * @param {Record<string, Uint8Array | undefined>} files of the folder, by name
+ * @param {string} name
+ * @param {number} [limit] maximum size in bytes
  * @returns {Record<string, unknown>} the object; empty if there is no such file
+ * @throws {ExportError} the file is not JSON, or not a JSON object
  */
 export function readJson(files, name, limit) {
   if (files[name] === undefined) return {};
@@ -157,25 +182,26 @@ export function readJson(files, name, limit) {
   try {
     content = parseJson(files[name], { finite: false, limit });
   } catch (error) {
-    throw unreadable(name, error);
+    throw damagedError(name, error);
   }
-  if (!isObject(content)) throw unreadable(name, "it is not a JSON object");
+  if (!isObject(content)) throw damagedError(name, "it is not a JSON object");
   return content;
 }
 
-// The template's source; if there are several, the one named default.
-function templateSource(file, inOptions) {
+// Returns the template's source, or null. `file` is the content of chat_template.jinja, and `configured` the template in
+// tokenizer_config.json. If there are several, it is the one named default.
+function templateSource(file, configured) {
   if (file !== undefined) {
     try {
       return decodeText(file, MAX_TEMPLATE_BYTES);
     } catch (error) {
-      throw unreadable("The chat template", error);
+      throw damagedError("The chat template", error);
     }
   }
-  const listed = Array.isArray(inOptions) ? inOptions.find((entry) => entry?.name === "default")?.template : inOptions;
-  const source = isObject(listed) ? listed.default : listed;
+  const template = Array.isArray(configured) ? configured.find((entry) => entry?.name === "default")?.template : configured;
+  const source = isObject(template) ? template.default : template;
   return typeof source === "string" ? source : null;
 }
 
-const unreadable = (part, why) =>
+const damagedError = (part, why) =>
   new ExportError(`${part} of this model folder cannot be read.`, `${firstLine(why)}.`, "Export the model again.");

@@ -11,7 +11,11 @@ const placeholder = (number) => `${MARK}${number}${MARK}`; // private-use charac
 
 /**
  * @typedef {import("./template.js").Message} Message
- * @typedef {{ messages: Message[], answer: string, tokens: number[] }} Turn
+ *
+ * @typedef {object} Turn new messages and the answer to them
+ * @property {Message[]} messages
+ * @property {string} answer text of the answer
+ * @property {number[]} tokens tokens of the answer in the context, without a stop token, which the template writes
  */
 
 /** The messages of a conversation. It is never changed: every method returns a new one. */
@@ -28,8 +32,8 @@ export class Transcript {
 
   /** All messages, including those of dropped turns. */
   get messages() {
-    const ofTurn = ({ messages, answer }) => [...messages, { role: "assistant", content: answer }];
-    return [...this.system, ...[...this.dropped, ...this.turns].flatMap(ofTurn)];
+    const turns = [...this.dropped, ...this.turns];
+    return [...this.system, ...turns.flatMap(({ messages, answer }) => [...messages, { role: "assistant", content: answer }])];
   }
 
   /** `rendered` with the last answer. */
@@ -50,7 +54,7 @@ export class Transcript {
     const isPlain = typeof content === "string";
     let messages = isPlain ? [{ role: "user", content }] : content;
     checkMessages(messages);
-    if (isPlain && !content) throw nothing("The prompt is empty.");
+    if (isPlain && !content) throw emptyPromptError("The prompt is empty.");
     if (messages.some((message) => message.content.includes(MARK))) {
       throw new DataError(
         "The prompt contains the character U+E000.",
@@ -69,16 +73,16 @@ export class Transcript {
     } else {
       const earlier = [...system, ...withPlaceholders(this.turns)];
       rendered = text.render([...earlier, ...messages]);
-      if (!rendered.startsWith(this.head)) rendered = this.head + this._added(text, earlier, messages, rendered);
+      if (!rendered.startsWith(this.head)) rendered = this.head + this._addedText(text, earlier, messages, rendered);
     }
     const tokens = text.encode(rendered.slice(this.head.length), !text.hasTemplate && !this.head);
-    if (!tokens.length) throw nothing("The text has no tokens.");
+    if (!tokens.length) throw emptyPromptError("The text has no tokens.");
     const turns = [...this.turns, { messages, answer: "", tokens: [] }];
     return { transcript: new Transcript(system, turns, this.dropped, rendered), tokens };
   }
 
   // The part of `rendered` after the last answer, if `rendered` does not begin like the context.
-  _added(text, earlier, messages, rendered) {
+  _addedText(text, earlier, messages, rendered) {
     if (!this.turns.length || !text.template.continues([...earlier, ...messages], earlier.length - 1)) {
       throw new ExportError(
         "The chat template does not continue this conversation.",
@@ -92,6 +96,8 @@ export class Transcript {
   /**
    * Tag the tokens of `rendered` from the character `start` on, where a turn begins.
    *
+   * @param {import("./text.js").ChatText} text
+   * @param {number} start
    * @param {import("./sentences.js").Split | null} split splits a content if segments are sentences; null if they are messages
    * @returns {{ tags: number[], ended: boolean }} `ended`: whether the previous segment ends where these tokens begin, so
    *   that none of them ends it
@@ -108,20 +114,26 @@ export class Transcript {
     return { tags, ended: spans.some(({ end, segment }) => end === start && segment) };
   }
 
-  /** Return the transcript with the answer to the last turn. */
-  answered(answer, tokens) {
+  /**
+   * Return the transcript with the answer to the last turn.
+   *
+   * @param {string} answer
+   * @param {number[]} tokens tokens of the answer in the context
+   */
+  withAnswer(answer, tokens) {
     const turns = [...this.turns.slice(0, -1), { ...this.turns.at(-1), answer, tokens }];
     return new Transcript(this.system, turns, this.dropped, this.rendered);
   }
 
   /** Keep only the last `count` turns of the context, rendered as if the conversation began with them. */
   keep(text, count) {
-    const [gone, kept] = [this.turns.slice(0, this.turns.length - count), this.turns.slice(this.turns.length - count)];
-    const dropped = [...this.dropped, ...gone];
-    let shorter = new Transcript(this.system, [], dropped, kept.length ? "" : alone(text, this.system));
-    for (const turn of kept) {
+    const first = this.turns.length - count;
+    const [droppedTurns, keptTurns] = [this.turns.slice(0, first), this.turns.slice(first)];
+    const dropped = [...this.dropped, ...droppedTurns];
+    let shorter = new Transcript(this.system, [], dropped, keptTurns.length ? "" : renderSystem(text, this.system));
+    for (const turn of keptTurns) {
       const content = text.hasTemplate ? turn.messages : turn.messages[0].content;
-      shorter = shorter.begin(text, content).transcript.answered(turn.answer, turn.tokens);
+      shorter = shorter.begin(text, content).transcript.withAnswer(turn.answer, turn.tokens);
     }
     return shorter;
   }
@@ -129,38 +141,39 @@ export class Transcript {
   /**
    * Return all tokens of the context, including those of the last answer.
    *
+   * @param {import("./text.js").ChatText} text
+   * @returns {number[]}
    * @throws {ExportError} the template does not write every answer
    */
   tokens(text) {
     const tokens = [];
     let rest = this.head;
     for (const [number, turn] of this.turns.entries()) {
-      const place = rest.indexOf(placeholder(number));
-      if (place < 0) {
+      const position = rest.indexOf(placeholder(number));
+      if (position < 0) {
         throw new ExportError(
           "The chat template does not write every answer of this conversation.",
           `Answer ${number + 1} is not in the rendered text.`,
           "Start a new conversation with this one's memory.",
         );
       }
-      tokens.push(...text.encode(rest.slice(0, place), !text.hasTemplate && number === 0), ...turn.tokens);
-      rest = rest.slice(place + placeholder(number).length);
+      tokens.push(...text.encode(rest.slice(0, position), !text.hasTemplate && number === 0), ...turn.tokens);
+      rest = rest.slice(position + placeholder(number).length);
     }
     return [...tokens, ...text.encode(rest)];
   }
 }
 
 function withPlaceholders(turns) {
-  const ofTurn = ({ messages }, number) => [...messages, { role: "assistant", content: placeholder(number) }];
-  return turns.flatMap(ofTurn);
+  return turns.flatMap(({ messages }, number) => [...messages, { role: "assistant", content: placeholder(number) }]);
 }
 
 // The text of the system messages alone; empty if the template only writes it with the first user message.
-function alone(text, system) {
+function renderSystem(text, system) {
   if (!system.length) return "";
-  const { template } = text;
-  const [written, followed] = [template.attempt(system), template.attempt([...system, { role: "user", content: placeholder(0) }])];
-  return written !== null && followed?.startsWith(written) ? written : "";
+  const alone = text.template.tryRender(system);
+  const followed = text.template.tryRender([...system, { role: "user", content: placeholder(0) }]);
+  return alone !== null && followed?.startsWith(alone) ? alone : "";
 }
 
-const nothing = (why) => new ExportError("There is nothing to answer.", why, "Give it some text.");
+const emptyPromptError = (why) => new ExportError("There is nothing to answer.", why, "Give it some text.");

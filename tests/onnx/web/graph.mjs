@@ -19,7 +19,7 @@ const session = await ort.InferenceSession.create(fs.readFileSync(path.join(fold
 send({});
 
 let pending = Buffer.alloc(0);
-const chunks = process.stdin[Symbol.asyncIterator]();
+const input = process.stdin[Symbol.asyncIterator]();
 for (let feeds; (feeds = await receive()); ) send(await session.run(feeds));
 process.exit(0); // Dawn's threads would keep it alive
 
@@ -36,13 +36,13 @@ async function receive() {
 
 async function take(bytes) {
   while (pending.length < bytes) {
-    const { value, done } = await chunks.next();
+    const { value, done } = await input.next();
     if (done) return null;
     pending = Buffer.concat([pending, value]);
   }
-  const taken = pending.subarray(0, bytes);
+  const chunk = pending.subarray(0, bytes);
   pending = pending.subarray(bytes);
-  return taken;
+  return chunk;
 }
 
 function send(tensors) {

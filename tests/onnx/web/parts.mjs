@@ -6,31 +6,31 @@ import { DeltaMemError, memoryBytes, readMemory, VERSION, WebModel } from "./src
 import { endSegment } from "./src/memory.js";
 import { Random } from "./src/random.js";
 import { sentenceSplitter } from "./src/sentences.js";
-import { Sampler, samplingOf } from "./src/sampling.js";
+import { createSampling, Sampler } from "./src/sampling.js";
 import { ChatText } from "./src/text.js";
 
-const base64 = (bytes) => Buffer.from(bytes).toString("base64");
-const bytesOf = (text) => new Uint8Array(Buffer.from(text, "base64"));
+const toBase64 = (bytes) => Buffer.from(bytes).toString("base64");
+const fromBase64 = (text) => new Uint8Array(Buffer.from(text, "base64"));
 
 const parts = {
   version: () => VERSION,
-  // A memory file, read and written again; `mechanism`: with its open segments written.
+  // A memory file, read and written again; with `mechanism`, after its open segments are written.
   memory: ({ file, mechanism }) => {
-    const memory = readMemory(bytesOf(file));
-    return base64(memoryBytes(mechanism ? endSegment(memory, mechanism) : memory));
+    const memory = readMemory(fromBase64(file));
+    return toBase64(memoryBytes(mechanism ? endSegment(memory, mechanism) : memory));
   },
   random: ({ seed, count }) => {
     const random = new Random(seed);
     return Array.from({ length: count }, () => random.next());
   },
-  // Tokens drawn one after the other from the same logits.
+  // Tokens drawn in turn from the same logits.
   sampling: ({ logits, context, ids, options, count }) => {
-    const sampler = new Sampler(samplingOf(options), context, new Set(ids));
+    const sampler = new Sampler(createSampling(options), context, new Set(ids));
     return Array.from({ length: count }, () => sampler.pick(Float32Array.from(logits)));
   },
-  // Files of a model folder, in base64: what the tokenizer makes of texts, and the template of messages.
+  // Token ids and offsets of texts, and renderings of messages; `files` are those of a model folder, in base64.
   text: async ({ files, texts, messages }) => {
-    const content = Object.fromEntries(Object.entries(files).map(([name, file]) => [name, bytesOf(file)]));
+    const content = Object.fromEntries(Object.entries(files).map(([name, file]) => [name, fromBase64(file)]));
     const chat = await ChatText.load(content);
     return {
       ids: texts.map((text) => chat.encode(text)),
@@ -44,11 +44,11 @@ const parts = {
     const split = await sentenceSplitter(await readFile("node_modules/sentencex-wasm/sentencex_wasm_bg.wasm"));
     return texts.map(split);
   },
-  // What loading a folder says; files that are null are missing.
+  // Loads a folder, for its errors; files that are null are missing.
   load: async ({ files }) => {
-    await WebModel.load(async (name) => (files[name] == null ? null : bytesOf(files[name])));
+    await WebModel.load(async (name) => (files[name] == null ? null : fromBase64(files[name])));
   },
-  // What fetching a file says.
+  // Fetches a file, and returns its size.
   fetch: async ({ base, name, limit, expected }) => {
     const content = await fetchedFrom(base, { cache: null, expected: expected ? { [name]: expected } : {} })(name, limit);
     return content && content.length;

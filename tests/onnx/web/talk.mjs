@@ -8,7 +8,7 @@ import { Conversation, DeltaMemError, readMemory, WebModel } from "./src/index.j
 
 const [folder] = process.argv.slice(2);
 const { options, actions } = JSON.parse(await text(process.stdin));
-const read = (name) => readFile(path.resolve(folder, name)).then((bytes) => new Uint8Array(bytes), missing);
+const read = (name) => readFile(path.resolve(folder, name)).then((bytes) => new Uint8Array(bytes), nullIfMissing);
 const results = [];
 let logits = [];
 try {
@@ -21,7 +21,7 @@ try {
     logits.push(Buffer.from(Float32Array.from(result.logits).buffer));
     return result;
   };
-  const memory = rest.memory && readMemory(bytes(rest.memory));
+  const memory = rest.memory && readMemory(fromBase64(rest.memory));
   const conversation = new Conversation(model, { ...rest, ...(memory ? { memory } : {}) });
   for (const { say, sampling, undo, forget, load } of actions) {
     logits = [];
@@ -30,7 +30,7 @@ try {
     if (say !== undefined) answer = await conversation.generate(say, sampling, { onText: (piece) => pieces.push(piece) });
     if (undo) answer = { undone: await conversation.undo() };
     if (forget) await conversation.forget();
-    if (load !== undefined) await conversation.setMemory(bytes(load));
+    if (load !== undefined) await conversation.setMemory(fromBase64(load));
     results.push({
       ...answer,
       pieces,
@@ -46,11 +46,11 @@ try {
 }
 console.log(JSON.stringify(results));
 
-function missing(error) {
+function nullIfMissing(error) {
   if (error.code === "ENOENT") return null;
   throw error;
 }
 
-function bytes(base64) {
+function fromBase64(base64) {
   return new Uint8Array(Buffer.from(base64, "base64"));
 }
