@@ -2,17 +2,19 @@
 
 export const byId = (id) => document.getElementById(id);
 
+// Creates an element. Children are elements or texts.
 export function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
 }
 
-const TIME = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
-export const timeOf = (seconds) => TIME.format(new Date(seconds * 1000));
+const TIME_FORMAT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+// Formats a time in seconds since 1970.
+export const formatTime = (seconds) => TIME_FORMAT.format(new Date(seconds * 1000));
 
-// Resolves to whether the user confirmed the dialog.
-export function confirmed(dialog) {
+// Opens a dialog, and resolves to whether the user confirms it.
+export function confirmDialog(dialog) {
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) =>

@@ -2,5 +2,5 @@
 
 const DEFAULT_NAME = "me";
 
-export const openName = () => new URLSearchParams(location.hash.slice(1)).get("memory") || DEFAULT_NAME;
+export const currentName = () => new URLSearchParams(location.hash.slice(1)).get("memory") || DEFAULT_NAME;
 export const addressOf = (name) => `#${new URLSearchParams({ memory: name })}`;

@@ -2,7 +2,7 @@
 
 const WORKER = new URL("worker.js", document.baseURI).href;
 // Only the page's two worker scripts may run.
-const scripts = globalThis.trustedTypes?.createPolicy("deltamem", { createScriptURL }) ?? { createScriptURL };
+const scriptPolicy = globalThis.trustedTypes?.createPolicy("deltamem", { createScriptURL }) ?? { createScriptURL };
 const SERVICE = new URL("service.js", document.baseURI).href;
 const blob = URL.createObjectURL(new Blob([`import ${JSON.stringify(WORKER)};`], { type: "text/javascript" }));
 
@@ -21,32 +21,40 @@ export class EngineError extends Error {
 }
 
 // A worker from a blob inherits the policy of this page, so it cannot fetch from other hosts either.
-const worker = new Worker(scripts.createScriptURL(blob), { type: "module" });
-const waiting = new Map();
-let calls = 0;
+const worker = new Worker(scriptPolicy.createScriptURL(blob), { type: "module" });
+const pendingCalls = new Map();
+let lastId = 0;
 
 worker.onmessage = ({ data: { id, progress, result, error } }) => {
-  const { resolve, reject, report } = waiting.get(id);
-  if (progress !== undefined) return report(progress);
-  waiting.delete(id);
+  const { resolve, reject, onProgress } = pendingCalls.get(id);
+  if (progress !== undefined) return onProgress(progress);
+  pendingCalls.delete(id);
   if (error === undefined) resolve(result);
   else reject(new EngineError(error));
 };
 worker.onerror = (event) => {
   const message = `The model's thread failed: ${event.message ?? "it could not be loaded"}`;
-  for (const { reject } of waiting.values()) reject(new EngineError({ name: "Error", message, what: null }));
-  waiting.clear();
+  for (const { reject } of pendingCalls.values()) reject(new EngineError({ name: "Error", message, what: null }));
+  pendingCalls.clear();
 };
 
-/** Run `call` of worker.js. Its progress is passed to `report`. */
-export function ask(call, argument, report = () => {}) {
-  const id = ++calls;
+/**
+ * Run `call` of worker.js.
+ *
+ * @param {string} call
+ * @param {object} [argument]
+ * @param {(progress: object) => void} [onProgress] called with what the call reports while it runs
+ * @returns {Promise<unknown>} its result
+ * @throws {EngineError} the call failed
+ */
+export function callWorker(call, argument, onProgress = () => {}) {
+  const id = ++lastId;
   return new Promise((resolve, reject) => {
-    waiting.set(id, { resolve, reject, report });
+    pendingCalls.set(id, { resolve, reject, onProgress });
     worker.postMessage({ id, call, argument });
   });
 }
 
 /** Cache the page for offline visits, if the browser allows it. */
-export const keepOffline = () =>
-  navigator.serviceWorker?.register(scripts.createScriptURL(SERVICE)).catch((error) => console.info(error.message));
+export const cacheForOffline = () =>
+  navigator.serviceWorker?.register(scriptPolicy.createScriptURL(SERVICE)).catch((error) => console.info(error.message));

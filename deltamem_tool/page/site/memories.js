@@ -1,20 +1,11 @@
 // The list of memories of this model.
 
-import { byId, element, timeOf } from "./dom.js";
-import { addressOf } from "./open.js";
+import { memoryEntry, showEntries } from "./memory_list.js";
 
 /** Show the list and mark the open memory, which may not be stored yet. */
-export async function showList(store, current) {
-  const stored = await store.list();
-  const all = stored.some(({ name }) => name === current) ? stored : [{ name: current }, ...stored];
-  const entries = all.map(({ name, updated }) => {
-    const time = updated === undefined ? "nothing stored yet" : timeOf(updated / 1000);
-    const link = element("a", { href: addressOf(name) });
-    link.append(element("span", { textContent: name }), element("small", { textContent: time }));
-    if (name === current) link.ariaCurrent = "true";
-    return element("li", {}, link);
-  });
-  const list = byId("memories");
-  list.replaceChildren(...entries);
-  list.scrollLeft = list.querySelector("[aria-current]").offsetLeft - list.offsetLeft; // on a narrow screen
+export async function showList(store, openName) {
+  const records = await store.list();
+  if (!records.some(({ name }) => name === openName)) records.unshift({ name: openName });
+  const inSeconds = (milliseconds) => (milliseconds === undefined ? undefined : milliseconds / 1000);
+  showEntries(records.map(({ name, updated }) => memoryEntry(name, inSeconds(updated), name === openName)));
 }

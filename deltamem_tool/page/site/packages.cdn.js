@@ -8,18 +8,18 @@ const FILES = {}; // filled in by `deltamem page`: address, size and SHA-256 by 
 const MAX_BYTES = 2 ** 24;
 const read = fetchedFrom(import.meta.url, { cache: "deltamem-model", expected: FILES });
 
-async function moduleOf(name) {
+async function importModule(name) {
   const content = await read(name, MAX_BYTES);
   if (content === null) throw new FetchError(`${name} cannot be fetched.`, "The CDN does not have it.", "Try again later.");
   const address = URL.createObjectURL(new Blob([content], { type: "text/javascript" }));
   return import(address).finally(() => URL.revokeObjectURL(address));
 }
 
-export const jinja = () => moduleOf("jinja.js");
-export const tokenizers = () => moduleOf("tokenizers.min.mjs");
-export const sentencex = () => moduleOf("sentencex_wasm.js");
+export const jinja = () => importModule("jinja.js");
+export const tokenizers = () => importModule("tokenizers.min.mjs");
+export const sentencex = () => importModule("sentencex_wasm.js");
 
 export const runtimes = {
-  wasm: () => moduleOf("ort.wasm.bundle.min.mjs"),
-  webgpu: () => moduleOf("ort.webgpu.bundle.min.mjs"),
+  wasm: () => importModule("ort.wasm.bundle.min.mjs"),
+  webgpu: () => importModule("ort.webgpu.bundle.min.mjs"),
 };

@@ -1,14 +1,14 @@
 // Caches the page's own files for offline visits. The page itself caches the model and its runtime.
 
-const SHELL = []; // filled in by `deltamem page`
+const SHELL = []; // installation in by `deltamem page`
 const VERSION = "";
 const PREFIX = `deltamem-page ${registration.scope} `;
 const CACHE = PREFIX + VERSION;
 
 addEventListener("install", (event) => {
   const requests = SHELL.map((path) => new Request(path, { cache: "no-cache" }));
-  const kept = caches.open(CACHE).then((cache) => cache.addAll(requests));
-  event.waitUntil(kept.then(() => skipWaiting())); // this page is loaded completely; the next visit gets the new one
+  const installation = caches.open(CACHE).then((cache) => cache.addAll(requests));
+  event.waitUntil(installation.then(() => skipWaiting())); // this page is loaded completely; the next visit gets the new one
 });
 
 addEventListener("activate", (event) => {
@@ -18,12 +18,11 @@ addEventListener("activate", (event) => {
 
 addEventListener("fetch", (event) => {
   const { request } = event;
-  const path = new URL(request.url);
-  if (request.method !== "GET" || path.origin !== location.origin) return;
+  if (request.method !== "GET" || new URL(request.url).origin !== location.origin) return;
   event.respondWith(
     caches
       .open(CACHE)
       .then((cache) => cache.match(request, { ignoreSearch: true }))
-      .then((kept) => kept ?? fetch(request)),
+      .then((response) => response ?? fetch(request)),
   );
 });

@@ -1,52 +1,53 @@
 // The page: the open memory, the conversation with it, and the buttons. Memories are stored in IndexedDB.
 
-import { connect, guardedBy, notice, saveAs } from "./controls.js";
-import { byId, confirmed } from "./dom.js";
-import { ask, EngineError, keepOffline } from "./engine.js";
-import { showLayers, sizeOf } from "./layers.js";
+import { connectControls, createGuard, saveAs, showNotice } from "./controls.js";
+import { byId, confirmDialog } from "./dom.js";
+import { cacheForOffline, callWorker, EngineError } from "./engine.js";
+import { formatBytes, showLayers } from "./layers.js";
 import { DeltaMemError } from "./library/errors.js";
 import { readMemory } from "./library/memory.js";
 import { MemoryStore } from "./library/store.js";
 import * as log from "./log.js";
 import { showList } from "./memories.js";
-import { openName } from "./open.js";
+import { currentName } from "./open.js";
 
-const words = byId("words");
-const told = new BroadcastChannel("deltamem"); // tells the other tabs which memory has changed
+const messageInput = byId("words");
+const channel = new BroadcastChannel("deltamem"); // tells the other tabs which memory has changed
 
 let store;
 let adapter;
 let answering = false;
-// What this tab knows about each memory: { stored, unstored, turns: [{ user, answer, about }] }. `unstored` is the memory
-// file that could not be stored, or null.
-const talks = new Map();
+// The conversation with each memory: { record, unstoredBytes, turns: [{ user, answer, remark }] }. `record` is that of
+// the store as this tab knows it, and `unstoredBytes` the memory file that could not be stored, or null.
+const conversations = new Map();
 
-const talk = () => talks.get(openName());
-const versionOf = (stored) => stored?.version ?? 0;
+const currentConversation = () => conversations.get(currentName());
+const versionOf = (record) => record?.version ?? 0;
 
 // Errors ----------------------------------------------------------------------------------------------------------
 
-function failed(error) {
+function showError(error) {
   const isExpected = error instanceof DeltaMemError || (error instanceof EngineError && error.isExpected);
-  notice(error.message.replaceAll("\n", " "), "error");
+  showNotice(error.message.replaceAll("\n", " "), "error");
   if (!isExpected) throw error;
 }
 
-const guarded = guardedBy(failed);
+const guard = createGuard(showError);
 
 // Tabs take turns: each continues from what the previous one wrote.
-const alone = (name, action) =>
+const withLock = (name, action) =>
   navigator.locks ? navigator.locks.request(`deltamem ${adapter} ${name}`, action) : action();
 
 // Display ---------------------------------------------------------------------------------------------------------
 
-function show() {
-  if (talk() === undefined) return; // it is still being opened
-  const { stored, unstored } = talk();
-  const bytes = unstored ?? stored?.bytes;
-  const version = unstored ? "not stored" : `version ${versionOf(stored)}`;
-  byId("summary").textContent = bytes ? `${version}, ${sizeOf(bytes.length)}` : "Nothing is stored yet.";
-  const former = unstored ? stored?.bytes : stored?.former.at(-1);
+// Shows the memory, and enables the buttons that can be used now.
+function showMemory() {
+  if (currentConversation() === undefined) return; // it is still being opened
+  const { record, unstoredBytes } = currentConversation();
+  const bytes = unstoredBytes ?? record?.bytes;
+  const version = unstoredBytes ? "not stored" : `version ${versionOf(record)}`;
+  byId("summary").textContent = bytes ? `${version}, ${formatBytes(bytes.length)}` : "Nothing is stored yet.";
+  const former = unstoredBytes ? record?.bytes : record?.former.at(-1);
   showLayers(bytes ? readMemory(bytes) : null, former ? readMemory(former) : null);
   for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering;
   byId("save").disabled = !bytes;
@@ -56,179 +57,178 @@ function show() {
   byId("stop").hidden = !answering;
 }
 
-function showTalk() {
-  const { stored, turns } = talk();
-  const note = stored
-    ? "This is a new conversation. Earlier ones are only in the memory."
-    : "This memory is empty. Tell it something, reload the page, and ask.";
-  log.show(turns, turns.length ? null : note);
+function showConversation() {
+  const { record, turns } = currentConversation();
+  log.showConversation(turns, !record);
 }
 
 // Reloads the open memory and the list. If another tab has changed the memory, the conversation continues from that.
 async function refresh() {
-  const name = openName();
-  const stored = await store.get(name);
-  const known = talks.get(name);
-  if (known === undefined) {
-    await ask("begin", { name, bytes: stored?.bytes });
-    talks.set(name, { stored, unstored: null, turns: [] });
-  } else if (versionOf(known.stored) !== versionOf(stored) || known.stored?.updated !== stored?.updated) {
-    await ask("put", { name, bytes: stored?.bytes ?? null });
-    Object.assign(known, { stored, unstored: null });
+  const name = currentName();
+  const record = await store.get(name);
+  const conversation = conversations.get(name);
+  if (conversation === undefined) {
+    await callWorker("begin", { name, bytes: record?.bytes });
+    conversations.set(name, { record, unstoredBytes: null, turns: [] });
+  } else if (versionOf(conversation.record) !== versionOf(record) || conversation.record?.updated !== record?.updated) {
+    await callWorker("put", { name, bytes: record?.bytes ?? null });
+    Object.assign(conversation, { record, unstoredBytes: null });
   }
   await showList(store, name);
-  if (name === openName()) show();
+  if (name === currentName()) showMemory();
 }
 
 async function open() {
-  byId("name").textContent = openName();
-  document.title = `${openName()} – deltamem`;
+  byId("name").textContent = currentName();
+  document.title = `${currentName()} – deltamem`;
   await refresh();
-  showTalk();
-  words.focus();
+  showConversation();
+  messageInput.focus();
 }
 
-async function beginTalk() {
-  const name = openName();
-  const known = talk();
-  await ask("begin", { name, bytes: known.unstored ?? known.stored?.bytes });
-  known.turns = [];
-  showTalk();
+async function beginConversation() {
+  const name = currentName();
+  const conversation = currentConversation();
+  await callWorker("begin", { name, bytes: conversation.unstoredBytes ?? conversation.record?.bytes });
+  conversation.turns = [];
+  showConversation();
 }
 
 // Turns -----------------------------------------------------------------------------------------------------------
 
 async function send() {
-  const user = words.value.trim();
+  const user = messageInput.value.trim();
   if (!user || answering) return;
-  const name = openName();
-  const shown = log.add(user);
-  words.value = "";
+  const name = currentName();
+  const entry = log.addTurn(user);
+  messageInput.value = "";
   answering = true;
-  show();
+  showMemory();
   try {
-    await alone(name, async () => {
+    await withLock(name, async () => {
       await refresh();
-      talks.get(name).turns.push(await answered(name, user, shown));
+      conversations.get(name).turns.push(await generateAnswer(name, user, entry));
     });
   } catch (error) {
-    shown.remove();
-    if (name === openName()) words.value = user;
+    entry.remove();
+    if (name === currentName()) messageInput.value = user;
     if (error.name !== "AbortError") throw error;
-    notice("Stopped. The memory has not changed.");
+    showNotice("Stopped. The memory has not changed.");
   } finally {
     answering = false;
-    show();
-    words.focus();
+    showMemory();
+    messageInput.focus();
   }
-  told.postMessage(name);
-  await showList(store, openName());
-  if (name === openName() && !shown.isShown) showTalk(); // the user opened another memory and came back
+  channel.postMessage(name);
+  await showList(store, currentName());
+  if (name === currentName() && !entry.isShown) showConversation(); // the user opened another memory and came back
 }
 
-async function answered(name, user, shown) {
+// Returns the turn after its memory is stored. If that fails, the memory stays in this tab.
+async function generateAnswer(name, user, entry) {
   let answer = "";
-  const said = await ask("say", { name, content: user }, ({ piece }) => {
+  const reply = await callWorker("say", { name, content: user }, ({ piece }) => {
     answer += piece;
-    shown.append(piece);
+    entry.append(piece);
   });
-  const known = talks.get(name);
+  const conversation = conversations.get(name);
   const parts = [];
   try {
-    known.stored = await store.put(name, said.bytes, versionOf(known.stored));
-    known.unstored = null;
+    conversation.record = await store.put(name, reply.bytes, versionOf(conversation.record));
+    conversation.unstoredBytes = null;
     navigator.storage?.persist?.(); // without this, a browser short of disk space may delete the memories
-    parts.push(`written as version ${known.stored.version}`);
+    parts.push(`written as version ${conversation.record.version}`);
   } catch (error) {
     if (!(error instanceof DeltaMemError)) throw error;
-    known.unstored = said.bytes;
+    conversation.unstoredBytes = reply.bytes;
     parts.push("not stored");
-    failed(error);
+    showError(error);
   }
-  if (said.context.dropped) parts.push(`the oldest ${said.context.dropped} messages have left the context`);
-  if (said.answer.why === "length") parts.push("cut off at the length limit");
-  if (said.answer.why === "interrupted") parts.push("stopped");
-  const turn = { user, answer, about: parts.join(", ") };
-  shown.finish(turn.answer, turn.about);
+  if (reply.context.dropped) parts.push(`the oldest ${reply.context.dropped} messages have left the context`);
+  if (reply.answer.why === "length") parts.push("cut off at the length limit");
+  if (reply.answer.why === "interrupted") parts.push("stopped");
+  const turn = { user, answer, remark: parts.join(", ") };
+  entry.finish(turn.answer, turn.remark);
   return turn;
 }
 
 // Changes of the memory -------------------------------------------------------------------------------------------
 
 // Applies `change` to the stored memory; the conversation continues from the result.
-async function changed(change) {
-  const name = openName();
-  await alone(name, async () => {
-    const known = talks.get(name);
-    known.stored = await change(name, versionOf(await store.get(name)), known);
-    known.unstored = null;
+async function changeMemory(change) {
+  const name = currentName();
+  await withLock(name, async () => {
+    const conversation = conversations.get(name);
+    conversation.record = await change(name, versionOf(await store.get(name)), conversation);
+    conversation.unstoredBytes = null;
   });
-  told.postMessage(name);
-  await showList(store, openName());
-  show();
-  showTalk();
+  channel.postMessage(name);
+  await showList(store, currentName());
+  showMemory();
+  showConversation();
 }
 
 const undo = () =>
-  changed(async (name, version, known) => {
-    const stored = known.unstored === null ? await store.back(name, version) : known.stored;
-    const { undone } = await ask("put", { name, bytes: stored?.bytes ?? null, isUndo: true });
-    if (undone) known.turns.pop();
-    return stored;
+  changeMemory(async (name, version, conversation) => {
+    const record = conversation.unstoredBytes === null ? await store.back(name, version) : conversation.record;
+    const { undone } = await callWorker("put", { name, bytes: record?.bytes ?? null, isUndo: true });
+    if (undone) conversation.turns.pop();
+    return record;
   });
 
 async function load(file) {
-  const bytes = await ask("check", { bytes: new Uint8Array(await file.arrayBuffer()) });
-  await changed(async (name, version, known) => {
-    const stored = await store.put(name, bytes, version);
-    await ask("begin", { name, bytes });
-    known.turns.length = 0;
-    return stored;
+  const bytes = await callWorker("check", { bytes: new Uint8Array(await file.arrayBuffer()) });
+  await changeMemory(async (name, version, conversation) => {
+    const record = await store.put(name, bytes, version);
+    await callWorker("begin", { name, bytes });
+    conversation.turns.length = 0;
+    return record;
   });
 }
 
 async function forget() {
-  if (!(await confirmed(byId("forget-dialog")))) return;
-  await changed(async (name, version, known) => {
+  if (!(await confirmDialog(byId("forget-dialog")))) return;
+  await changeMemory(async (name, version, conversation) => {
     await store.delete(name);
-    await ask("begin", { name, bytes: null });
-    known.turns.length = 0;
+    await callWorker("begin", { name, bytes: null });
+    conversation.turns.length = 0;
     return null;
   });
-  notice("Forgotten.");
+  showNotice("Forgotten.");
 }
 
 function save() {
-  const { unstored, stored } = talk();
-  saveAs(openName(), unstored ?? stored.bytes);
+  const { unstoredBytes, record } = currentConversation();
+  saveAs(currentName(), unstoredBytes ?? record.bytes);
 }
 
 // Start -----------------------------------------------------------------------------------------------------------
 
 async function start() {
   const files = await (await fetch("files.json", { cache: "no-cache" })).json();
-  const wanted = new URLSearchParams(location.search).get("provider");
-  const loaded = new Map();
-  const model = await ask("load", { base: document.baseURI, expected: files.expected, wanted }, ({ name, ...progress }) => {
-    loaded.set(name, progress);
-    const sum = [...loaded.values()].reduce((all, { loaded }) => all + loaded, 0);
-    byId("loaded").textContent = `${sizeOf(sum)}: ${name}`;
+  const requestedProvider = new URLSearchParams(location.search).get("provider");
+  const loadedBytes = new Map(); // by file name
+  const options = { base: document.baseURI, expected: files.expected, requestedProvider };
+  const model = await callWorker("load", options, ({ name, loaded }) => {
+    loadedBytes.set(name, loaded);
+    const sum = [...loadedBytes.values()].reduce((total, bytes) => total + bytes, 0);
+    byId("loaded").textContent = `${formatBytes(sum)}: ${name}`;
   });
   byId("loaded").textContent = "";
   ({ adapter } = model);
   store = await MemoryStore.open(adapter);
-  const computes = model.provider === "webgpu" ? "WebGPU" : "WebAssembly";
-  byId("model").textContent = [model.baseModel, computes].filter(Boolean).join(", ");
+  const backend = model.provider === "webgpu" ? "WebGPU" : "WebAssembly";
+  byId("model").textContent = [model.baseModel, backend].filter(Boolean).join(", ");
   byId("loading").hidden = true;
   document.querySelector("main").hidden = false;
   await open();
-  await keepOffline();
+  await cacheForOffline();
 }
 
-connect(guarded, { send, load, undo, save, forget, begin: beginTalk });
-byId("stop").onclick = () => ask("stop");
-window.onhashchange = guarded(open);
-told.onmessage = guarded(async () => {
+connectControls(guard, { send, load, undo, save, forget, begin: beginConversation });
+byId("stop").onclick = () => callWorker("stop");
+window.onhashchange = guard(open);
+channel.onmessage = guard(async () => {
   if (!answering && store) await refresh();
 });
-await guarded(start)();
+await guard(start)();

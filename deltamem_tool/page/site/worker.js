@@ -14,26 +14,26 @@ import {
 const RUNTIMES = { wasm: "ort-wasm-simd-threaded.wasm", webgpu: "ort-wasm-simd-threaded.asyncify.wasm" };
 const SENTENCES = "sentencex_wasm_bg.wasm"; // present if the adapter writes by sentence
 const MAX_RUNTIME_BYTES = 2 ** 27;
-const UNPACKED = "model.wasm.onnx"; // a graph that is faster in WebAssembly; present if the model is quantised
+const UNPACKED_GRAPH = "model.wasm.onnx"; // a graph that is faster in WebAssembly; present if the model is quantised
 const CACHE = "deltamem-model";
 
 let model;
 const conversations = new Map(); // by the memory's name
-let stop = new AbortController();
+let abortController = new AbortController();
 
+// The calls of engine.js by name. `onProgress` reports what happens while a call runs.
 const calls = {
-  // `wanted` is the provider named in the page's address, or null.
-  async load({ base, expected, wanted }, report) {
+  // Loads the model. `requestedProvider` is the provider named in the page's address, or null.
+  async load({ base, expected, requestedProvider }, onProgress) {
     const hasBoth = RUNTIMES.webgpu in expected.runtime;
-    const provider = wanted in RUNTIMES ? wanted : hasBoth ? await bestProvider() : "wasm";
+    const provider = requestedProvider in RUNTIMES ? requestedProvider : hasBoth ? await bestProvider() : "wasm";
     try {
-      model = await load(base, expected, provider, report);
+      model = await loadModel(base, expected, provider, onProgress);
     } catch (error) {
-      if (provider === (wanted ?? "wasm") || !(error instanceof DeltaMemError)) throw error;
-      model = await load(base, expected, "wasm", report); // the model does not fit on the GPU
+      if (provider === (requestedProvider ?? "wasm") || !(error instanceof DeltaMemError)) throw error;
+      model = await loadModel(base, expected, "wasm", onProgress); // the model does not fit on the GPU
     }
-    const { adapter, baseModel, quantize } = model;
-    return { adapter, baseModel, quantize, provider: model.provider };
+    return { adapter: model.adapter, baseModel: model.baseModel, provider: model.provider };
   },
 
   // Starts a conversation with the memory of a file, or with an empty one.
@@ -48,15 +48,18 @@ const calls = {
     return memoryBytes(memory);
   },
 
-  async say({ name, content }, report) {
-    stop = new AbortController();
+  // Answers a message. Reports each piece of the answer, and returns the memory file after it.
+  async say({ name, content }, onProgress) {
+    abortController = new AbortController();
     const conversation = conversations.get(name);
-    const answer = await conversation.generate(content, {}, { onText: (piece) => report({ piece }), signal: stop.signal });
+    const { signal } = abortController;
+    const answer = await conversation.generate(content, {}, { onText: (piece) => onProgress({ piece }), signal });
     return { answer, context: conversation.context, bytes: await conversation.memoryBytes() };
   },
 
+  // Ends the answer of `say`.
   async stop() {
-    stop.abort();
+    abortController.abort();
   },
 
   // Continues from the memory of a file, or from an empty one. With `isUndo`, the last turn is undone first.
@@ -70,21 +73,20 @@ const calls = {
   },
 };
 
-async function load(base, expected, provider, report) {
-  const file = RUNTIMES[provider];
-  const options = { cache: CACHE, onProgress: report };
-  const read = fetchedFrom(new URL("runtime/", base), { ...options, expected: expected.runtime });
-  const runtime = await read(file, MAX_RUNTIME_BYTES);
-  const sentences = SENTENCES in expected.runtime ? await read(SENTENCES, MAX_RUNTIME_BYTES) : undefined;
-  const graph = provider === "wasm" && UNPACKED in expected.model ? UNPACKED : undefined;
-  const files = fetchedFrom(new URL("model/", base), { ...options, expected: expected.model });
-  return WebModel.load(files, { provider, runtime, graph, sentences });
+async function loadModel(base, expected, provider, onProgress) {
+  const options = { cache: CACHE, onProgress };
+  const readRuntime = fetchedFrom(new URL("runtime/", base), { ...options, expected: expected.runtime });
+  const runtime = await readRuntime(RUNTIMES[provider], MAX_RUNTIME_BYTES);
+  const sentences = SENTENCES in expected.runtime ? await readRuntime(SENTENCES, MAX_RUNTIME_BYTES) : undefined;
+  const graph = provider === "wasm" && UNPACKED_GRAPH in expected.model ? UNPACKED_GRAPH : undefined;
+  const readModel = fetchedFrom(new URL("model/", base), { ...options, expected: expected.model });
+  return WebModel.load(readModel, { provider, runtime, graph, sentences });
 }
 
 onmessage = async ({ data: { id, call, argument } }) => {
-  const report = (progress) => postMessage({ id, progress });
+  const onProgress = (progress) => postMessage({ id, progress });
   try {
-    postMessage({ id, result: await calls[call](argument, report) });
+    postMessage({ id, result: await calls[call](argument, onProgress) });
   } catch (error) {
     const { name, message, what = null, why, next } = error;
     postMessage({ id, error: { name, message, what, why, next } });

@@ -1,15 +1,15 @@
 // Finds the version that an undo restores. Restoring a version creates a new one with the same digest. Undoing twice has to
 // go back two turns, and not to the turn that was undone.
 
-// The versions that led to the newest one, the newest last. `versions` is the server's list, the newest first.
-export function lineage(versions) {
-  const line = [];
+// Returns the versions that led to the newest one, the newest last. `versions` is the server's list, the newest first.
+function lineage(versions) {
+  const chain = [];
   for (const version of versions.toReversed()) {
-    const place = line.findIndex(({ digest }) => digest === version.digest);
-    line.splice(place < 0 ? line.length : place, Infinity, version);
+    const index = chain.findIndex(({ digest }) => digest === version.digest);
+    chain.splice(index < 0 ? chain.length : index, Infinity, version);
   }
-  return line;
+  return chain;
 }
 
-// The version before the newest one; null if it is not kept.
-export const before = (versions) => lineage(versions).at(-2) ?? null;
+// Returns the version before the newest one; null if it is not kept.
+export const previousVersion = (versions) => lineage(versions).at(-2) ?? null;
