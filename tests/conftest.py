@@ -63,9 +63,9 @@ def quickstart_run(tmp_path_factory):
 
     def run(folder):
         command = [sys.executable, "-m", "deltamem_tool.cli", "quickstart", "--fast", "--out", "run"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        (folder / "stdout").write_text(done.stdout)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        (folder / "stdout").write_text(result.stdout)
 
     return folder_once(tmp_path_factory, "quickstart", run)
 

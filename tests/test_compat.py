@@ -327,8 +327,8 @@ def test_nothing_heavy_is_imported():
     import subprocess
 
     code = "import sys, deltamem_tool._compat; print(*{'torch', 'transformers', 'onnxruntime'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
 
 
 def test_the_names_of_methods_are_right():

@@ -77,9 +77,9 @@ def imported(tmp_path_factory) -> dict[str, set[str]]:
     def make(folder):
         plan = json.dumps(list(zip(("", *LIBRARIES), stages, strict=True)))
         command = [sys.executable, "-c", FORKS, plan]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        (folder / "modules").write_text(done.stdout)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        (folder / "modules").write_text(result.stdout)
 
     lines = (folder_once(tmp_path_factory, "imports", make) / "modules").read_text().splitlines()
     return {module: set(modules) for module, modules in map(json.loads, lines)}
@@ -95,6 +95,6 @@ def test_a_room_does_not_import_heavy_libraries(imported, module, without):
 def test_an_unknown_task_is_reported_before_transformers_is_imported():
     """PyTorch is imported, to see whether it can be."""
     words = ["-X", "importtime", "-m", "deltamem_tool", "eval", "builtin:adapter", "--task", "nothing"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
-    assert "There is no task 'nothing'" in done.stderr and done.returncode == 1
-    assert not re.search(r"\| +(transformers|peft|accelerate)$", done.stderr, re.MULTILINE)
+    result = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
+    assert "There is no task 'nothing'" in result.stderr and result.returncode == 1
+    assert not re.search(r"\| +(transformers|peft|accelerate)$", result.stderr, re.MULTILINE)

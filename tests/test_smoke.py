@@ -32,16 +32,16 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_deprecation():
     """Nothing that a library says it will take away, by a warning or in its log."""
-    said = []
+    messages = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("transformers").addHandler(handler)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.filterwarnings("error", category=DeprecationWarning, module="deltamem_tool")
         yield
     logging.getLogger("transformers").removeHandler(handler)
-    assert not [message for message in said if "deprecated" in message]
+    assert not [message for message in messages if "deprecated" in message]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def trained(workspace):
     recipe.write_text(
         f"base: builtin:backbone\nout: {workspace / 'adapter'}\ntraining: {{steps: {STEPS}, batch_size: 4}}\n"
     )
-    done = in_a_process("train", recipe, "--json", cwd=workspace)
-    return json.loads(right(done).out)
+    result = in_a_process("train", recipe, "--json", cwd=workspace)
+    return json.loads(right(result).out)
 
 
-def right(done):
-    assert done.code == 0, done.err
-    assert not any(word in done.err for word in ("Traceback", "Warning", "Failed", "deprecated")), done.err
-    return done
+def right(result):
+    assert result.code == 0, result.err
+    assert not any(word in result.err for word in ("Traceback", "Warning", "Failed", "deprecated")), result.err
+    return result
 
 
 def test_attach_generate_save_load(workspace):
@@ -105,8 +105,8 @@ def test_export_and_run(deltamem, workspace):  # noqa: F811
     right(deltamem("export", "builtin:adapter", "--out", workspace / "onnx"))
     memory = workspace / "bella.safetensors"
     right(deltamem("run", workspace / "onnx", "--prompt", TOLD, "--save-memory", memory))
-    done = right(deltamem("run", workspace / "onnx", "--memory", memory, "--prompt", ASKED, "--json"))
-    (answer,) = json.loads(done.out)["answers"]
+    result = right(deltamem("run", workspace / "onnx", "--memory", memory, "--prompt", ASKED, "--json"))
+    (answer,) = json.loads(result.out)["answers"]
     assert "Bella" in answer
 
 

@@ -125,8 +125,8 @@ def test_the_command_prints_the_warning_in_one_line(original, tmp_path, deltamem
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Is it mine?\n")))
     options = ("--allow-other-base", "--max-new-tokens", "2")
     with pytest.warns(OtherBaseWarning, match="differ by") as caught:
-        done = deltamem("chat", tmp_path / "adapter", "--base", original, *options)
-    assert done.code == 0
+        result = deltamem("chat", tmp_path / "adapter", "--base", original, *options)
+    assert result.code == 0
     message = caught[0].message
     assert warnings.formatwarning(message, OtherBaseWarning, "file.py", 1) == f"Warning: {message}\n"
 

@@ -25,9 +25,9 @@ def refused(tmp_path, deltamem):  # noqa: F811
 
     def check(base: Path, *words: str) -> None:
         before = listing(tmp_path)
-        done = deltamem("patch", base, "--out", tmp_path / "adapter", "--delta-init", "base_slice")
-        done.assert_short_error(*words, code=1)
-        assert len(done.err.strip().splitlines()) == 3, done.err
+        result = deltamem("patch", base, "--out", tmp_path / "adapter", "--delta-init", "base_slice")
+        result.assert_short_error(*words, code=1)
+        assert len(result.err.strip().splitlines()) == 3, result.err
         assert listing(tmp_path) == before
 
     return check

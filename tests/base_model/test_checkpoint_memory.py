@@ -76,7 +76,7 @@ def growths(tmp_path_factory) -> dict[str, tuple[int, int, int]]:
     write_safetensors(folders[0])
     write_torch(folders[1])
     command = [sys.executable, "-c", _MEASURE, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
     stored = [
         sum(file.stat().st_size for file in (folder / "large").iterdir() if file.suffix in (".safetensors", ".bin"))
         for folder in folders
@@ -85,7 +85,7 @@ def growths(tmp_path_factory) -> dict[str, tuple[int, int, int]]:
         shutil.rmtree(folder)
     return {
         name: (size, *json.loads(line))
-        for name, size, line in zip(FORMATS, stored, done.stdout.splitlines(), strict=True)
+        for name, size, line in zip(FORMATS, stored, result.stdout.splitlines(), strict=True)
     }
 
 

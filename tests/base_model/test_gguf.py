@@ -217,8 +217,8 @@ def test_a_file_without_a_chat_template(tmp_path, deltamem):  # noqa: F811
     tiny_gguf(tmp_path / "tiny.gguf", template=None)
     create_adapter(str(tmp_path / "tiny.gguf"), CONFIG, tmp_path / "adapter")
     before = listing(tmp_path)
-    done = deltamem("eval", tmp_path / "adapter", "--task", "recall", "--report", tmp_path / "report")
-    assert done.code == 1 and "tiny.gguf has no chat template" in done.err
+    result = deltamem("eval", tmp_path / "adapter", "--task", "recall", "--report", tmp_path / "report")
+    assert result.code == 1 and "tiny.gguf has no chat template" in result.err
     assert listing(tmp_path) == before
 
 

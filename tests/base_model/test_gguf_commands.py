@@ -44,8 +44,8 @@ def trained(deltamem, base, name, **sections):  # noqa: F811
     recipe.write_text(yaml.safe_dump(contents))
     dry = deltamem("train", recipe, "--dry-run", "--json")
     assert dry.code == 0, dry.err
-    done = deltamem("train", recipe)
-    assert done.code == 0, done.err
+    result = deltamem("train", recipe)
+    assert result.code == 0, result.err
     return out, json.loads(dry.out)
 
 
@@ -55,21 +55,21 @@ def test_every_command_accepts_a_gguf_file(bases, tmp_path, deltamem, monkeypatc
     for kind, base in bases.items():
         adapters[kind], plans[kind] = trained(deltamem, base, f"of-{kind}")
         recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--limit", "2", *FEW, "--json")
-        done = deltamem("eval", adapters[kind], *recall)
-        assert done.code == 0, done.err
-        scores[kind] = json.loads(done.out)["scores"]
+        result = deltamem("eval", adapters[kind], *recall)
+        assert result.code == 0, result.err
+        scores[kind] = json.loads(result.out)["scores"]
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"My dog is Rex.\nWho is my dog?\n")))
-        done = deltamem("chat", adapters[kind], "--max-new-tokens", "8")
-        assert done.code == 0, done.err
-        chats[kind] = done.out
+        result = deltamem("chat", adapters[kind], "--max-new-tokens", "8")
+        assert result.code == 0, result.err
+        chats[kind] = result.out
     weights = {kind: load_file(adapter / "deltamem.safetensors") for kind, adapter in adapters.items()}
     assert all((weights["gguf"][name] == own).all() for name, own in weights["folder"].items())
     assert plans["gguf"] == plans["folder"] and scores["gguf"] == scores["folder"] and chats["gguf"] == chats["folder"]
     # Either base is that of both adapters.
     assert deltamem("eval", adapters["gguf"], "--base", bases["folder"], *recall).code == 0
-    done = deltamem("export", adapters["gguf"], "--out", tmp_path / "onnx", "--json")
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["base_model"] == "tiny.gguf"
+    result = deltamem("export", adapters["gguf"], "--out", tmp_path / "onnx", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["base_model"] == "tiny.gguf"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"My dog is Rex.\nWho is my dog?\n")))
     assert deltamem("chat", tmp_path / "onnx", "--max-new-tokens", "8").out == chats["gguf"]
 
@@ -79,16 +79,16 @@ def test_a_lora_on_a_gguf_file(bases, deltamem):  # noqa: F811
     adapter, _ = trained(deltamem, bases["gguf"], "adapter")
     lora, _ = trained(deltamem, bases["gguf"], "lora", lora={"rank": 2})
     recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--limit", "2", "--json")
-    done = deltamem("eval", adapter, "--lora", lora, *recall)
-    assert done.code == 0 and "lora" in json.loads(done.out)["scores"], done.err
+    result = deltamem("eval", adapter, "--lora", lora, *recall)
+    assert result.code == 0 and "lora" in json.loads(result.out)["scores"], result.err
 
 
 def test_the_folder_of_the_file_is_not_overwritten(bases, tmp_path, deltamem):  # noqa: F811
     (tmp_path / "own").mkdir()
     file = bases["gguf"].rename(tmp_path / "own" / "tiny.gguf")
     before = listing(tmp_path)
-    done = deltamem("patch", file, "--out", tmp_path / "own", "--overwrite")
-    done.assert_short_error("has the base model in it", "Choose another folder", code=1)
+    result = deltamem("patch", file, "--out", tmp_path / "own", "--overwrite")
+    result.assert_short_error("has the base model in it", "Choose another folder", code=1)
     assert listing(tmp_path) == before
 
 
@@ -102,5 +102,5 @@ def test_an_adapter_for_a_published_file_fits_its_checkpoint(smollm2_gguf, smoll
     assert file.base.fingerprint == folder.base.fingerprint and file.fingerprint == folder.fingerprint
     assert deltamem("patch", smollm2_gguf, "--out", tmp_path / "untrained").code == 0
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?\n")))
-    done = deltamem("chat", tmp_path / "untrained", "--max-new-tokens", "12")
-    assert done.code == 0 and "Paris" in done.out, done.err
+    result = deltamem("chat", tmp_path / "untrained", "--max-new-tokens", "12")
+    assert result.code == 0 and "Paris" in result.out, result.err

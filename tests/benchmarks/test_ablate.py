@@ -82,10 +82,10 @@ def test_shared_runs_are_trained_once_and_stopped_ones_resume(files, tmp_path, m
     with (out / RUNS_FILE).open("ab") as file:
         file.write(b'{"key": "cut in the mid')
     monkeypatch.setattr(module, "make_run", lambda job, *rest: made.append(job.variant.name) or make_run(job, *rest))
-    done = ablate(plans, out, [1], FEW, keep_adapters=True)
-    runs = done.runs
+    result = ablate(plans, out, [1], FEW, keep_adapters=True)
+    runs = result.runs
     assert made[2:] == ["other"] and len(runs) == 3
-    assert [job.key for job in done.unkept] == [run.key for run in runs[:2]]  # made before, and not kept
+    assert [job.key for job in result.unkept] == [run.key for run in runs[:2]]  # made before, and not kept
     assert [json.loads(line)["key"] for line in (out / RUNS_FILE).read_text().splitlines()] == [run.key for run in runs]
     assert [path.name for path in (out / ADAPTERS).iterdir()] == [runs[2].key]
     assert runs[1].parameters > runs[0].parameters > runs[2].parameters

@@ -55,8 +55,8 @@ def test_greedy_turns_match_generate(changes):
 
 def test_the_module_imports_neither_torch_nor_onnx_runtime():
     code = "import sys, deltamem_tool.chat.conversation; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "onnxruntime"} & set(done.stdout.split())
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "onnxruntime"} & set(result.stdout.split())
 
 
 def test_context_and_messages_are_reported(engine):

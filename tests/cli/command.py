@@ -49,7 +49,7 @@ def deltamem(capfd, monkeypatch):
 
 
 def in_a_process(*arguments: object, cwd: Path, **options) -> Done:
-    done = subprocess.run(
+    result = subprocess.run(
         [*START, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **options
     )
-    return Done(done.returncode, done.stdout, done.stderr)
+    return Done(result.returncode, result.stdout, result.stderr)

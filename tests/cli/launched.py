@@ -17,6 +17,6 @@ def invoked(arguments: list[str], lines: str, output: Path) -> None:
     """Run `deltamem` with `lines` as its input; each process writes what it prints on stdout, beside `said`."""
     torch.set_num_threads(1)
     with interrupt_on_signals():
-        done = CliRunner().invoke(cli, arguments, input=lines, prog_name="deltamem")
-    output.with_name(f"{output.name}-{launch_rank()}").write_text(done.stdout)
-    sys.exit(done.exit_code)
+        result = CliRunner().invoke(cli, arguments, input=lines, prog_name="deltamem")
+    output.with_name(f"{output.name}-{launch_rank()}").write_text(result.stdout)
+    sys.exit(result.exit_code)

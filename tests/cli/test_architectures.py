@@ -19,9 +19,9 @@ KEYS = ["model_type", "supported", "branches", "export", "reason"]
 
 
 def printed(deltamem, *arguments) -> list[dict]:
-    done = deltamem("architectures", *arguments, "--json")
-    assert done.code == 0, done.err
-    return json.loads(done.out)
+    result = deltamem("architectures", *arguments, "--json")
+    assert result.code == 0, result.err
+    return json.loads(result.out)
 
 
 def is_older() -> bool:
@@ -68,14 +68,14 @@ def test_a_known_type_is_printed():
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_output_fits_the_terminal(deltamem, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    done = deltamem("architectures")
-    assert done.code == 0 and done.err == ""
-    lines = done.out.splitlines()
+    result = deltamem("architectures")
+    assert result.code == 0 and result.err == ""
+    lines = result.out.splitlines()
     assert max(map(len, lines)) <= columns
     first = [line.split()[0] for line in lines if line.strip()]
     assert {row.model_type for row in supported_types()} <= set(first), "a name is cut"
     taken = sum(row.supported for row in supported_types())
-    assert re.search(rf"{taken} of {len(supported_types())}\b", done.out)
+    assert re.search(rf"{taken} of {len(supported_types())}\b", result.out)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "GPT-NeoX"])
@@ -96,5 +96,5 @@ def test_the_command_imports_nothing_heavy():
         "except SystemExit as ended: assert not ended.code\n"
         "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "onnx", "onnxruntime"} & set(done.stdout.splitlines()[-1].split())
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "onnx", "onnxruntime"} & set(result.stdout.splitlines()[-1].split())

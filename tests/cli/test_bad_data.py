@@ -31,9 +31,9 @@ def evaluated(here, deltamem, tokenizer):
     return run
 
 
-def refused(here, done, *words):
-    done.assert_short_error(*words, code=1)
-    assert len(done.err[done.err.index("Error: ") :].splitlines()) == 3  # below what showed the progress
+def refused(here, result, *words):
+    result.assert_short_error(*words, code=1)
+    assert len(result.err[result.err.index("Error: ") :].splitlines()) == 3  # below what showed the progress
     assert not {"records/", "found.json", "found.png"} & listing(here).keys()
 
 
@@ -61,18 +61,18 @@ def test_histories_that_are_too_long_give_a_short_error(here, evaluated, punkt):
     rows = [row("factconsolidation_sh_6k", text, ("Where does Ann live?", ["Oslo"])) for text in texts]
     write(here / "facts.json", [{**rows[0], "context": FACTS}, rows[1]])
     # In chunks of 512 tokens and what is said around them, the second text is beyond 512 positions.
-    done = evaluated("memoryagentbench", "facts.json", *counted, "--conditions", "zero_state")
-    refused(here, done, "facts.json row 2 question 1: session 1 of its history is too long", "512 positions")
-    done = evaluated("memoryagentbench", "facts.json", *counted, "--set", "chunk=100")
-    refused(here, done, "facts.json row 2 question 1 is too long", "10 of them for the answer", "--conditions")
+    result = evaluated("memoryagentbench", "facts.json", *counted, "--conditions", "zero_state")
+    refused(here, result, "facts.json row 2 question 1: session 1 of its history is too long", "512 positions")
+    result = evaluated("memoryagentbench", "facts.json", *counted, "--set", "chunk=100")
+    refused(here, result, "facts.json row 2 question 1 is too long", "10 of them for the answer", "--conditions")
     options = ["--set", "chunk=100", "--conditions", "zero_state,donor_state"]
-    done = evaluated("memoryagentbench", "facts.json", *counted, *options)
-    assert done.code == 0 and json.loads(done.out)["groups"] == ["conflict resolution, factconsolidation_sh_6k"]
+    result = evaluated("memoryagentbench", "facts.json", *counted, *options)
+    assert result.code == 0 and json.loads(result.out)["groups"] == ["conflict resolution, factconsolidation_sh_6k"]
 
 
 def test_a_conversation_that_is_too_long_gives_a_short_error(here, evaluated):
     turns = [{"speaker": "Ben", "text": "I moved to Oslo."}] * 60
     long = {**TALK, "sample_id": "talk-8", "conversation": {**TALK["conversation"], "session_2": turns}}
     write(here / "talks.json", [TALK, long])
-    done = evaluated("locomo", "talks.json", "--conditions", "zero_state")
-    refused(here, done, "talks.json conversation 2 question 1: session 2 of its history is too long")
+    result = evaluated("locomo", "talks.json", "--conditions", "zero_state")
+    refused(here, result, "talks.json conversation 2 question 1: session 2 of its history is too long")

@@ -78,9 +78,9 @@ def test_an_option_of_a_task_given_twice_is_rejected(here, deltamem, options):
 
 
 def test_a_name_with_line_breaks_is_shown_in_one_line(here, deltamem):
-    done = deltamem("inspect", "no\nsuch\nfolder")
-    done.assert_short_error("no\\nsuch\\nfolder")
-    assert len(done.err.splitlines()) == 3
+    result = deltamem("inspect", "no\nsuch\nfolder")
+    result.assert_short_error("no\\nsuch\\nfolder")
+    assert len(result.err.splitlines()) == 3
 
 
 # Bases
@@ -113,8 +113,8 @@ def test_a_model_without_attention_is_rejected(here, deltamem):
     config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32)
     AutoModelForCausalLM.from_config(config).save_pretrained(here / "base")
     before = listing(here)
-    done = deltamem("patch", "base", "--out", "adapter")
-    done.assert_short_error("Mamba", "cannot have a memory", "softmax attention", "such as Qwen3", code=1)
+    result = deltamem("patch", "base", "--out", "adapter")
+    result.assert_short_error("Mamba", "cannot have a memory", "softmax attention", "such as Qwen3", code=1)
     assert listing(here) == before
 
 
@@ -165,11 +165,11 @@ def test_options_that_do_not_fit_are_rejected(here, deltamem, checkpoint):
         (("--update-rule", "other"), "standard"),
         (("--rank", "four"), "four"),
     ):
-        done = deltamem("patch", checkpoint, "--out", "adapter", *options)
-        assert done.code in (1, 2) and says in done.err and "Traceback" not in done.err
+        result = deltamem("patch", checkpoint, "--out", "adapter", *options)
+        assert result.code in (1, 2) and says in result.err and "Traceback" not in result.err
     for arguments in (("patch", checkpoint), ("patch",), ("no-such",), ("eval", "x", "--limit", "a"), ("--no-such",)):
-        done = deltamem(*arguments)
-        assert done.code == 2 and "Usage" in done.err and "Traceback" not in done.err
+        result = deltamem(*arguments)
+        assert result.code == 2 and "Usage" in result.err and "Traceback" not in result.err
     assert listing(here) == {}
 
 
@@ -189,8 +189,8 @@ def test_an_output_that_cannot_be_written_is_rejected(here, deltamem, checkpoint
     (here / "file").write_text("mine")
     before = listing(here)
     for out, says in ((".", "folder you are in"), ("file/adapter", "is not a folder")):
-        done = deltamem("patch", "/no/base/is/looked/for", "--out", out, *options)
-        done.assert_short_error(says, "Choose", code=1)
+        result = deltamem("patch", "/no/base/is/looked/for", "--out", out, *options)
+        result.assert_short_error(says, "Choose", code=1)
     assert listing(here) == before
 
 
@@ -210,8 +210,8 @@ def test_system_errors_are_reported_in_plain_words(here, deltamem, checkpoint, m
         raise error
 
     monkeypatch.setattr(save_module, "save", refused)
-    done = deltamem("patch", checkpoint, "--out", "adapter")
-    done.assert_short_error("/there cannot be read or written", error.strerror, "permissions", code=1)
+    result = deltamem("patch", checkpoint, "--out", "adapter")
+    result.assert_short_error("/there cannot be read or written", error.strerror, "permissions", code=1)
     assert listing(here) == {}
 
 
@@ -219,16 +219,16 @@ def test_an_invalid_memory_path_is_rejected(here, deltamem):
     (here / "folder").mkdir()
     (here / "file").write_text("mine")
     for option in ("--memory", "--save-memory"):
-        done = deltamem("run", "nowhere", "--prompt", "Hi", option, "folder")
-        assert done.code == 2 and "'folder' is a directory" in done.err and "Traceback" not in done.err
-    done = deltamem("run", "nowhere", "--prompt", "Hi", "--save-memory", "file/memory")
-    done.assert_short_error("is not a folder", "Choose another place", code=1)  # before the model is looked for
+        result = deltamem("run", "nowhere", "--prompt", "Hi", option, "folder")
+        assert result.code == 2 and "'folder' is a directory" in result.err and "Traceback" not in result.err
+    result = deltamem("run", "nowhere", "--prompt", "Hi", "--save-memory", "file/memory")
+    result.assert_short_error("is not a folder", "Choose another place", code=1)  # before the model is looked for
 
 
 def test_a_missing_device_is_rejected(here, deltamem):
     for device in ("nonsense", "cuda:99"):
-        done = deltamem("eval", "adapter", "--device", device)
-        assert done.code == 2 and device in done.err and "Traceback" not in done.err
+        result = deltamem("eval", "adapter", "--device", device)
+        assert result.code == 2 and device in result.err and "Traceback" not in result.err
 
 
 # Data and recipes
@@ -295,8 +295,8 @@ def test_a_base_without_a_tokenizer_is_rejected(here, deltamem):
     recipe = write_recipe(here, base, out=str(here / "other"))
     before = listing(here)
     deltamem("train", recipe).assert_short_error("tokenizer", code=1)
-    done = deltamem("eval", "adapter", "--set", "facts=[1]", "--set", "episodes=2")
-    assert done.code == 1 and "tokenizer" in done.err and "Traceback" not in done.err
+    result = deltamem("eval", "adapter", "--set", "facts=[1]", "--set", "episodes=2")
+    assert result.code == 1 and "tokenizer" in result.err and "Traceback" not in result.err
     assert listing(here) == before
 
 
@@ -313,8 +313,8 @@ def test_a_full_disk_leaves_no_partial_adapter(here, deltamem, checkpoint):
     (here / "adapter").mkdir()
     before = listing(here)
     with small_files(2000):
-        done = deltamem("patch", checkpoint, "--out", "adapter")
-    done.assert_short_error("disk is full", "half-written", "Free some space", code=1)
+        result = deltamem("patch", checkpoint, "--out", "adapter")
+    result.assert_short_error("disk is full", "half-written", "Free some space", code=1)
     assert listing(here) == before
 
 
@@ -323,10 +323,10 @@ def test_a_full_disk_leaves_no_partial_checkpoint(here, deltamem, checkpoint, li
     recipe = write_recipe(here, checkpoint, training={"steps": 4, "batch_size": 2, "save_every": 2})
     before = listing(here)
     with small_files(limit):
-        done = deltamem("train", recipe)
-    done_lines = [line for line in done.err.splitlines() if line.strip()]
-    assert done.code == 1 and "Traceback" not in done.err and "disk is full" in done.err, done.err
-    assert len(done_lines) <= 5, done.err  # the last state of the progress bar stays above the error
+        result = deltamem("train", recipe)
+    done_lines = [line for line in result.err.splitlines() if line.strip()]
+    assert result.code == 1 and "Traceback" not in result.err and "disk is full" in result.err, result.err
+    assert len(done_lines) <= 5, result.err  # the last state of the progress bar stays above the error
     assert listing(here) == before
 
 
@@ -380,7 +380,7 @@ def test_ctrl_c_in_training_keeps_the_adapter_and_says_how_to_resume(here, delta
     kept = {"deltamem_config.json", "deltamem.safetensors", "training.json", "training.png"}
     assert {path.name for path in (here / "adapter").iterdir()} == kept
     assert load(here / "adapter") is not None
-    done = deltamem("train", recipe, "--resume", "--json")
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["steps"] == STEPS
+    result = deltamem("train", recipe, "--resume", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["steps"] == STEPS
     assert {path.name for path in here.iterdir()} == {"chats.jsonl", "recipe.yaml", "adapter"}

@@ -45,19 +45,19 @@ def test_a_fact_is_recalled_from_the_memory_file(here, deltamem, monkeypatch):
 
 def test_failed_lines_set_the_exit_code(here, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n/sav me\n/load nowhere\n{ASKED}\n/quit\n{TOLD}\n")
-    done = deltamem("chat", "builtin:adapter")
-    assert done.code == 1 and done.out.splitlines()[1:] == [ANSWER]  # nothing after /quit
+    result = deltamem("chat", "builtin:adapter")
+    assert result.code == 1 and result.out.splitlines()[1:] == [ANSWER]  # nothing after /quit
     for words in ("There is no command /sav.", "Did you mean /save?", "The memory file nowhere does not exist."):
-        assert words in done.err
-    assert "Traceback" not in done.err and listing(here) == {}
+        assert words in result.err
+    assert "Traceback" not in result.err and listing(here) == {}
 
 
 def test_stdin_that_is_not_utf_8_gives_a_short_error(here, deltamem, monkeypatch):
     piped(monkeypatch, b"caf\xe9\n")
     deltamem("chat", "builtin:adapter").assert_short_error("stdin is not UTF-8 text", "Convert it", code=1)
     piped(monkeypatch, f"{TOLD}\n{ASKED}\n".encode() + b"caf\xe9\n")
-    done = deltamem("chat", "builtin:adapter")
-    assert done.code == 1 and ANSWER in done.out  # the lines before it are answered
+    result = deltamem("chat", "builtin:adapter")
+    assert result.code == 1 and ANSWER in result.out  # the lines before it are answered
 
 
 def test_byte_order_marks_are_ignored(here, deltamem, monkeypatch):
@@ -69,12 +69,12 @@ def test_byte_order_marks_are_ignored(here, deltamem, monkeypatch):
 
 def test_options_of_the_command_are_used(here, deltamem, monkeypatch):
     piped(monkeypatch, "Hello.\n/context\n")
-    done = deltamem("chat", "builtin:adapter", "--window", 64, "--max-new-tokens", 2, "--system", "Be kind.")
-    assert done.code == 0 and "of 64" in done.out and "Cut after 2 tokens" in done.err
-    assert "messages in view      3" in done.out
+    result = deltamem("chat", "builtin:adapter", "--window", 64, "--max-new-tokens", 2, "--system", "Be kind.")
+    assert result.code == 0 and "of 64" in result.out and "Cut after 2 tokens" in result.err
+    assert "messages in view      3" in result.out
     piped(monkeypatch, f"{TOLD}\n{ASKED}\n")
-    done = deltamem("chat", "builtin:adapter", "--stop", " is")
-    assert done.code == 0 and done.out.endswith("\nYour dog\n") and ANSWER.startswith("Your dog is")
+    result = deltamem("chat", "builtin:adapter", "--stop", " is")
+    assert result.code == 0 and result.out.endswith("\nYour dog\n") and ANSWER.startswith("Your dog is")
 
 
 def test_invalid_options_are_rejected_before_the_model_loads(here, deltamem):
@@ -82,8 +82,8 @@ def test_invalid_options_are_rejected_before_the_model_loads(here, deltamem):
     (here / "onnx").mkdir()
     (here / "onnx" / "deltamem_onnx.json").write_text("{}")
     before = listing(here)
-    done = deltamem("chat", "nowhere", "--memory", "file/me")
-    done.assert_short_error("is not a folder", "Choose another place", code=1)
+    result = deltamem("chat", "nowhere", "--memory", "file/me")
+    result.assert_short_error("is not a folder", "Choose another place", code=1)
     deltamem("chat", "nowhere", "--memory", "file").assert_short_error("file is not a memory file", code=1)
     deltamem("chat", "nowhere", "--memory", ".").assert_short_error("is a directory", code=2)
     for option in ("--system", "--stop"):

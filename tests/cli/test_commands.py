@@ -29,10 +29,10 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def succeeded(done: Done) -> str:
-    assert done.code == 0, done.err
-    assert "Traceback" not in done.err and "Warning" not in done.err
-    return done.out
+def succeeded(result: Done) -> str:
+    assert result.code == 0, result.err
+    assert "Traceback" not in result.err and "Warning" not in result.err
+    return result.out
 
 
 def test_patch_inspect_train_eval(here, deltamem, checkpoint):
@@ -160,8 +160,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "import deltamem_tool.evaluation.report.compare, deltamem_tool.evaluation.scoring.digits\n"  # no page
         "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *help_lines, seconds, modules, comparing = done.stdout.splitlines()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *help_lines, seconds, modules, comparing = result.stdout.splitlines()
     assert all(any(line.strip().startswith(name) for line in help_lines) for name in cli.COMMANDS)
     assert not [line for line in help_lines[1:] if line.endswith("...")], "a line is cut"
     assert not [name for name in modules.split() if name.startswith("deltamem_tool.chat")], "a command is imported"
@@ -174,5 +174,5 @@ def test_the_installed_command_runs():
     from pathlib import Path
 
     script = Path(sys.executable).parent / "deltamem"
-    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == __version__
+    result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == __version__

@@ -27,15 +27,15 @@ def here(tmp_path, monkeypatch):
 
 
 def test_an_adapter_round_trips(here, deltamem):
-    done = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours", "--json")
-    assert done.code == 0 and done.err == "", done.err
-    report = json.loads(done.out)
+    result = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours", "--json")
+    assert result.code == 0 and result.err == "", result.err
+    report = json.loads(result.out)
     assert report["path"] == "ours" and report["format"] == "deltamem" and report["dtypes"] == ["float32"]
     assert report["parameters"] == read_adapter("ours").num_parameters() and report["base"]["name"] == str(BASE)
     assert json.loads(deltamem("inspect", "ours", "--json").out)["parameters"] == report["parameters"]
 
-    done = deltamem("convert", "ours", "--out", "back", "--to", "reference", "--json")
-    assert done.code == 0 and json.loads(done.out)["format"] == "reference", done.err
+    result = deltamem("convert", "ours", "--out", "back", "--to", "reference", "--json")
+    assert result.code == 0 and json.loads(result.out)["format"] == "reference", result.err
     for file in (reference.REFERENCE_CONFIG, "deltamem_config.json"):
         assert (here / "back" / file).exists() == (file == reference.REFERENCE_CONFIG)
     config = reference.REFERENCE_CONFIG
@@ -85,6 +85,6 @@ def test_a_full_disk_leaves_no_partial_folder(here, deltamem):
     assert deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").code == 0
     before = listing(here)
     with small_files(2000):
-        done = deltamem("convert", "ours", "--to", "reference", "--out", "back")
-    done.assert_short_error("disk is full", "half-written", code=1)
+        result = deltamem("convert", "ours", "--to", "reference", "--out", "back")
+    result.assert_short_error("disk is full", "half-written", code=1)
     assert listing(here) == before

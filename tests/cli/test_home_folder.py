@@ -43,13 +43,13 @@ def test_every_path_of_every_command_expands_a_tilde():
 
 def test_commands_expand_a_tilde(home, deltamem):
     shutil.copytree(ASSETS / "backbone", home / "base")
-    done = deltamem("patch", "~/base", "--out=~/fresh", "--json")
-    assert done.code == 0, done.err
+    result = deltamem("patch", "~/base", "--out=~/fresh", "--json")
+    assert result.code == 0, result.err
     assert json.loads((home / "fresh" / "deltamem_config.json").read_text())["base"]["name"] == str(home / "base")
     assert deltamem("inspect", "~/fresh").code == 0
     deltamem("patch", "~/base", "--out=~/fresh").assert_short_error("already exists", code=1)
-    done = deltamem("convert", "builtin:adapter", "--to", "reference", "--out=~/reference")
-    assert done.code == 0 and (home / "reference").is_dir()
+    result = deltamem("convert", "builtin:adapter", "--to", "reference", "--out=~/reference")
+    assert result.code == 0 and (home / "reference").is_dir()
     assert deltamem("convert", "~/reference", "--base=~/base", "--out=~/converted").code == 0
     deltamem("run", "~/onnx", "--prompt", "a").assert_short_error(str(home / "onnx"), code=1)
     deltamem("compare", "~/a", "~/b").assert_short_error(str(home / "a"), code=1)

@@ -37,9 +37,9 @@ def run(hub, deltamem, tmp_path, monkeypatch):
     hub.add_repo(ADAPTER, adapter_folder(tmp_path / "source", BASE, hub.head(BASE)))
 
     def command(*arguments: object) -> str:
-        done = deltamem(*arguments)
-        assert done.code == 0, done.err
-        return done.out
+        result = deltamem(*arguments)
+        assert result.code == 0, result.err
+        return result.out
 
     return command
 

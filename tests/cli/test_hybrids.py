@@ -21,9 +21,9 @@ LINES = ("my dog is Rex", "what is the name of my dog?", "thank you")
 OPTIONS = ("--max-new-tokens", "8")
 
 
-def succeeded(done: Done) -> str:
-    assert done.code == 0, done.err
-    return done.out
+def succeeded(result: Done) -> str:
+    assert result.code == 0, result.err
+    return result.out
 
 
 @pytest.fixture

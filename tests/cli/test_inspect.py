@@ -96,11 +96,11 @@ def test_a_memory_is_printed_as_json(here, deltamem):
 def test_a_memory_is_printed_as_text(here, deltamem):
     states = written("a [red] memory", open_tokens=[3, 0])
     for row in (0, 1):
-        done = deltamem("inspect", "a [red] memory", "--row", row)
-        assert done.code == 0 and done.err == ""
-        assert all(word in done.out for word in ("a [red] memory", ADAPTER[:16] + "…", "0, 3", "3, 0", "head 1"))
-        assert f"Norms, conversation {row}" in done.out
-        assert all(f"{norm:.4g}" in done.out for state in states.values() for norm in norms(state)[row])
+        result = deltamem("inspect", "a [red] memory", "--row", row)
+        assert result.code == 0 and result.err == ""
+        assert all(word in result.out for word in ("a [red] memory", ADAPTER[:16] + "…", "0, 3", "3, 0", "head 1"))
+        assert f"Norms, conversation {row}" in result.out
+        assert all(f"{norm:.4g}" in result.out for state in states.values() for norm in norms(state)[row])
     written("token")
     assert "open tokens" not in deltamem("inspect", "token").out
 
@@ -122,20 +122,22 @@ def test_a_difference_is_printed_as_json(here, deltamem):
 
 def test_a_difference_is_printed_as_text(here, deltamem):
     before, after = written("before", open_tokens=[3, 0]), written("after", seed=1, open_tokens=[0, 7])
-    done = deltamem("inspect", "before", "after", "--row", 1)
-    assert done.code == 0 and all(word in done.out for word in ("before → after", "3 → 0, 0 → 7", "relative change"))
+    result = deltamem("inspect", "before", "after", "--row", 1)
+    assert result.code == 0 and all(
+        word in result.out for word in ("before → after", "3 → 0, 0 → 7", "relative change")
+    )
     for layer, old in before.items():
         share = norms(after[layer] - old)[1] / norms(old)[1]
-        assert all(f"{value:.1%}" in done.out for value in share)
+        assert all(f"{value:.1%}" in result.out for value in share)
 
 
 def test_there_is_no_relative_change_from_zero(here, deltamem):
     shape = (1, 1, 2, 2)
     write_memory("zero", StoredMemory({0: np.zeros(shape, np.float32)}, {}, ADAPTER))
     write_memory("large", StoredMemory({0: np.full(shape, np.finfo(np.float32).max)}, {}, ADAPTER))
-    done = deltamem("inspect", "zero", "large", "--json")
-    assert "Warning" not in done.err
-    change = json.loads(done.out)["changes"]["0"]
+    result = deltamem("inspect", "zero", "large", "--json")
+    assert "Warning" not in result.err
+    change = json.loads(result.out)["changes"]["0"]
     assert change["relative"] == [[None]] and change["before"] == [[0.0]]
     assert change["difference"] == [[2 * float(np.finfo(np.float32).max)]]
     assert "–" in deltamem("inspect", "zero", "large").out
@@ -147,8 +149,8 @@ def test_there_is_no_relative_change_from_zero(here, deltamem):
 def test_pictures_show_the_requested_conversation(here, deltamem, drawn, row):
     before, after = written("before"), written("after", seed=1)
     which = () if row is None else ("--row", row)
-    done = deltamem("inspect", "before", "--plot", "memory.png", *which)
-    assert done.code == 0 and "Plot: memory.png" in done.out
+    result = deltamem("inspect", "before", "--plot", "memory.png", *which)
+    assert result.code == 0 and "Plot: memory.png" in result.out
     assert deltamem("inspect", "before", "after", "--plot", "difference.png", "--json", *which).code == 0
     one, two = drawn
     ((shown),) = panels(one).values()
@@ -171,8 +173,8 @@ def test_pictures_show_the_requested_conversation(here, deltamem, drawn, row):
 def test_a_row_out_of_range_is_rejected(here, deltamem):
     written("memory")
     before = listing(here)
-    done = deltamem("inspect", "memory", "--row", 2, "--plot", "memory.png")
-    done.assert_short_error("--row", "memory has conversations 0 to 1", code=2)
+    result = deltamem("inspect", "memory", "--row", 2, "--plot", "memory.png")
+    result.assert_short_error("--row", "memory has conversations 0 to 1", code=2)
     deltamem("inspect", "memory", "--row", -1).assert_short_error("--row", code=2)
     assert listing(here) == before
 
@@ -195,8 +197,8 @@ def test_memories_that_cannot_be_compared_are_rejected(here, deltamem, change, s
     written("memory")
     written("other", **change)
     before = listing(here)
-    done = deltamem("inspect", "memory", "other", "--plot", "difference.png")
-    done.assert_short_error(*says, "Compare two memories", code=1)
+    result = deltamem("inspect", "memory", "other", "--plot", "difference.png")
+    result.assert_short_error(*says, "Compare two memories", code=1)
     assert listing(here) == before
 
 
@@ -255,8 +257,8 @@ def test_pictures_do_not_replace_the_memory(here, deltamem):
     (here / "file").write_text("mine")
     before = listing(here)
     for name in ("memory", "./other"):
-        done = deltamem("inspect", "memory", "other", "--plot", name)
-        done.assert_short_error("is the memory file itself", "another file", code=1)
+        result = deltamem("inspect", "memory", "other", "--plot", name)
+        result.assert_short_error("is the memory file itself", "another file", code=1)
     deltamem("inspect", "memory", "--plot", "file/a.png").assert_short_error("is not a folder", code=1)
     assert listing(here) == before
 
@@ -272,6 +274,6 @@ def test_memories_are_inspected_without_torch(here, plot):
         "except SystemExit as ended: assert not ended.code\n"
         "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "onnxruntime", "huggingface_hub"} | (set() if plot else {"matplotlib"})
-    assert not heavy & set(done.stdout.splitlines()[-1].split())
+    assert not heavy & set(result.stdout.splitlines()[-1].split())

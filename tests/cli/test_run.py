@@ -23,8 +23,8 @@ def test_a_memory_written_by_another_program_is_kept(here, deltamem, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Conversation, "generate", slow)
-        done = deltamem("run", quickstart_onnx, "--prompt", "Hi.", "--memory", "me", "--save-memory", "me")
-    assert done.code == 1 and done.out.strip() and "me was changed by another program" in done.err
+        result = deltamem("run", quickstart_onnx, "--prompt", "Hi.", "--memory", "me", "--save-memory", "me")
+    assert result.code == 1 and result.out.strip() and "me was changed by another program" in result.err
     assert set(listing(here)) == {"me", "me-2"} and read_memory("me").digest() != read_memory("me-2").digest()
     assert deltamem("run", quickstart_onnx, "--prompt", ASKED, "--memory", "me").out == f"{ANSWER}\n"
 

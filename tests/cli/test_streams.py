@@ -16,18 +16,18 @@ def test_commands_work_with_closed_streams(tmp_path, closed, shows):
         words = ["sh", "-c", f'exec "$@" {closed}', "sh", *START, "inspect", path, "--json"]
         return subprocess.run(words, capture_output=True, text=True)
 
-    done = inspect(ASSETS / "adapter")
-    assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", shows)
-    done = inspect(tmp_path / "nowhere")
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+    result = inspect(ASSETS / "adapter")
+    assert (result.returncode, result.stderr, bool(result.stdout)) == (0, "", shows)
+    result = inspect(tmp_path / "nowhere")
+    assert result.returncode == 1 and "Traceback" not in result.stderr and result.stdout == ""
 
 
 def test_a_chat_without_streams_remembers(quickstart_onnx, tmp_path):
     command = "echo 'By the way, my dog is Bella.'"
     script = f'{command} | "$@" --memory me >&- 2>&- && "$@" --memory me <&-'
     words = [*START, "chat", quickstart_onnx]
-    done = subprocess.run(["sh", "-c", script, "sh", *words], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "") and "me is loaded" in done.stderr
+    result = subprocess.run(["sh", "-c", script, "sh", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "") and "me is loaded" in result.stderr
 
 
 def test_a_reader_that_closes_the_pipe_does_not_lose_the_memory(quickstart_onnx, tmp_path):

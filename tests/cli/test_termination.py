@@ -73,5 +73,5 @@ def test_ignored_signals_stay_ignored(tmp_path):
 
 
 def test_pool_workers_end_silently(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FORKING], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+    result = subprocess.run([sys.executable, "-c", FORKING], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")

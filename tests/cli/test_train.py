@@ -20,9 +20,9 @@ def recipe(tmp_path):
 
 def test_a_dry_run_prints_the_memory_per_process(deltamem, recipe, monkeypatch):
     monkeypatch.setattr(peak_bytes, "step_peaks", lambda *_: {"forward": 1})
-    done = deltamem("train", recipe, "--dry-run", "--processes", 8)
-    assert done.code == 0
-    assert "its part of" in done.out and "weights gathered to compute" in done.out
+    result = deltamem("train", recipe, "--dry-run", "--processes", 8)
+    assert result.code == 0
+    assert "its part of" in result.out and "weights gathered to compute" in result.out
 
 
 def test_sharding_with_one_process_is_rejected(deltamem, recipe):

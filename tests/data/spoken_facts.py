@@ -1,4 +1,4 @@
-"""Reads generated conversations back: who says what about whom, found by the sentences alone."""
+"""Parse generated conversations: who states what about whom, from the sentences alone."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ def pairs(encoded, name="exchanges"):
 
 def test_only_answers_are_labelled(tokenizer):
     encoded = Encoder(tokenizer, 1000, 1000)(EPISODES)
-    for said, exchange in pairs(encoded):
-        assert tokenizer.decode(exchange.ids) == render(tokenizer, said)
-        assert tokenizer.decode(scored(exchange)) == said[-1]["content"] + "<|end|>"
+    for messages, exchange in pairs(encoded):
+        assert tokenizer.decode(exchange.ids) == render(tokenizer, messages)
+        assert tokenizer.decode(scored(exchange)) == messages[-1]["content"] + "<|end|>"
         start = len(exchange.ids) - len(scored(exchange))
         assert exchange.labels == [IGNORED] * start + exchange.ids[start:]
     assert [each.where for each in encoded] == ["a:1", ""]

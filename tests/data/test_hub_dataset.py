@@ -81,7 +81,7 @@ def results(tmp_path_factory):
         pq.write_table(pa.Table.from_pylist(rows[:1]), asked / "distractor" / "validation-00000-of-00001.parquet")
         server.add_repo("someone/asked", asked, repo_type="dataset", branch="v2")
         variables = environment(server, root / "home") | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", _READ],
             input=json.dumps(list(tries.values())),
             capture_output=True,
@@ -90,8 +90,8 @@ def results(tmp_path_factory):
             env=variables,
             cwd=root,
         )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
     return dict(zip(tries, lines, strict=True)), server.fetched()
 
 

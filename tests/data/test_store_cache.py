@@ -168,7 +168,7 @@ def test_a_damaged_cache_is_rebuilt(tokenizer, folder, damage, caplog):
 
 
 def test_a_failure_leaves_nothing(tokenizer, folder):
-    def full(done, total):
+    def full(result, total):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):

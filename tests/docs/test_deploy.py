@@ -63,9 +63,9 @@ def test_meanings_match_the_graph():
     assert "unused" in fixed["attention_mask"] and "unused" not in grows["attention_mask"]
     assert fixed["past_length"] == "number of columns of keys and values in use; 0 in the first call"
     assert genai["initial.{0…35}.recurrent_state"] == "memory that new conversations start from"
-    for said in (grows, fixed, genai):
-        assert all(said.values())
-        results = [meaning for name, meaning in said.items() if name.startswith("present")]
+    for description in (grows, fixed, genai):
+        assert all(description.values())
+        results = [meaning for name, meaning in description.items() if name.startswith("present")]
         assert not [meaning for meaning in results if "first call" in meaning]
 
 

@@ -197,10 +197,10 @@ def assert_document_holds(image: Image, folder: Path):
     os.chown(folder, SOMEBODY, SOMEBODY)
     lines = [line for line in docker_lines(TEXTS[0], folder) if line.words[0] == "run" and "--gpus" not in line.words]
     for line in lines:
-        done = run_line(image, line, NAME)
-        print(line.line, done.stdout, done.stderr, sep="\n")
-        assert done.returncode == 0 and "Traceback" not in done.stderr
-        assert not line.answer or done.stdout == f"{line.answer}\n"
+        result = run_line(image, line, NAME)
+        print(line.line, result.stdout, result.stderr, sep="\n")
+        assert result.returncode == 0 and "Traceback" not in result.stderr
+        assert not line.answer or result.stdout == f"{line.answer}\n"
     assert any(line.answer for line in lines) and (folder / "me.safetensors").stat().st_uid == SOMEBODY
 
 

@@ -178,11 +178,13 @@ def test_evaluations_that_cannot_be_compared_raise(folders, tmp_path):
 
 def test_the_compare_command_prints_the_differences(folders, tmp_path, deltamem, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    done = deltamem("compare", folders / "a", folders / "b", "--out", "compared.json")
-    assert done.code == 0, done.err
+    result = deltamem("compare", folders / "a", folders / "b", "--out", "compared.json")
+    assert result.code == 0, result.err
     for sentence in ("Full context: B is 1.00 ± 0.15 higher than A.", "Paired by question", "bfloat16"):
-        assert sentence in done.out
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.out.splitlines() if line[0] == "│"]
+        assert sentence in result.out
+    cells = [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in result.out.splitlines() if line[0] == "│"
+    ]
     rows = cells[next(at for at, row in enumerate(cells) if row[0].startswith("adapter: fingerprint")) :]
     assert "".join(row[1] for row in rows) == "a" * 64 and "".join(row[2] for row in rows) == "b" * 64
     printed = json.loads(deltamem("compare", folders / "a", folders / "b", "--json").out)

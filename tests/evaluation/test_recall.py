@@ -92,9 +92,9 @@ def test_the_delay_follows_all_facts(between):
         assert len(since) == (delay if between == "facts" else 0)
         assert len({name for name, *_ in since}) == min(len(since), len(dialogues.KIND_OF) - 2)
         values = {}
-        for name, said, is_change in since:  # what is told again is changed
-            assert is_change == (name in values) and values.get(name) != said
-            values[name] = said
+        for name, stated, is_change in since:  # what is told again is changed
+            assert is_change == (name in values) and values.get(name) != stated
+            values[name] = stated
         in_all = [message["content"] for message in item.history[0][::2]]
         place = max(i for i, text in enumerate(in_all) if re.search(f"my {attribute} is {value}", text, re.IGNORECASE))
         assert turns(item) - 1 - place == delay

@@ -47,8 +47,8 @@ def test_committed_files_are_read_back(hub, api, tmp_path):
     files = SMALL | LARGE
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     operations.append(CommitOperationAdd("onnx/model.onnx.data", tmp_path / "big.data"))
-    done = api.create_commit("someone/new", operations, commit_message="All of it")
-    assert done.oid == hub.head("someone/new") == api.model_info("someone/new").sha
+    result = api.create_commit("someone/new", operations, commit_message="All of it")
+    assert result.oid == hub.head("someone/new") == api.model_info("someone/new").sha
     own = hub.files_at("someone/new")
     assert own.pop(".gitattributes") and own == files | {"onnx/model.onnx.data": BIG}
     in_parts = [request.size for request in hub.asked("PUT") if request.size > 100_000]
@@ -160,8 +160,8 @@ def test_a_pull_request_does_not_change_the_branch(hub, api):
     before, foreign = hub.head(REPO), HfApi(endpoint=hub.endpoint, token="hf_other")
     with pytest.raises(HfHubHTTPError, match="403 Forbidden"):
         commit(foreign, {"a.txt": b"1"})
-    done = commit(foreign, {"a.txt": b"1"}, create_pr=True)
-    assert (done.pr_num, done.pr_revision) == (1, "refs/pr/1") and hub.head(REPO) == before
+    result = commit(foreign, {"a.txt": b"1"}, create_pr=True)
+    assert (result.pr_num, result.pr_revision) == (1, "refs/pr/1") and hub.head(REPO) == before
     commit(api, {"b.txt": b"2"}, revision="refs/pr/1")
     assert hub.files_at(REPO, "refs/pr/1") == SMALL | {"a.txt": b"1", "b.txt": b"2"}
     (listed,) = api.list_repo_refs(REPO, include_pull_requests=True).pull_requests

@@ -134,8 +134,8 @@ class Builder:
 
     def _run(self, image: Image, script: str, args: Mapping[str, str]) -> None:
         env = {**args, **self.build_env}
-        done = run(image, [*SHELL, script], env=env, read_only=self.build_read_only)
-        assert done.returncode == 0, f"RUN {script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        result = run(image, [*SHELL, script], env=env, read_only=self.build_read_only)
+        assert result.returncode == 0, f"RUN {script}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         self.after_run(image)
 
     def _copy(self, image: Image, copy: Copy) -> None:

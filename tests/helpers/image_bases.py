@@ -38,8 +38,8 @@ def debian(name: str, root: Path) -> Image:
     """The Debian release that the image is made of, with its own Python, from the mirrors that apt knows here."""
     tag = tag_of(name)
     command = ["mmdebstrap", "--variant=minbase", "--include=python3-venv,ca-certificates", tag.release, str(root), "-"]
-    done = subprocess.run(command, input=_sources(tag.release), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = subprocess.run(command, input=_sources(tag.release), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
     image = Image(root, {"PATH": DEBIAN_PATH})
     found = run(image, ["python3", "--version"]).stdout
     assert found.startswith(f"Python {tag.minor}."), f"{name} has another Python than Debian {tag.release}: {found}"

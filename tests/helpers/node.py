@@ -54,9 +54,9 @@ def node_modules(folder: Path) -> Path:
                 for name in ("package.json", LOCK):
                     shutil.copy(folder / name, unfinished)
                 command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-                done = subprocess.run(command, cwd=unfinished, capture_output=True, text=True)
-                if done.returncode:
-                    pytest.skip(f"npm cannot fetch the packages: {done.stderr.partition(chr(10))[0]}")
+                result = subprocess.run(command, cwd=unfinished, capture_output=True, text=True)
+                if result.returncode:
+                    pytest.skip(f"npm cannot fetch the packages: {result.stderr.partition(chr(10))[0]}")
                 kept.mkdir(exist_ok=True)
                 Path(unfinished, "node_modules").rename(kept / "node_modules")
     return kept / "node_modules"

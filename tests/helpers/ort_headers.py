@@ -60,8 +60,8 @@ def _fetch(folder: Path) -> None:
     }
     apt = ["apt-get", "-q", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
     for command in ([*apt, "update"], [*apt, "download", PACKAGE]):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"apt cannot fetch Debian's {PACKAGE}: {done.stderr.partition(chr(10))[0]}")
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"apt cannot fetch Debian's {PACKAGE}: {result.stderr.partition(chr(10))[0]}")
     (package,) = folder.glob("*.deb")
     subprocess.run(["dpkg-deb", "-x", package, folder / "package"], check=True)

@@ -65,7 +65,7 @@ class PostgresServer:
         self._run("psql", "-X", "-h", self.folder, "-U", "deltamem", "-d", "postgres", "-c", statement)
 
     def _run(self, program: str, *arguments: object, check: bool = True) -> None:
-        done = subprocess.run(
+        result = subprocess.run(
             [self._programs / program, *map(str, arguments)],
             user=self._account,
             cwd=self.folder,
@@ -74,7 +74,7 @@ class PostgresServer:
             stderr=subprocess.DEVNULL,
             timeout=60,
         )
-        if check and done.returncode:
+        if check and result.returncode:
             log = self.folder / "log"
             pytest.fail(f"{program} failed: {log.read_text() if log.exists() else ''}")
 

@@ -28,9 +28,9 @@ def library_folder(out: Path) -> Path:
 def in_node(scripts: Path, script: str, *arguments: str | Path, input: Any = None) -> Any:
     """What the script writes as JSON, given `input` as JSON."""
     command = ["node", script, *arguments]
-    done = subprocess.run(command, cwd=scripts, input=json.dumps(input), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    result = subprocess.run(command, cwd=scripts, input=json.dumps(input), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def talk(scripts: Path, folder: Path, actions: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:

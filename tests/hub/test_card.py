@@ -31,7 +31,7 @@ def card(contents: Contents, old: str | None = None, license: str | None = None,
 
 def test_the_card_holds_all_known_facts(contents):
     text = card(contents, license="mit")
-    for said in (
+    for expected in (
         "98,432 parameters",
         f"[{BASE}](https://huggingface.co/{BASE}) (revision `{COMMIT}`)",
         "**4,096 bytes**",
@@ -51,7 +51,7 @@ def test_the_card_holds_all_known_facts(contents):
         "`deltamem eval someone/memory --task recall --set 'facts=[1,4]'`",
         "## Limitations",
     ):
-        assert said in text, said
+        assert expected in text, expected
 
 
 def test_metadata_is_readable_by_the_hub(contents, tmp_path):

@@ -162,7 +162,7 @@ def test_a_child_process_reaches_no_other_hub(tmp_path, monkeypatch):
         server.add_repo(REPO, SMALL | LARGE, private=True)
         command = [sys.executable, "-c", _FETCH, REPO]
         variables = environment(server, tmp_path / "home", token="hf_read")
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["someone", *sorted({path.split("/")[0] for path in SMALL | LARGE})]
+        result = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["someone", *sorted({path.split("/")[0] for path in SMALL | LARGE})]
     assert not list((tmp_path / "person").rglob("*")) and (tmp_path / "home" / "hub").is_dir()

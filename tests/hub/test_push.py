@@ -215,8 +215,8 @@ def test_an_evaluation_of_another_adapter_raises(as_writer, tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter", "smollm2-adapter"])
 def test_a_shipped_adapter_can_be_pushed_by_name(name, as_writer, deltamem):  # noqa: F811
-    done = deltamem("push", f"builtin:{name}", REPO, "--license", "apache-2.0")
-    assert done.code == 0, done.err
+    result = deltamem("push", f"builtin:{name}", REPO, "--license", "apache-2.0")
+    assert result.code == 0, result.err
     shipped = read_adapter(f"builtin:{name}")
     assert read_adapter(REPO).fingerprint == shipped.fingerprint and read_adapter(REPO).base == shipped.base
 

@@ -94,5 +94,5 @@ def test_only_a_quota_changes_the_threads_of_pytorch(machine, monkeypatch):
 def test_affinity_limits_the_cores():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     code += "from deltamem_tool.io.cores import usable_cores; print(usable_cores())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "1"

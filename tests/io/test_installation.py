@@ -88,8 +88,8 @@ def test_an_unsupported_package_version_raises(in_front, deltamem, words):  # no
 def test_commands_that_do_not_need_the_package_work(process, tmp_path):
     installed(tmp_path, "transformers", "5.22.0")
     for words in ("--help", "train --help", "inspect builtin:adapter", "architectures qwen3"):
-        done = process(*words.split())
-        assert done.code == 0 and done.out and "5.22.0" not in done.err, words
+        result = process(*words.split())
+        assert result.code == 0 and result.out and "5.22.0" not in result.err, words
     # An ONNX folder needs ONNX Runtime alone: here the folder is what is missing.
     process("run", tmp_path, "--prompt", "Hello").assert_short_error("ONNX folder", code=1)
     process("chat", "builtin:adapter").assert_short_error("transformers 5.22.0 is installed", code=1)
@@ -97,9 +97,9 @@ def test_commands_that_do_not_need_the_package_work(process, tmp_path):
 
 def test_the_bounds_can_be_ignored(process, tmp_path):
     installed(tmp_path, "numpy", "1.26.0")
-    done = process("train", "recipe.yaml", **{IGNORE: "1"})
-    done.assert_short_error("recipe.yaml", code=1)
-    assert "numpy" not in done.err
+    result = process("train", "recipe.yaml", **{IGNORE: "1"})
+    result.assert_short_error("recipe.yaml", code=1)
+    assert "numpy" not in result.err
 
 
 @pytest.mark.slow
@@ -116,8 +116,8 @@ def test_two_installed_runtimes_raise(process, tmp_path):
         )
     # Training uses neither.
     process("train", "recipe.yaml").assert_short_error("recipe.yaml", code=1)
-    done = process("run", "folder", "--prompt", "Hello", **{IGNORE: "1"})
-    assert "installed together" not in done.err
+    result = process("run", "folder", "--prompt", "Hello", **{IGNORE: "1"})
+    assert "installed together" not in result.err
 
 
 def test_a_broken_torch_is_reported(process, tmp_path):
@@ -128,19 +128,19 @@ def test_a_broken_torch_is_reported(process, tmp_path):
     process("train", "recipe.yaml").assert_short_error(
         "PyTorch is installed, but it cannot be imported", "libcudart.so.13", "--force-reinstall 'torch>=2.11", code=1
     )
-    done = process("inspect", "builtin:adapter", "--help")
-    assert done.code == 0
+    result = process("inspect", "builtin:adapter", "--help")
+    assert result.code == 0
 
 
 def test_the_library_raises_the_same_error(tmp_path):
     installed(tmp_path, "transformers", "5.22.0")
     code = "import deltamem_tool\ntry: deltamem_tool.attach\nexcept ImportError as error: print(error)"
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("transformers 5.22.0 is installed")
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("transformers 5.22.0 is installed")
     code = "from deltamem_tool import DeltaMemConfig, DeltaMemError; print(DeltaMemConfig().rank)"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout == "8\n"
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout == "8\n"
 
 
 def without(monkeypatch, *names: str) -> None:

@@ -38,7 +38,7 @@ def test_every_plot_follows_the_suffix(tmp_path):
             path.unlink()
 
 
-def test_no_suffix_is_png_and_an_unknown_one_is_refused(tmp_path):
+def test_no_suffix_gives_png_and_an_unknown_one_raises(tmp_path):
     write_picture(Figure(figsize=(1, 1)), tmp_path / "picture", 50)
     assert (tmp_path / "picture").read_bytes().startswith(BEGINS["png"])
     before = listing(tmp_path)

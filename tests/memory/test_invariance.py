@@ -139,16 +139,18 @@ def test_reordered_beams_carry_their_own_history(setup, data):
     pasts = [prompt] * beams
     for step in range(steps):
         length = data.draw(st.integers(1, 3), "length")
-        said = [data.draw(texts(length, length), f"step {step}") for _ in range(beams)]
+        step_texts = [data.draw(texts(length, length), f"step {step}") for _ in range(beams)]
         taken = torch.tensor(data.draw(st.lists(st.integers(0, beams - 1), min_size=beams, max_size=beams), "taken"))
         if ahead and setup.segmented:  # tags of tokens to come are the past's, and move with it
-            cache.segment_tags = Batch.of(said).tags
+            cache.segment_tags = Batch.of(step_texts).tags
         (cache.batch_select_indices if data.draw(st.booleans(), "select") else cache.reorder_cache)(taken)
         if ahead and setup.segmented:
-            said = [replace(row, tags=said[past].tags) for row, past in zip(said, taken.tolist(), strict=True)]
-            assert torch.equal(cache.segment_tags, Batch.of(said).tags)
-        pasts = [pasts[past] + row for row, past in zip(said, taken.tolist(), strict=True)]
-        logits = feed(model, cache, Batch.of(said))
+            step_texts = [
+                replace(row, tags=step_texts[past].tags) for row, past in zip(step_texts, taken.tolist(), strict=True)
+            ]
+            assert torch.equal(cache.segment_tags, Batch.of(step_texts).tags)
+        pasts = [pasts[past] + row for row, past in zip(step_texts, taken.tolist(), strict=True)]
+        logits = feed(model, cache, Batch.of(step_texts))
     for n, past in enumerate(pasts):
         expected, memory = alone(model, past)
         same(logits[n], expected[-length:], f"logits of beam {n}")
@@ -161,11 +163,11 @@ _TREE = {"beams": (1, 4), "steps": (1, 4), "ahead": (0, 1)}
 class Forced(LogitsProcessor):
     """Every beam of a conversation says what it is told to."""
 
-    def __init__(self, said, prompt, beams):
-        self.said, self.prompt, self.beams = torch.tensor(said), prompt, beams
+    def __init__(self, continuations, prompt, beams):
+        self.continuations, self.prompt, self.beams = torch.tensor(continuations), prompt, beams
 
     def __call__(self, input_ids, scores):
-        wanted = self.said[:, input_ids.shape[1] - self.prompt].repeat_interleave(self.beams)
+        wanted = self.continuations[:, input_ids.shape[1] - self.prompt].repeat_interleave(self.beams)
         return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
 
@@ -175,7 +177,7 @@ def test_generate_matches_one_call_over_the_whole_text(setup, prompts, beams, da
     """Prompts of any lengths, of which every beam says the same: its token loop is the whole text in one call. What is
     generated belongs to the open segment, and the last token that is said is not fed."""
     new = data.draw(st.integers(1, 5), "new")
-    said = [
+    continuations = [
         replace(data.draw(texts(new, new), "said"), tags=(SegmentTag.INSIDE,) * new, writes=(True,) * new)
         for _ in prompts
     ]
@@ -186,31 +188,31 @@ def test_generate_matches_one_call_over_the_whole_text(setup, prompts, beams, da
     batch = Batch.padded(prompts, columns)
     room = data.draw(rooms(batch.ids.shape[1] + new), "room")
     cache = new_cache(model, None if starts is None else MemoryState.stack(starts), room)
-    output = _generate(model, cache, setup, batch, said, beams)
-    tokens = torch.tensor([row.tokens for row in said])
+    output = _generate(model, cache, setup, batch, continuations, beams)
+    tokens = torch.tensor([row.tokens for row in continuations])
     assert torch.equal(output.sequences[:, batch.ids.shape[1] :], tokens)
     found = torch.stack(output.logits, dim=1)  # [B·beams, new, vocabulary]
     for n, prompt in enumerate(prompts):
-        whole = prompt + said[n].part(0, -1)
+        whole = prompt + continuations[n].part(0, -1)
         expected, memory = alone(model, whole, None if starts is None else starts[n])
         for beam in range(n * beams, (n + 1) * beams):
             same(found[beam], expected[len(prompt) - 1 :], f"logits of conversation {n}, beam {beam % beams}")
             same_memory(cache.memory, memory, beam)
 
 
-def _generate(model, cache, setup, batch, said, beams):
+def _generate(model, cache, setup, batch, continuations, beams):
     if setup.segmented:
         cache.segment_tags = batch.tags
     return model.generate(
         batch.ids,
         attention_mask=batch.valid.long(),
         cache=cache,
-        max_new_tokens=len(said[0]),
+        max_new_tokens=len(continuations[0]),
         num_beams=beams,
         do_sample=False,
         eos_token_id=NEVER,
         pad_token_id=PAD,
-        logits_processor=[Forced([row.tokens for row in said], batch.ids.shape[1], beams)],
+        logits_processor=[Forced([row.tokens for row in continuations], batch.ids.shape[1], beams)],
         output_logits=True,
         return_dict_in_generate=True,
     )

@@ -100,8 +100,8 @@ def test_norms_cover_every_state(memory):
         assert norms[layer].shape == (3, 2)
         for row in range(3):
             for head in range(2):
-                wanted = state[row, head].double().pow(2).sum().sqrt().item()
-                assert norms[layer][row, head].item() == pytest.approx(wanted, rel=1e-6)
+                expected = state[row, head].double().pow(2).sum().sqrt().item()
+                assert norms[layer][row, head].item() == pytest.approx(expected, rel=1e-6)
     assert not MemoryState({4: torch.zeros(1, 1, 2, 2)}, "mark").norms()[4].any()
 
 

@@ -39,7 +39,7 @@ def test_nothing_is_written_when_the_model_cannot_be_loaded(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     base = replace(BASES[SMOLLM2], fetch=unavailable, size_to_fetch=lambda: "93 MB")
     monkeypatch.setitem(BASES, SMOLLM2, base)
-    done = deltamem("quickstart", "--base", "smollm2")
-    assert done.code == 1 and "There is no network." in done.err and "Traceback" not in done.err
-    assert "is fetched once: 93 MB" in done.err
+    result = deltamem("quickstart", "--base", "smollm2")
+    assert result.code == 1 and "There is no network." in result.err and "Traceback" not in result.err
+    assert "is fetched once: 93 MB" in result.err
     assert list(tmp_path.iterdir()) == []

@@ -79,8 +79,8 @@ def test_a_second_run_does_not_overwrite_the_first(quickstart, deltamem, monkeyp
     folder, _, _ = quickstart
     monkeypatch.chdir(folder)
     before = listing(folder)
-    done = deltamem("quickstart", "--fast", "--out", "run")
-    done.assert_short_error("already exists", "--overwrite", code=1)
+    result = deltamem("quickstart", "--fast", "--out", "run")
+    result.assert_short_error("already exists", "--overwrite", code=1)
     assert listing(folder) == before
 
 
@@ -134,8 +134,8 @@ def test_interrupted_training_is_resumed(tmp_path, monkeypatch):
     change_recipe(monkeypatch, *SMALL, "training.save_every=1")
     change_base(monkeypatch, BACKBONE, facts=(1,), episodes=10, agreement=(1, 10))
 
-    def interrupt(stage, done, of, note):
-        if (stage, done) == ("train", 1):
+    def interrupt(stage, result, of, note):
+        if (stage, result) == ("train", 1):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(DeltaMemError, match="--resume"):

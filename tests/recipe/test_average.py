@@ -34,8 +34,8 @@ def adapters(folder, *options):
 
 def test_weights_are_interpolated_by_the_given_share(tmp_path):
     first, second = adapters(tmp_path, {"rank": 4}, {"rank": 4})
-    done = average(first, second, tmp_path / "between", "--share", 0.25)
-    assert done.returncode == 0, done.stderr
+    result = average(first, second, tmp_path / "between", "--share", 0.25)
+    assert result.returncode == 0, result.stderr
     a, b, between = (read_adapter(folder) for folder in (first, second, tmp_path / "between"))
     assert (between.config, between.base) == (a.config, a.base)
     for name, weight in between.numbers().items():
@@ -46,6 +46,6 @@ def test_weights_are_interpolated_by_the_given_share(tmp_path):
 
 def test_averaging_different_mechanisms_raises(tmp_path):
     first, second = adapters(tmp_path, {"rank": 4}, {"rank": 8})
-    done = average(first, second, tmp_path / "between")
-    assert done.returncode != 0 and "differ in their mechanism" in done.stderr
+    result = average(first, second, tmp_path / "between")
+    assert result.returncode != 0 and "differ in their mechanism" in result.stderr
     assert not (tmp_path / "between").exists()

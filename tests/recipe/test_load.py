@@ -262,8 +262,8 @@ def test_reporting_an_error_does_not_import_transformers(recipe):
         f"try: load_recipe({str(recipe)!r}, ['training.steps=0', 'training.optimizer=adamw_torch'])\n"
         "except ValueError as error: print(error, 'transformers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "must be 1 or more" in done.stdout and done.stdout.endswith("False\n")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "must be 1 or more" in result.stdout and result.stdout.endswith("False\n")
 
 
 def test_a_preset_can_be_changed(recipe):

@@ -58,10 +58,10 @@ def test_the_rows_can_be_read_for_training(script, smollm2, tmp_path):
     out = tmp_path / "own.jsonl"
     command = [sys.executable, RECIPES / f"{script}.py", smollm2, out, "--count", "8", "--new-tokens", "60"]
 
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     exchanges = read_exchanges(out)
     assert exchanges
-    assert f"{len(exchanges)} " in done.stdout
+    assert f"{len(exchanges)} " in result.stdout
     assert all(messages[-1]["role"] == "assistant" for _, messages in exchanges)

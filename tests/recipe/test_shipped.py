@@ -1,4 +1,4 @@
-"""The recipes of this repository: each is read, says how it is run, and is in the installed package."""
+"""The recipes of this repository: each can be read, says how to run it, and is in the installed package."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_the_recipe_for_a_sharded_base_can_be_read():
 def test_the_package_contains_every_recipe():
     names = {f"{model}-{way}" for model in BASES for way in PRESETS}
     assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", SHARDED, *ON_THE_BACKBONE, *ON_SMOLLM2}
-    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    patterns = said["package-data"]["deltamem_tool.recipes"]
-    assert "deltamem_tool.recipes" in said["packages"]
+    setuptools_options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = setuptools_options["package-data"]["deltamem_tool.recipes"]
+    assert "deltamem_tool.recipes" in setuptools_options["packages"]
     for path in RECIPES:
         assert any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
         assert shipped_recipe(path.name).is_file()

@@ -1,4 +1,4 @@
-"""Tokenizers with merges, trained on what the tests of this folder say."""
+"""Tokenizers with merges, trained on the texts of this folder's tests."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ def batch():
     )
 
 
-def fed(model, said, row, memory=None):
+def fed(model, generated, row, memory=None):
     """The memory after one call over the prompt of `row` and all that was said but its last token, which is never fed.
     `said` holds the padding too."""
-    ids = said[None, 6 - ROWS[row].shape[1] : -1]
+    ids = generated[None, 6 - ROWS[row].shape[1] : -1]
     joined = torch.full((1, ids.shape[1] - TAGS[row].shape[1]), SegmentTag.INSIDE)
     return run(model, ids, torch.cat([TAGS[row], joined], dim=1), memory=memory)[1].memory
 

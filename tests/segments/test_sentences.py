@@ -26,8 +26,8 @@ from deltamem_tool.segments.encode import tag_chat
 
 def test_a_message_is_split_into_sentences(words):
     tokenizer = with_template(words, CHATML)
-    said = "\n\nDr. Smith paid $3.5 million, i.e. all.  Is it so? 🐕 好的。是吗？\n\nNew 'paragraph'…\n- item\n"
-    messages = [SYSTEM, user(said), assistant("Yes. No.\n\n"), user(""), assistant(" \n")]
+    text = "\n\nDr. Smith paid $3.5 million, i.e. all.  Is it so? 🐕 好的。是吗？\n\nNew 'paragraph'…\n- item\n"
+    messages = [SYSTEM, user(text), assistant("Yes. No.\n\n"), user(""), assistant(" \n")]
     pieces = [
         ("<|im_start|>system\nBe brief.<|im_end|>\n", None),
         ("<|im_start|>user\n\n\nDr. Smith paid $3.5 million, i.e. all. ", SEGMENT),

@@ -72,11 +72,11 @@ def test_full_context_divergence_matches_its_definition():
     with torch.no_grad():
         step = EpisodeModel(model)
         memory = step.write(batch["write_ids"], batch["write_mask"]).memory
-        said = step.answer(memory.select(batch["rows"]), batch["read_ids"], batch["read_mask"], batch["scored"])
+        logits = step.answer(memory.select(batch["rows"]), batch["read_ids"], batch["read_mask"], batch["scored"])
         detach(model)
         whole = model(batch["full_ids"], attention_mask=batch["full_mask"]).logits
-        wanted = whole.flatten(0, 1)[batch["full_scored"]].double().softmax(-1)
-    by_hand = (wanted * (wanted.log() - said.double().log_softmax(-1))).sum() / len(said)
+        teacher = whole.flatten(0, 1)[batch["full_scored"]].double().softmax(-1)
+    by_hand = (teacher * (teacher.log() - logits.double().log_softmax(-1))).sum() / len(logits)
     assert abs(output["kl"].item() - by_hand.item()) < LOSS_TOLERANCE
     assert abs(output["loss"].item() - output["answer"].item() - output["kl"].item()) < 1e-6
 
@@ -88,9 +88,9 @@ def test_history_divergence_matches_the_equations(chunk):
     batch, means = episode_batch(lengths=(12, 5)), []
     for ids, mask in zip(batch["write_ids"], batch["write_mask"], strict=True):
         history = ids[mask.bool()].tolist()
-        said = naive_run(model, history)[0].log_softmax(-1)
-        wanted = naive_run(model, history, writes=[False] * len(history))[0].log_softmax(-1)
-        means.append((wanted.exp() * (wanted - said)).sum(-1).mean().item())
+        with_memory = naive_run(model, history)[0].log_softmax(-1)
+        without_memory = naive_run(model, history, writes=[False] * len(history))[0].log_softmax(-1)
+        means.append((without_memory.exp() * (without_memory - with_memory)).sum(-1).mean().item())
     output = EpisodeModel(model, ObjectiveOptions(history_kl=0.5), write_chunk=chunk)(**batch)
     expected = sum(means) / len(means)
     assert abs(output["history_kl"].item() - expected) < LOSS_TOLERANCE < 0.01 * expected
@@ -105,9 +105,9 @@ def test_unrelated_divergence_matches_the_equations():
         history = batch["write_ids"][row][batch["write_mask"][row].bool()].tolist()
         exchange = batch["unrelated_ids"][row][batch["unrelated_mask"][row].bool()].tolist()
         reads = [False] * len(exchange)
-        said = naive_run(model, exchange, naive_run(model, history)[1], reads)[0].log_softmax(-1)
-        wanted = naive_run(model, exchange, writes=reads)[0].log_softmax(-1)
-        means.append((wanted.exp() * (wanted - said)).sum(-1)[columns].mean().item())
+        with_memory = naive_run(model, exchange, naive_run(model, history)[1], reads)[0].log_softmax(-1)
+        without_memory = naive_run(model, exchange, writes=reads)[0].log_softmax(-1)
+        means.append((without_memory.exp() * (without_memory - with_memory)).sum(-1)[columns].mean().item())
     output = EpisodeModel(model, ObjectiveOptions(unrelated_kl=0.5))(**batch)
     expected = sum(means) / len(means)
     assert abs(output["unrelated_kl"].item() - expected) < LOSS_TOLERANCE < 0.01 * expected

@@ -51,9 +51,9 @@ def surroundings(**more: str) -> dict[str, str]:
 def launched(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     command = (sys.executable, "-m", *command)
     environment = surroundings(**environment)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
 
 
 TRAIN = ("-m", "deltamem_tool", "train")
@@ -63,14 +63,14 @@ ACCELERATE = ("accelerate.commands.launch", "--config_file", FSDP2, "--num_proce
 OPTIONS = {"steps": STEPS, "save_every": 2, "eval_every": 2, "eval_episodes": 4}
 
 
-def killed(*command: str, folder: Path, run: Path, said: Path, **environment: str) -> None:
+def killed(*command: str, folder: Path, run: Path, output_file: Path, **environment: str) -> None:
     """Start what `launched` would run to its end, and kill it when its second checkpoint is there."""
-    with said.open("wb") as file:
+    with output_file.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *command], cwd=folder, env=surroundings(**environment), stderr=file
         )
     while len(checkpoints(run)) < 2:
-        assert process.poll() is None, said.read_text()
+        assert process.poll() is None, output_file.read_text()
         time.sleep(0.01)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
@@ -83,13 +83,13 @@ def test_two_processes_match_one(checkpoint, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     train(load_recipe(write_recipe(tmp_path / "one", checkpoint, batch=4, **OPTIONS)))
-    folder, run, said = tmp_path / "two", tmp_path / "two" / "adapter.run", tmp_path / "said"
+    folder, run, output_file = tmp_path / "two", tmp_path / "two" / "adapter.run", tmp_path / "said"
     recipe = str(write_recipe(folder, checkpoint, batch=2, **OPTIONS))
-    killed(*TORCHRUN, recipe, folder=folder, run=run, said=said)
+    killed(*TORCHRUN, recipe, folder=folder, run=run, output_file=output_file)
     assert not (folder / "adapter").exists()
-    done = launched(*ACCELERATE, *TRAIN, recipe, "--resume", "--json", folder=folder)
-    assert "Each of 2 processes holds" in done.stderr
-    assert json.loads(done.stdout)["steps"] == STEPS
+    result = launched(*ACCELERATE, *TRAIN, recipe, "--resume", "--json", folder=folder)
+    assert "Each of 2 processes holds" in result.stderr
+    assert json.loads(result.stdout)["steps"] == STEPS
     adapters = [tmp_path / name / "adapter" for name in ("one", "two")]
     expected, found = (load_file(adapter / WEIGHTS_FILE) for adapter in adapters)
     for name, weight in expected.items():

@@ -39,10 +39,10 @@ TYPES = [*((case, dtype) for case in CASES for dtype in (torch.float32, torch.bf
 def test_every_reference_adapter_round_trips(case, dtype, tmp_path):
     source = writable(FOLDER / case / "adapter", tmp_path / "source")
     change_tensors(source, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    done = convert(source, tmp_path / "ours", base=str(FOLDER / case / "base"))
-    assert done.dtypes == (str(dtype).removeprefix("torch."),) and done.format == "deltamem"
+    result = convert(source, tmp_path / "ours", base=str(FOLDER / case / "base"))
+    assert result.dtypes == (str(dtype).removeprefix("torch."),) and result.format == "deltamem"
     ours = read_adapter(tmp_path / "ours")
-    assert done.parameters == ours.num_parameters()
+    assert result.parameters == ours.num_parameters()
     theirs = read_tensors(source)
     for name, tensor in weights_of(ours).items():
         _, layer, own = name.split(".", 2)
@@ -50,7 +50,7 @@ def test_every_reference_adapter_round_trips(case, dtype, tmp_path):
         assert torch.equal(tensor, theirs[f"model.layers.{layer}.self_attn.{original}"].float())
     back = convert(tmp_path / "ours", tmp_path / "back", to="reference")
     assert_same_adapter(tmp_path / "back", source)
-    assert back.dtypes == done.dtypes and back.base == done.base
+    assert back.dtypes == result.dtypes and back.base == result.base
     assert back.parameters == sum(tensor.numel() for tensor in theirs.values())
 
 
@@ -59,8 +59,8 @@ def test_weights_of_several_dtypes_round_trip(reference, tmp_path):
         return {name: tensor.bfloat16() if "proj" in name else tensor for name, tensor in tensors.items()}
 
     change_tensors(reference, mixed)
-    done = convert(reference, tmp_path / "ours", base=BASE)
-    assert done.dtypes == ("bfloat16", "float32")
+    result = convert(reference, tmp_path / "ours", base=BASE)
+    assert result.dtypes == ("bfloat16", "float32")
     convert(tmp_path / "ours", tmp_path / "back", to="reference")
     assert_same_adapter(tmp_path / "back", reference)
 
@@ -118,8 +118,8 @@ def test_every_adapter_of_our_format_round_trips(name, options, bases, tmp_path)
     config = DeltaMemConfig(**{"rank": 4, **options})
     randomise(attach(model, config))
     save_adapter(model, tmp_path / "ours")
-    done = convert(tmp_path / "ours", tmp_path / "reference", to="reference")
-    assert done.dtypes == ("float32",)
+    result = convert(tmp_path / "ours", tmp_path / "reference", to="reference")
+    assert result.dtypes == ("float32",)
     said = json.loads((tmp_path / "reference" / REFERENCE_CONFIG).read_text())
     assert list(said) == list(DEFAULTS)
     of_off = [name for name in read_tensors(tmp_path / "reference") if name.split(".")[-1] in off(config)]
@@ -176,8 +176,8 @@ def test_weights_trained_after_conversion_are_not_rounded(reference, tmp_path):
     tensors = load_file(tmp_path / "ours" / WEIGHTS_FILE)
     tensors["layers.1.query.weight"] += 1e-6
     save_file(tensors, tmp_path / "ours" / WEIGHTS_FILE)
-    done = convert(tmp_path / "ours", tmp_path / "back", to="reference")
-    assert done.dtypes == ("float32",)
+    result = convert(tmp_path / "ours", tmp_path / "back", to="reference")
+    assert result.dtypes == ("float32",)
     assert torch.equal(read_tensors(tmp_path / "back")[QUERY], tensors["layers.1.query.weight"])
 
 

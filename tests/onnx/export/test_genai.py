@@ -255,14 +255,14 @@ def chat(folder: Path, memory: Path, questions) -> str:
     """The program of the docs, fed `questions`; what it prints."""
     program = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[-1]
     assert len(program.splitlines()) < 30 and "deltamem_tool" not in program
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program, str(folder), str(memory)],
         input="\n".join(questions) + "\n",
         capture_output=True,
         encoding="utf-8",
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_the_program_of_the_docs_chats_and_remembers(model, tokenizer, folder, tmp_path):

@@ -72,8 +72,8 @@ def test_the_manifest_records_the_quantisation_error(llama, no_tracing_of_llama,
 def test_progress_counts_calls_and_matrices(llama, no_tracing_of_llama, tmp_path):
     progress: dict[str, list[tuple[int, int]]] = {}
 
-    def note(stage, done, of):
-        progress.setdefault(stage, []).append((done, of))
+    def note(stage, result, of):
+        progress.setdefault(stage, []).append((result, of))
 
     export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", logits="all", quantize=INT8, progress=note)
     counted = {stage: counts for stage, counts in progress.items() if len(counts) > 1}

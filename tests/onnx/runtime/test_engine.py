@@ -256,15 +256,15 @@ def test_a_conversation_is_the_same_in_both_runtimes(exported, tmp_path):
     """Turns, undo, a full window, a batch, and memories that go from one to the other with their open segments."""
     stop_tokens = frozenset(range(0, 256, 9))
     conversations = [Conversation(engine, window=170) for engine in both(exported, stop_tokens)]
-    said = []
+    replies = []
     for conversation in conversations:
         answers = [conversation.generate([{"role": "system", "content": "Hi."}, USER], Sampling(6))]
         answers += [conversation.generate(turn, Sampling(6)) for turn in (*TURNS, *TURNS)]
         assert conversation.context.dropped > 0
         assert conversation.undo() and conversation.undo()
         answers.append(conversation.generate("Go on", Sampling(6, stop=("z",), repetition_penalty=1.5)))
-        said.append((answers, conversation.messages, conversation.context))
-    assert said[0] == said[1]
+        replies.append((answers, conversation.messages, conversation.context))
+    assert replies[0] == replies[1]
     in_onnx, in_torch = (conversation.memory for conversation in conversations)
     assert_close(in_onnx, memory_of(in_torch))
 

@@ -1,4 +1,4 @@
-"""The configuration for onnxruntime-genai, which this package writes and never reads: what a stranger's may say."""
+"""The configuration for onnxruntime-genai, which this package writes and never reads: validation of untrusted files."""
 
 from __future__ import annotations
 

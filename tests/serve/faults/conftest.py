@@ -17,8 +17,8 @@ def folder(tmp_path_factory) -> Path:
 
     def export(out: Path) -> None:
         command = [sys.executable, "-m", "deltamem_tool", "export", "builtin:adapter", "--out", str(out / "onnx")]
-        done = run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        result = run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
 
     return folder_once(tmp_path_factory, "served", export) / "onnx"
 

@@ -1,4 +1,4 @@
-"""`deltamem serve` as a process of its own, which can be killed, told to end, and started again at the same port."""
+"""`deltamem serve` as a separate process that can be killed, terminated, and restarted on the same port."""
 
 from __future__ import annotations
 
