@@ -173,14 +173,6 @@ def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
 
 
-def test_a_symbolic_link_is_followed(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with atomic_folder(tmp_path / "link") as staged:
-        (staged / "new").write_text("new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "new").read_text() == "new"
-
-
 def test_the_base_is_never_overwritten(tmp_path):
     base = save_checkpoint(tmp_path / "base")
     before = listing(tmp_path)

@@ -32,11 +32,12 @@ OTHER = 12345  # nobody's number
 needs_root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
 
 
-def test_links_are_followed(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_are_followed(tmp_path, overwrite):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert resolve(tmp_path / "link" / "new") == (tmp_path / "real" / "new").resolve()
-    with atomic_folder(tmp_path / "link", overwrite=True) as staged:
+    with atomic_folder(tmp_path / "link", overwrite=overwrite) as staged:
         (staged / "file").write_text("x")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_text() == "x"
 
