@@ -16,7 +16,7 @@ from torch import nn
 from deltamem_tool import _compat
 from deltamem_tool._compat import BORROWED
 
-# What each name is for
+# The checks of each name
 
 
 def _counts_as_a_loop() -> bool:

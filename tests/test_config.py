@@ -258,7 +258,7 @@ def test_a_preset_can_be_changed():
         DeltaMemConfig.preset("tsw", granuarity="message")
 
 
-# What is refused.
+# Invalid options.
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_progress_is_shown_where_transformers_shows_its_own(gguf, capfd):
     assert shown == [True, False]
 
 
-# What cannot be read
+# Files that cannot be read
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_pushing_without_a_token_asks_to_log_in(hub, deltamem, adapter):
     assert not hub.repositories
 
 
-# What processes of their own make of the variables
+# Environment variables, in separate processes
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def sent(hub):
     return [(line["key"], line["value"]["path"]) for line in lines[1:]]
 
 
-# What it keeps
+# Stored content
 
 
 def test_committed_files_are_read_back(hub, api, tmp_path):
@@ -129,7 +129,7 @@ def test_datasets_are_apart_from_models(hub, api):
     assert hub.files_at(REPO, repo_type="dataset")["a.parquet"] == WEIGHTS and not hub.files_at(REPO)
 
 
-# What is sent
+# Uploads
 
 
 def test_existing_files_are_not_sent_again(hub, api):
@@ -181,7 +181,7 @@ def test_a_commit_on_an_outdated_parent_conflicts(hub, api):
     assert hub.files_at(REPO) == {"a.txt": b"2"}
 
 
-# What it refuses
+# Rejected requests
 
 
 def test_only_permitted_users_may_write(hub, api):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.memory.attach import adapter_of
 
-# What a token is to the segments of a text.
+# The role of a token in the segments of a text.
 OUTSIDE, INSIDE, LAST = 0, 1, 2
 
 

@@ -129,7 +129,7 @@ def test_unsupported_requests_fail_the_test():
             httpx2.post(f"{server.endpoint}/api/repos/create", content=b"{", headers=headers)
 
 
-# Who sees it
+# Isolation from other Hubs
 
 
 def test_this_process_reaches_no_other_hub(hub):

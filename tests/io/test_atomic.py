@@ -56,7 +56,7 @@ def test_circular_links_raise(tmp_path, write):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-# What a file is besides its content
+# Attributes of files
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
@@ -196,7 +196,7 @@ def test_a_pipe_is_written_to(tmp_path):
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"new"
 
 
-# What a program leaves that is killed
+# Leftovers of killed programs
 
 
 def test_leftovers_of_a_killed_program_are_removed_on_the_next_write(tmp_path):
@@ -218,7 +218,7 @@ def test_leftovers_of_a_killed_program_are_removed_on_the_next_write(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"onnx", "other", ".onnx.backup-1"}
 
 
-# What comes to be in the meantime
+# Folders created or exchanged meanwhile
 
 
 @pytest.mark.parametrize("there_before", [True, False])

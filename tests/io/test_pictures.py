@@ -12,7 +12,7 @@ from deltamem_tool.evaluation.report.tables import plot_losses
 from deltamem_tool.io.pictures import FORMATS, picture_format, write_picture
 from deltamem_tool.memory.plot import plot_difference, plot_memory
 
-# What a file of each format begins with.
+# The first bytes of a file of each format.
 BEGINS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF", "jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff"}
 BEGINS |= {"webp": b"RIFF", "tif": b"II*", "tiff": b"II*", "eps": b"%!PS-Adobe-3.0 EPSF", "ps": b"%!PS"}
 

@@ -121,7 +121,7 @@ def test_every_update_rule_matches_the_equations(rule, state_heads):
 
 
 def test_update_rules_give_different_results():
-    """The comparison above would fail if a rule were taken for another."""
+    """So the comparison above fails if a rule is taken for another."""
     ids = tokens(1, 10)
     states = {rule: run(patched_model(update_rule=rule), ids)[1].memory.layers[1] for rule in RULES}
     for rule, other in (RULES[:2], RULES[1:], RULES[::2]):

@@ -29,7 +29,7 @@ from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateErro
 from deltamem_tool.memory import attach as memory_attach
 from deltamem_tool.memory.attach import adapter_of
 
-# What does not fit raises.
+# Invalid input raises.
 
 
 def test_attaching_a_second_memory_raises():
@@ -50,7 +50,7 @@ def test_objects_that_are_not_models_raise(model):
 
 @pytest.mark.parametrize("where", ["hook_layers", "hook_decoder", "override", "override_methods"])
 def test_a_failed_attach_leaves_the_model_unchanged(where, monkeypatch):
-    """Half of it is done, whatever it is that fails then."""
+    """Whichever step fails, and whatever was done before it is undone."""
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
     before, attributes, expected = fingerprint_of_base(model), set(vars(model)), logits(model)
@@ -295,7 +295,7 @@ def test_interleaved_conversations_do_not_mix():
 
 
 def test_a_nested_call_keeps_both_conversations_apart():
-    """What an agent's tool or a judge in a hook does: the inner conversation ends, the outer one goes on."""
+    """As in an agent's tool or a judge in a hook: the inner conversation ends, and the outer one continues."""
     outer, inner = patched_model(), patched_model("llama", seed=1)
     ids = tokens(1, 6)
     expected, cache = run(outer, ids)

@@ -72,7 +72,7 @@ def test_greedy_decoding_matches_a_token_loop(name, options):
 
 
 def test_the_memory_changes_the_generated_tokens():
-    """Otherwise the tests here would pass without one."""
+    """Without this, the tests here would also pass without a memory."""
     model, ids = patched_model(), tokens(1, 6)
     start = memory_of(model, tokens(1, 20, seed=4))
     plain = model.generate(ids, **settings())
@@ -201,7 +201,7 @@ def _log_probabilities(model, sequences, start):
 
 
 def _ends_early(model, rows, memory=None):
-    """A stop token that one row says early and another does not say at all."""
+    """A stop token that one row generates early and another never."""
     answers = [
         continue_alone(model, ids, None if memory is None else memory.select([n]))[0] for n, ids in enumerate(rows)
     ]
@@ -233,7 +233,7 @@ def test_a_row_that_ends_early_has_the_memory_it_has_alone(pad_is_end, loaded):
 
 
 def test_writing_padding_after_the_end_would_change_the_memory():
-    """The test above feeds a finished row for several steps, or it shows nothing."""
+    """Check that the test above can fail: a finished row is fed for several steps."""
     model = patched_model()
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
     end = _ends_early(model, rows)

@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def learns(model) -> None:
-    """A training step changes every weight of the adapter, and its fingerprint."""
+    """Check that a training step changes every weight of the adapter, and its fingerprint."""
     adapter, ids = adapter_of(model), tokens(1, 6)
     before = adapter.fingerprint
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)

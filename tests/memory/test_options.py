@@ -215,7 +215,7 @@ def test_every_parameter_gets_a_gradient(seed):
             assert gradient.any(), name
 
 
-# What an option does to the numbers, beside the equations.
+# Effects of single options on the results.
 
 
 @pytest.mark.parametrize("state_heads", [1, 3])

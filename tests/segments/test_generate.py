@@ -72,7 +72,7 @@ def test_the_answer_continues_the_segment_opened_by_its_prompt(name, started):
 
 @started
 def test_the_tags_change_the_generated_tokens(model, started):
-    """Otherwise the tests here would pass without them."""
+    """Without this, the tests here would also pass without tags."""
     start = start_of(model).select([0]) if started else None
     generated = []
     for tags in (TAGS[0], torch.tensor([[2, 2, 2, 2, 2, 2]]), None):
@@ -191,7 +191,7 @@ def test_every_returned_sequence_has_its_own_open_segment(model, started):
         close_memory(cache.memory.select([n]), expected)
 
 
-# What does not fit raises.
+# Invalid input raises.
 
 
 def test_generating_without_a_cache_raises_since_there_are_no_tags(model):

@@ -59,7 +59,7 @@ def test_tags_are_consumed_with_their_tokens(model):
     assert cache.segment_tags is None
 
 
-# Who reads and writes what.
+# Which tokens read and write.
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(peak_bytes, "step_peaks", lambda *_: {"forward": 1})
 
 
-# What a run then does
+# Agreement with the real run
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])

@@ -27,7 +27,7 @@ def recipe(checkpoint, tmp_path):
 
 
 def interrupt_after(last):
-    """A report that is Ctrl-C after step `last`."""
+    """A report callback that raises KeyboardInterrupt after step `last`."""
 
     def report(step, *_):
         if step == last:

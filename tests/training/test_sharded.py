@@ -36,7 +36,7 @@ def with_training(recipe: Recipe, **training) -> Recipe:
 
 
 def shared(recipe: Recipe, out: Path) -> Recipe:
-    """The same run on two processes that share the base."""
+    """The same run on two processes that shard the base."""
     batch = recipe.training.batch_size // PROCESSES
     return dataclasses.replace(with_training(recipe, batch_size=batch, shard="fsdp2"), out=str(out))
 

@@ -197,7 +197,7 @@ def test_a_template_without_system_prompts_gets_none(recipe, tokenizer):
         run_data(changed_recipe, refusing, "token", 1)
 
 
-# What is left of a run
+# Files written by a run
 
 
 def test_the_summary_records_the_training_options(recipe, tmp_path):
@@ -254,7 +254,7 @@ def test_the_dataset_receives_the_epoch(recipe, monkeypatch):
     assert sorted(set(epochs)) == [0, 1]
 
 
-# What goes wrong
+# Errors
 
 
 def test_a_diverged_run_reports_step_rows_and_gates(recipe, monkeypatch, tmp_path):

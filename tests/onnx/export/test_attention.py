@@ -104,7 +104,7 @@ def test_a_long_window_is_detected_with_a_short_text():
     assert model.config.attention_chunk_size == size
 
 
-# What each has that the others have not.
+# The features specific to each model.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type",

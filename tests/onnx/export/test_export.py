@@ -175,7 +175,7 @@ def test_the_write_mask_applies_per_token(qwen3):
 
 
 def test_the_memory_changes_the_logits(qwen3):
-    """Or the comparisons above would compare two base models."""
+    """Otherwise the comparisons above would compare two base models."""
     runtime = OnnxModel(qwen3.folder)
     ids, mask, write = np.full((1, 1), 65), np.ones((1, 1), np.int64), np.ones((1, 1), bool)
     states = {i: np.ones((1, 2, 4, 4), np.float32) for i in (0, 1)}
