@@ -115,7 +115,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: collecting garbage need not look at it again, all of a million objects."""
+    """Exclude everything imported so far, about a million objects, from garbage collection."""
     import torch
 
     torch.set_num_threads(1)

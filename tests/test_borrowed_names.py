@@ -55,7 +55,7 @@ PRIVATE = re.compile(r"_[a-z]\w*")
 
 
 def borrowed_in(source: str) -> list[str]:
-    """What a file takes from `LIBRARIES` that is private or can move, as `line: name`."""
+    """Private or movable names that a file uses from `LIBRARIES`, as `line: name`."""
     tree = ast.parse(source)
     return sorted({f"{line}: {name}" for line, name in (*_imports(tree), *_arguments(tree), *_attributes(tree))})
 
@@ -131,7 +131,7 @@ OWN = _defined()
 
 
 def _imported() -> set[str]:
-    """What is imported from `_compat`."""
+    """The names imported from `_compat`."""
     nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == _compat.__name__]
     return {alias.name for node in imports for alias in node.names}

@@ -89,7 +89,7 @@ def test_weight_names_without_the_model_prefix(tmp_path):
 
 
 def test_a_single_file_takes_precedence_over_an_index(tmp_path):
-    """As in transformers: what is looked at is what is loaded."""
+    """As in transformers: the file that is inspected is the one that is loaded."""
     whole(tiny_model(seed=1), in_pieces(tiny_model(seed=0), tmp_path / "pieces"))
     base = in_pieces(tiny_model(seed=0), tmp_path / "base")
     index = base / "model.safetensors.index.json"

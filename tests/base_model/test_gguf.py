@@ -52,7 +52,7 @@ def test_a_loaded_file_computes_what_the_original_does(name, tied, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_create_adapter_equals_attach_on_the_loaded_model(name, kind, tmp_path):
-    """Of the model that transformers loads by itself; bit by bit, in every format."""
+    """On the model that transformers itself loads; bit for bit, in every format."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, name, kind=kind, **OPTIONS[name])
     torch.manual_seed(7)

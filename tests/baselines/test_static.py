@@ -91,7 +91,7 @@ def test_a_static_adapter_adds_the_same_to_every_token(options, model_type):
 
 
 def test_answers_do_not_depend_on_the_history(model, tokenizer, checkpoint, folder):
-    """As its own model does that was given nothing but the question."""
+    """Equal to the answers of a model that sees only the question."""
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=Static.read(folder))
     alone = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     Static.read(folder).adapter_for(alone).attach_to(alone)

@@ -29,7 +29,7 @@ FEW = Questions((1,), 2)
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_a_shipped_ablation_is_valid(file):
-    """It says its command, and no two of its variants are the same run."""
+    """The file names its command, and no two of its variants are the same run."""
     header = re.match(r"(?:#.*\n)+", file.read_text(encoding="utf-8"))
     assert header is not None
     assert f"#   python benchmarks/ablate.py recipes/ablations/{file.name} --out ablations" in header[0]

@@ -16,7 +16,7 @@ from deltamem_tool.memory.file import StoredMemory
 
 @pytest.fixture(scope="module")
 def memories(engine):
-    """Of two conversations, one a row."""
+    """The memories of two conversations, one per row."""
     found = []
     for turn in TURNS[:2]:
         conversation = Conversation(engine)

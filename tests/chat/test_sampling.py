@@ -98,7 +98,7 @@ def test_processors_run_in_the_order_of_generate():
 
 
 def test_drawn_tokens_have_the_expected_probabilities():
-    """Of 20,000 draws, each token's share is within five standard deviations."""
+    """In 20,000 draws, each token's share is within five standard deviations."""
     draws, scores = 20_000, logits(0)
     sampling = Sampling(temperature=1.5, top_k=6, seed=0)
     chances = of_the_package(scores, sampling)

@@ -133,7 +133,7 @@ def wrong_files(folder: Path) -> None:
 
 
 def special_files(folder: Path) -> None:
-    """What cannot be copied."""
+    """Special files that cannot be copied."""
     os.mkfifo(folder / "fifo")
     for name in ("unreadable.json", "unreadable.safetensors"):
         (folder / name).write_bytes(b"{}")

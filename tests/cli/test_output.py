@@ -112,7 +112,7 @@ def test_a_chat_prints_in_every_encoding(monkeypatch, encoding):
 
 
 def shown(monkeypatch, is_terminal, **environment):
-    """What a table and an error look like on such an output."""
+    """How a table and an error are printed on such an output."""
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")

@@ -53,7 +53,7 @@ def question_in(text):
 
 
 def answer_in(text):
-    """What an answer says, or that it does not know."""
+    """The fact that an answer states, or that it does not know."""
     return next(_read(text, UNKNOWN, _open), None) or next(_read(text, ANSWERS, _fact), None)
 
 

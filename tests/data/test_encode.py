@@ -36,7 +36,7 @@ def scored(exchange):
 
 
 def pairs(encoded, name="exchanges"):
-    """Of all exchanges: what was said, and how it is encoded."""
+    """All exchanges, each with its encoding."""
     for episode, each in zip(EPISODES, encoded, strict=True):
         yield from zip(episode.exchanges, getattr(each, name), strict=True)
 
@@ -285,7 +285,7 @@ def test_a_template_that_rewrites_the_prompt_is_encoded_as_in_a_chat(tokenizer, 
 
 @pytest.mark.parametrize("opening", ["", "<think>"])
 def test_an_answer_shortened_by_the_template_is_named(tokenizer, opening):
-    """As templates do that drop the thinking of every answer, the last one's too."""
+    """As with templates that drop the thinking of every answer, including the last."""
     source = tokenizer.chat_template.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
     other = with_template(tokenizer, source.replace("<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"))
     thinking = [*TALK[:3], assistant("<think>A dog.</think> Rex.")]

@@ -129,7 +129,7 @@ def build(folder: Path) -> Image:
 
 
 def untested() -> list[str]:
-    """What is installed here in a version that the image would not have."""
+    """Packages installed here in a version that the image would not have."""
     names = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]

@@ -33,7 +33,7 @@ def reading(tokenizer, positions=None) -> Subject:
 
 
 class Asked:
-    """Whatever items it is given."""
+    """A task over the items that it receives."""
 
     name = "asked"
     metrics = ("exact", "f1")

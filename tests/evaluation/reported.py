@@ -65,7 +65,7 @@ def kept(
 
 
 def reported(folder: Path, found: Evaluation, run: Mapping[str, Any] | None = None) -> Path:
-    """What it leaves with --report."""
+    """The folder that `deltamem eval --report` writes."""
     evaluation = json.loads((kept(folder, found, run=run) / EVALUATION_FILE).read_text())
     write_report(folder, evaluation, found.records)
     return folder

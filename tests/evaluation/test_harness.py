@@ -238,7 +238,7 @@ def test_nan_logits_raise(folder, tokenizer, task):
 
 @pytest.mark.parametrize("kind", ["lora", "static"])
 def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, checkpoint, prepared, folder, tmp_path):
-    """As it answers alone."""
+    """It answers as it does alone."""
     model, base = (AutoModelForCausalLM.from_pretrained(checkpoint).eval() for _ in range(2))
     config = DeltaMemConfig(rank=4)
     randomise(attach(model, config))
@@ -290,7 +290,7 @@ def test_the_eval_command_runs_a_harness_task(tmp_path, folder, checkpoint):
 
 
 def test_unknown_tokens_may_pad_but_raise_in_a_prompt(model, tokenizer, folder, found, prepared):
-    """As padding they do no harm; in a prompt they are named."""
+    """They are harmless as padding, and named in the error when a prompt has them."""
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
     assert evaluate_harness(model, other, prepared, batch_size=3).records == found.records

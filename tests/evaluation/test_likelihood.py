@@ -55,7 +55,7 @@ def mean(memories):
 
 
 def swapped(memory):
-    """Of two layers: there is one way to permute them."""
+    """The memory with its two layers exchanged: the only permutation of two."""
     first, second = memory.layers
     states = {first: memory.layers[second], second: memory.layers[first]}
     return MemoryState(states, memory.adapter, memory.open_segments)

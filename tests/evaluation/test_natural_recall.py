@@ -17,7 +17,7 @@ KIND = {**IS, **PREFERRED}
 
 
 def statements_of(item):
-    """What the user states, in order, in all sessions."""
+    """The facts that the user states, in order, in all sessions."""
     users = [message["content"] for session in item.history for message in session if message["role"] == "user"]
     return [spoken for text in users if text not in REMARKS for spoken in statements_in(text) or []]
 

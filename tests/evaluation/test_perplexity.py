@@ -238,7 +238,7 @@ def test_records_without_token_counts_are_ignored(tmp_path):
 
 
 def test_memories_can_come_from_other_conversations(talks, tmp_path):
-    """What is in view and what is scored stays, and each conversation has one memory."""
+    """Context and scored turns are unchanged, and each conversation has one memory."""
     own = find_task("perplexity", {"data": talks, "turns": 2}).items()
     (tmp_path / "others.jsonl").write_text(
         json.dumps({"history": "My cat is Tom.", "prompt": "Hi.", "response": "Hello."})

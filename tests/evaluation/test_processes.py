@@ -83,7 +83,7 @@ def kill(process: subprocess.Popen) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What is in each file of a report, without what is of one run."""
+    """The contents of each file of a report, without the entries that differ between runs."""
     return {path.name: OF_ONE_RUN.sub(b"", path.read_bytes()) for path in folder.iterdir()}
 
 

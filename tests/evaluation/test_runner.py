@@ -36,7 +36,7 @@ def answers(found, condition):
 
 
 def plain(tokenizer, task, context, name="qwen3"):
-    """What the same base says that never had a memory, one question at a time."""
+    """Answers of the same base without any memory, one question at a time."""
     base, answers = tiny_model(name, vocab_size=len(tokenizer)), []
     for each in task.items():
         history = [message for session in each.history for message in session] if context else []
@@ -254,7 +254,7 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_asked(tokenizer, m
 
 
 def test_an_item_can_limit_the_length_of_its_answer(model, tokenizer, task):
-    """As if all answers of the task were so short; the others are as long as they were."""
+    """Its answer equals that of a task with this limit for all; the other answers are unchanged."""
     short = Asked(task.items())
     short.max_new_tokens = 2
     mixed = Asked([replace(each, new_tokens=2 if number % 2 else None) for number, each in enumerate(task.items())])

@@ -82,7 +82,7 @@ def test_the_verdict_in_words():
 
 
 def test_an_interval_is_compared_with_a_margin():
-    """It is the whole interval that counts, on either side of 0; its ends may touch the margin from within."""
+    """The whole interval counts, on either side of 0; its ends may touch the margin from within."""
     for low, high, place in (
         (0.11, 0.3, BEYOND),
         (-0.3, -0.11, BEYOND),

@@ -31,7 +31,7 @@ def answers(found, condition):
 
 
 def memories(model, tokenizer, task):
-    """Of each item's history, and zeros."""
+    """The memory of each item's history, and zeros."""
     subject = Subject.from_model(model, tokenizer)
     own = [in_torch(memorise(subject, [each.history])) for each in task.items()]
     return {"state": own, "zero_state": [adapter_of(model).empty_memory(1)] * len(own)}

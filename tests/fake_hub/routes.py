@@ -26,7 +26,7 @@ STORAGE = ("/upload/", "/download/")  # what the storage answers, the Hub does n
 
 @dataclass(frozen=True)
 class Account:
-    """Whose a token is and what it may do."""
+    """The owner of a token and its permissions."""
 
     name: str
     role: str = "write"  # or read
@@ -45,7 +45,7 @@ def route(method: str, template: str) -> Callable[[_Route], _Route]:
 
 
 def dispatch(hub: HubServer, request: Request) -> Reply:
-    """What is answered to a request; what is not modelled is 501, which no client tries again."""
+    """The reply to a request; requests that are not modelled get 501, which no client retries."""
     asked = "GET" if request.method == "HEAD" else request.method
     if request.storage == request.raw_path.startswith(STORAGE):
         for method, pattern, answer in _routes:
@@ -56,7 +56,7 @@ def dispatch(hub: HubServer, request: Request) -> Reply:
 
 
 def account(hub: HubServer, request: Request) -> Account | None:
-    """Who asks; None without a token."""
+    """The account of a request; None without a token."""
     token = request.headers.get("Authorization", "").removeprefix("Bearer ")
     if token and token not in hub.tokens:
         raise HubError(401, "Invalid credentials in Authorization header")
@@ -89,7 +89,7 @@ def downloadable(hub: HubServer, request: Request, kind: str | None, name: str) 
 
 
 def writer(hub: HubServer, request: Request) -> Account:
-    """Who asks, if it is someone who may write at all."""
+    """The account of a request, if it may write at all."""
     who = account(hub, request)
     if who is None:
         raise HubError(401, "Invalid username or password.")

@@ -25,7 +25,7 @@ PULL_REQUEST = "refs/pr/"
 
 
 class HubError(Exception):
-    """What the Hub refuses; `code` is its X-Error-Code, by which the client chooses the exception."""
+    """An error of the Hub; `code` is its X-Error-Code, by which the client chooses the exception."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] = MappingProxyType({})
@@ -35,7 +35,7 @@ class HubError(Exception):
 
 
 def git_oid(kind: str, content: bytes) -> str:
-    """What `git hash-object` says."""
+    """The id that `git hash-object` prints."""
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).hexdigest()
 
 
@@ -75,7 +75,7 @@ class Blob:
         return len(self.content)
 
     def entry(self, path: str) -> dict[str, Any]:
-        """As a tree lists it."""
+        """The entry of the file in a tree listing."""
         large = {"oid": self.sha256, "size": self.size, "pointerSize": len(self.pointer)}
         return {"type": "file", "oid": self.oid, "size": self.size, "path": path} | ({"lfs": large} if self.lfs else {})
 

@@ -30,7 +30,7 @@ def api(hub):
 
 
 def sent(hub):
-    """What the last commit carried: the kind of each line and its path."""
+    """The content of the last commit: the kind of each line and its path."""
     lines = [json.loads(line) for line in hub.asked("POST .*/commit/")[-1].body.splitlines()]
     return [(line["key"], line["value"]["path"]) for line in lines[1:]]
 

@@ -149,7 +149,7 @@ class Builder:
             _copy_tree(source, target / source.name if into and source.is_file() else target)
 
     def _sent(self, name: str) -> Path:
-        """What of `name` reaches a build."""
+        """The files of `name` that are sent to a build."""
         for file in sent(self.context, name):
             at = self.folder / "context" / file.relative_to(self.context)
             at.parent.mkdir(parents=True, exist_ok=True)

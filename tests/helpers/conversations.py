@@ -240,7 +240,7 @@ def feed(
 
 
 def alone(model: PreTrainedModel, text: Text, memory: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-    """What every other way is held against: one conversation, one call. Logits `[T, vocabulary]`, and the memory."""
+    """The reference for all other ways: one conversation in one call. Logits `[T, vocabulary]`, and the memory."""
     cache = MemoryCache(model, memory=memory)
     return feed(model, cache, Batch.of([text]))[0], cache.memory
 

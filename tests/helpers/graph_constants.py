@@ -21,6 +21,6 @@ def constants(folder: Path) -> dict[str, np.ndarray]:
 
 
 def columns(folder: Path) -> set[bytes]:
-    """Of every float32 matrix."""
+    """The columns of every float32 matrix."""
     matrices = [array for array in constants(folder).values() if array.dtype == np.float32 and array.ndim == 2]
     return {column.tobytes() for matrix in matrices for column in matrix.T}

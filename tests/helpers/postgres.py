@@ -89,7 +89,7 @@ def _programs() -> Path:
 
 
 def _account() -> str:
-    """Who runs the server."""
+    """The account that runs the server."""
     if os.geteuid() != 0:
         return getpass.getuser()
     known = {entry.pw_name for entry in pwd.getpwall()}

@@ -123,7 +123,7 @@ def listing(folder: Path) -> dict[str, int]:
 
 
 def as_bin(model, folder: Path, pieces: int = 1, zipped: bool = True) -> Path:
-    """What people saved before safetensors."""
+    """Save a checkpoint in torch's format, as before safetensors."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     weights = dict(model.state_dict())

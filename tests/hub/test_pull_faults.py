@@ -43,7 +43,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def refused(out: Path | None) -> HubError:
-    """What a pull says that goes wrong; nothing is left where it should have gone."""
+    """The error of a failed pull; check that nothing is left at its destination."""
     with pytest.raises(HubError) as caught:
         pull(REPO, out=out)
     error = caught.value
@@ -74,7 +74,7 @@ def test_temporary_faults_are_retried(at_hub):
 
 @pytest.mark.parametrize("path", ["deltamem.safetensors", "onnx/model.onnx.data", "training.json"])
 def test_wrong_content_is_detected(at_hub, tmp_path, path):
-    """Of the right size, which is all that the client looks at."""
+    """Content of the right size, which is all that the client checks."""
     right = at_hub.files_at(REPO)[path]
     wrong = right[:-9] + bytes(byte ^ 1 for byte in right[-9:])
     at_hub.fail(lambda r: r.method == "GET" and r.raw_path.endswith(path), Fault(reply=Reply(200, {}, wrong)))

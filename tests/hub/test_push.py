@@ -105,7 +105,7 @@ def test_parts_pushed_separately_share_one_card(as_writer, adapter, onnx):
 
 
 def test_parts_of_two_adapters_raise(as_writer, adapter, onnx, tmp_path):
-    """Whoever fetched them together would refuse them."""
+    """A client that fetched them together would reject them."""
     first = push(adapter, REPO, onnx=onnx, license="mit").commit
     as_writer.requests.clear()
     with pytest.raises(HubError, match=r"of another adapter. Nothing was sent"):

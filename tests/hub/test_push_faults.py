@@ -101,7 +101,7 @@ def finished(hub: HubServer, folder: Path, old: dict[str, bytes] | None = OLD, *
 
 
 def refused(folder: Path, **options) -> HubError:
-    """What a push says that goes wrong: three sentences, each whole."""
+    """The error of a failed push; check that it has three complete sentences."""
     with pytest.raises(HubError) as caught:
         push(folder, REPO, **options)
     error = caught.value
@@ -312,7 +312,7 @@ def test_a_slow_hub_times_out_and_a_second_push_succeeds(at_hub, adapter, monkey
 
 
 class InAHurry(Client):
-    """It waits for the answer to a commit for a moment only."""
+    """A client that waits only briefly for the answer to a commit."""
 
     def send(self, request, **options):
         if "/commit/" in request.url.path:

@@ -144,7 +144,7 @@ def test_the_library_raises_the_same_error(tmp_path):
 
 
 def without(monkeypatch, *names: str) -> None:
-    """As if these were not installed."""
+    """Pretend that these packages are not installed."""
     own = installation._installed_version
     monkeypatch.setattr(installation, "_installed_version", lambda name: None if name in names else own(name))
 

@@ -36,7 +36,7 @@ def move(module: nn.Module, device: str | torch.device) -> nn.Module:
 
 
 class Lacking:
-    """What torch asks about devices of a kind."""
+    """The device module that torch queries for a device type."""
 
     def is_available(self) -> bool:
         return False
@@ -114,7 +114,7 @@ def moved() -> list[Places]:
 
 
 def mixed() -> str:
-    """What torch says of operands on two devices."""
+    """The error of torch for operands on two devices."""
     try:
         torch.zeros(1, device=FIRST) + torch.zeros(1, device=SECOND)
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from deltamem_tool.memory.decoder_call import without_memory
 
 @pytest.fixture(autouse=True)
 def no_deprecation():
-    """Nobody is told of a name that we have renamed for them."""
+    """No deprecation warning reaches users for a name that the package renames for them."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         yield

@@ -29,7 +29,7 @@ all_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, tor
 
 @torch.no_grad()
 def rounded(adapter, dtype):
-    """What a cast to `dtype` leaves of the numbers, in float32."""
+    """Round the weights to `dtype`, and keep them in float32."""
     for weight in adapter.parameters():
         weight.copy_(weight.to(dtype).float())
 
@@ -91,7 +91,7 @@ def test_a_cast_adapter_survives_save_and_load(dtype, tmp_path):
 
 @all_types
 def test_a_half_precision_file_is_read(dtype, tmp_path):
-    """As 0.1.0 wrote them."""
+    """As version 0.1.0 wrote them."""
     model = saved_model(tmp_path)
     save_adapter(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / WEIGHTS_FILE

@@ -26,7 +26,7 @@ def memory():
 
 @pytest.fixture
 def segmented(memory):
-    """Of an adapter that writes by segments, in which 0, 1 and 2 tokens are open."""
+    """A memory of an adapter that writes by segment, with 0, 1 and 2 open tokens."""
     sums = {layer: state.flatten(1)[:, :20].clone() for layer, state in memory.layers.items()}
     for segment in sums.values():
         segment[:, -1] = torch.arange(3)

@@ -194,7 +194,7 @@ def test_beam_search_with_and_without_a_cache_agree(loaded):
 
 @torch.no_grad()
 def _log_probabilities(model, sequences, start):
-    """Of the last NEW tokens of each sequence, fed from `start` in one call."""
+    """Log-probabilities of the last NEW tokens of each sequence, fed from `start` in one call."""
     logits = model(sequences, cache=MemoryCache(model, memory=start.fork(len(sequences)))).logits
     logits = logits[:, -NEW - 1 : -1].log_softmax(-1)
     return logits.gather(-1, sequences[:, -NEW:, None]).sum((1, 2))

@@ -123,7 +123,7 @@ def test_combined_options_match_the_equations(seed):
 
 
 def test_the_combinations_cover_every_value():
-    """Otherwise the comparison above would leave some out."""
+    """Otherwise the comparison above would not cover all values."""
     drawn = [random_options(seed) for seed in COMBINATIONS]
     for option, values in {
         "granularity": GRANULARITIES,
@@ -200,7 +200,7 @@ def test_a_fresh_memory_leaves_logits_bit_identical(seed):
 
 @pytest.mark.parametrize("seed", COMBINATIONS)
 def test_every_parameter_gets_a_gradient(seed):
-    """But the raw scales of branches that are off."""
+    """Except the raw scales of disabled branches."""
     options = {**random_options(seed), "o_norm_eps": 1e-3}
     model = patched_model(ARCHITECTURES[seed % 3], seed, **options)
     logits = model(tokens(1, LENGTH), cache=tagged(model)).logits

@@ -24,7 +24,7 @@ CONFIG = DeltaMemConfig(rank=4, branches=("q", "o"), delta_init="base_slice")
 
 
 def gptq_like(base: Path) -> Path:
-    """What GPTQ leaves of a linear layer: packed integers and their scales, and no weight."""
+    """A linear layer as GPTQ stores it: packed integers and their scales, and no weight."""
     weights = load_file(base / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         out, wide = weights.pop(name).shape

@@ -134,7 +134,7 @@ def test_the_memory_follows_modules_that_a_user_replaces(change):
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_the_memory_follows_dynamic_quantisation():
-    """It copies hooks to the modules that it puts in the place of others."""
+    """Quantisation copies hooks to the modules that replace others."""
     ids = tokens(2, 7)
 
     def quantised(model):

@@ -55,7 +55,7 @@ def bases(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def recipes(bases, tmp_path_factory):
-    """Of each kind of run one, for one process."""
+    """One recipe for each kind of run, for one process."""
     folder = tmp_path_factory.mktemp("one")
     talks = str(write_talks(folder / "talks.jsonl"))
     whole = Recipe(

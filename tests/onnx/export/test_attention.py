@@ -36,7 +36,7 @@ def test_the_operator_matches_the_equation(past: int, tokens: int, window: int, 
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor, past: int, sinks: Tensor | None, settings: dict[str, float]) -> Tensor:
-    """What `GroupQueryAttention` gives for the tokens behind the first `past`."""
+    """The output of `GroupQueryAttention` for the tokens after the first `past`."""
     feeds = {name: flat(x[:, :, past:]) for name, x in (("query", q), ("key", k), ("value", v))}
     for name, x in (("past_key", k), ("past_value", v)):
         feeds[name] = torch.nn.functional.pad(x[:, :, :past], (0, 0, 0, ROOM - past)).numpy()

@@ -80,7 +80,7 @@ def test_the_recurrence_is_one_operator_per_layer(qwen3):
 
 
 def test_adapter_weights_are_in_the_weights_file(qwen3):
-    """And not in the graph's constants, where two adapters on one base would be two whole graphs."""
+    """Not in the graph's constants: then two adapters on one base would need two whole graphs."""
     graph = onnx.load(qwen3.folder / "model.onnx").graph
     initializers = [onnx.numpy_helper.to_array(tensor).ravel() for tensor in graph.initializer if tensor.dims]
     bias = adapter_of(qwen3.model).layers["0"].gate.bias.detach().numpy()
@@ -132,7 +132,7 @@ CALLS = (
 
 
 def test_a_padded_batch_over_many_calls_matches_pytorch(exported):
-    """And every row of it gets what it gets alone, without padding, in PyTorch."""
+    """Every row equals the same row alone, without padding, in PyTorch."""
     runtime = OnnxModel(exported.folder)
     random = np.random.default_rng(1)
     past = runtime.graph.empty_past(3)

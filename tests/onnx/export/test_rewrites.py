@@ -369,7 +369,7 @@ MORE_NODES = 17  # at most, a layer
 
 @pytest.mark.slow
 def test_a_memory_adds_few_nodes_per_layer(qwen3, tmp_path):
-    """Of two states and three branches, which is more than the default has."""
+    """With two states and three branches, more than the default."""
     options, interface = CallOptions(qwen3.model, "last"), plain_interface(qwen3.manifest.interface)
     with without_memory():
         write_plain(qwen3.model, options, interface, TARGETS["cpu"], tmp_path / "plain")

@@ -32,7 +32,7 @@ def folder(by_message, tmp_path):
 
 @pytest.fixture
 def sessions(monkeypatch):
-    """What ONNX Runtime was asked to load."""
+    """The models that ONNX Runtime was asked to load."""
     seen, real = [], onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda *args, **kw: (seen.append(args[0]), real(*args, **kw))[1]

@@ -102,7 +102,7 @@ def test_the_least_recently_used_entries_are_evicted_first(engine):
 
 
 def test_deleted_entries_are_computed_again(engine):
-    """And nothing of it is kept, whatever else is."""
+    """Nothing of it stays in the cache; other entries do."""
     job, other = prompt(engine, 30), prompt(engine, 30, memory=random_memory(engine, random.Random(1)))
     jobs = [
         replace(job, names=frozenset({"anna", "resp_1"})),

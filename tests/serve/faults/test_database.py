@@ -91,7 +91,7 @@ def test_users_continue_on_the_other_server_when_one_is_killed(start, postgres, 
 
 
 def test_clients_of_one_memory_on_two_servers_lose_no_turn(start, postgres, engine):
-    """Who loses a race is told so and tries again: each message is written once, in the order of the versions."""
+    """A client that loses a race gets a conflict and retries: each message is written once, in version order."""
     url = postgres.new_schema()
     servers = [start(url), start(url)]
     clients = [replace(new_user(number, times(TURNS)), name="shared") for number in range(4)]

@@ -84,7 +84,7 @@ def test_users_are_divided_among_the_replicas(cluster):
 
 
 def test_users_continue_when_one_replica_is_killed(cluster, engine, url):
-    """Who was being answered is told so, or sees half an answer, and asks again."""
+    """A client whose request was in flight gets an error or half an answer, and retries."""
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
     load = Load([cluster.url], leaving=0.1)
     before = cluster.replicas  # looking for them takes longer than an answer

@@ -108,7 +108,7 @@ def test_memories_are_listed_in_pages_in_the_order_of_their_bytes(store):
 
 
 def test_a_recreated_memory_is_a_different_one(store):
-    """Who began before the deletion does not bring back what was deleted."""
+    """A writer that began before the deletion does not restore the deleted memory."""
     for data in (b"1", b"2"):
         store.put("acme", "ada", data)
     seen = store.get("acme", "ada").version

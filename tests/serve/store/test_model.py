@@ -106,7 +106,7 @@ class Model:
 
 
 def plain(result):
-    """What the model returns, from what a store returns."""
+    """Convert a result of the store into the form that the model returns."""
     if hasattr(result, "erased"):
         return [version.version for version in result.versions], list(result.responses)
     if hasattr(result, "transcript"):

@@ -19,7 +19,7 @@ PROCESSES = 4
 
 
 def together(work, number=THREADS) -> list:
-    """What `work` returns for 0, 1, …, all begun at once."""
+    """The results of `work` for 0, 1, …, all started at the same time."""
     barrier = Barrier(number)
 
     def begin(index):
