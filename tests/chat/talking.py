@@ -36,7 +36,7 @@ def assert_same_memory(found, expected, tolerance: float = 0.0) -> None:
         np.testing.assert_allclose(state, expected.states[layer], rtol=0, atol=tolerance)
 
 
-def seen(conversation: Conversation):
+def state_of(conversation: Conversation):
     return conversation.context, conversation.messages, conversation.memory
 
 

@@ -15,7 +15,7 @@ from chat.talking import (
     make_engine,
     plain,
     say,
-    seen,
+    state_of,
 )
 from helpers.tiny import randomise, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -115,7 +115,7 @@ def test_undo_restores_dropped_turns(engine):
     conversation, places, answers = Conversation(engine, window=80), [], []
     turns = [*TURNS, *OTHERS, *TURNS]
     for turn in turns:
-        places.append(seen(conversation))
+        places.append(state_of(conversation))
         answers += say(conversation, turn)
     dropped = [place[0].dropped for place in places] + [conversation.context.dropped]
     left = [number for number in range(len(turns)) if dropped[number + 1] > dropped[number]]
@@ -131,7 +131,7 @@ def test_undo_restores_dropped_turns(engine):
 def test_a_prompt_that_is_longer_than_the_window_changes_nothing(engine):
     conversation = Conversation(engine, window=40)
     conversation.generate([SYSTEM, {"role": "user", "content": OTHERS[0]}], Sampling(4))
-    before = seen(conversation)
+    before = state_of(conversation)
     with pytest.raises(ConfigError, match="longer than the window of 40 tokens"):
         conversation.generate(" ".join(OTHERS), Sampling(4))
     assert_unchanged(conversation, before)
@@ -175,7 +175,7 @@ def test_the_window_is_limited_by_the_positions_of_the_model(make):
     assert limited.context.window == positions >= limited.context.tokens and limited.context.dropped
     with pytest.raises(ConfigError, match="at most 64"):
         Conversation(engine, window=positions + 1)
-    before = seen(conversation)
+    before = state_of(conversation)
     with pytest.raises(ConfigError, match="longer than the window of 64 tokens"):
         conversation.generate("my cat is Bella. " * 50)
     assert_unchanged(conversation, before)
@@ -195,7 +195,7 @@ def test_a_token_unknown_to_the_model_is_named():
     engine = TorchModel(engine.model, tokenizer)
     conversation = Conversation(engine)
     say(conversation, TURNS[0])
-    before = seen(conversation)
+    before = state_of(conversation)
     with pytest.raises(DataError, match=r"does not know: '\[PAD\]'"):
         conversation.generate("my dog is [PAD]")
     assert_unchanged(conversation, before)

@@ -22,7 +22,7 @@ from chat.talking import (
     in_generate,
     make_engine,
     say,
-    seen,
+    state_of,
 )
 from helpers.tiny import tiny_tokenizer
 
@@ -75,7 +75,7 @@ def test_context_and_messages_are_reported(engine):
 def test_undo_removes_turns_one_by_one(engine):
     conversation, places = Conversation(engine), []
     for turn in TURNS:
-        places.append(seen(conversation))
+        places.append(state_of(conversation))
         say(conversation, turn)
     for turn, place in zip(reversed(TURNS), reversed(places), strict=True):
         answer = conversation.messages[-1]
@@ -111,13 +111,13 @@ def test_loading_a_memory_keeps_the_context(engine, tmp_path):
     say(other, OTHERS[2])
     other.save_memory(tmp_path / "memory")
     say(conversation, TURNS[0])
-    context, messages, memory = seen(conversation)
+    context, messages, memory = state_of(conversation)
     conversation.load_memory(tmp_path / "memory")
     assert (conversation.context, conversation.messages) == (context, messages)
     assert_same_memory(conversation.memory, other.memory)
 
     # A memory that is not this adapter's, or not there: nothing changes.
-    before = seen(conversation)
+    before = state_of(conversation)
     MemoryState({i: torch.zeros(1, 2, 4, 4) for i in (0, 1)}, "another").save(tmp_path / "another")
     with pytest.raises(MemoryStateError, match="another adapter"):
         conversation.load_memory(tmp_path / "another")
@@ -164,7 +164,7 @@ def test_ctrl_c_while_text_is_shown_keeps_the_answer_so_far(engine):
     twin = Conversation(engine)
     assert say(twin, TURNS[0], TURNS[1], tokens=6)[0] and twin.undo()
     say(twin, TURNS[1], tokens=len(answer.tokens))
-    assert_unchanged(conversation, seen(twin))
+    assert_unchanged(conversation, state_of(twin))
     assert say(conversation, TURNS[2]) == say(twin, TURNS[2])
 
 
@@ -187,7 +187,7 @@ def test_a_conversation_continues_after_ctrl_c_between_tokens(call, after):
     engine.step = interrupted
     conversation, twin = Conversation(engine), Conversation(twin_engine)
     if call == 1:
-        before = seen(conversation)
+        before = state_of(conversation)
         with pytest.raises(KeyboardInterrupt):
             conversation.generate(TURNS[0], Sampling(8))
         assert_unchanged(conversation, before)
@@ -195,7 +195,7 @@ def test_a_conversation_continues_after_ctrl_c_between_tokens(call, after):
         answer = conversation.generate(TURNS[0], Sampling(8))
         assert answer.why == "interrupted" and len(answer.tokens) == call - 1
         say(twin, TURNS[0], tokens=call - 1)
-        assert_unchanged(conversation, seen(twin))
+        assert_unchanged(conversation, state_of(twin))
     engine.step = step
     assert say(conversation, TURNS[1]) == say(twin, TURNS[1])
     assert_same_memory(conversation.memory, twin.memory, TOLERANCE)
@@ -203,7 +203,7 @@ def test_a_conversation_continues_after_ctrl_c_between_tokens(call, after):
 
 def test_placeholders_of_answers_are_rejected_in_a_prompt(engine):
     conversation = Conversation(engine)
-    before = seen(conversation)
+    before = state_of(conversation)
     with pytest.raises(ExportError, match=r"U\+E000"):
         conversation.generate("a \ue0000\ue000 b", Sampling(1))
     assert_unchanged(conversation, before)
@@ -212,7 +212,7 @@ def test_placeholders_of_answers_are_rejected_in_a_prompt(engine):
 def test_an_error_during_an_answer_changes_nothing(engine):
     conversation = Conversation(engine)
     say(conversation, TURNS[0])
-    before = seen(conversation)
+    before = state_of(conversation)
     for error in (BrokenPipeError, RuntimeError):
 
         def show(piece, error=error):
@@ -282,7 +282,7 @@ def test_nan_logits_raise_and_change_nothing(options, fed):
     engine = make_engine()
     conversation = Conversation(engine)
     say(conversation, TURNS[0])
-    before, step, calls = seen(conversation), engine.step, []
+    before, step, calls = state_of(conversation), engine.step, []
 
     def broken(*inputs):
         logits, past = step(*inputs)

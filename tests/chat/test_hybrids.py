@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from chat.talking import OTHERS, TURNS, assert_same_memory, in_generate, say, seen
+from chat.talking import OTHERS, TURNS, assert_same_memory, in_generate, say, state_of
 from helpers.hybrids import HYBRIDS, hybrid
 from helpers.tiny import tiny_tokenizer
 
@@ -52,11 +52,11 @@ def test_conversations_in_a_batch_match_each_alone(engine):
 def test_undone_turns_leave_no_trace(engine):
     conversation = Conversation(engine)
     say(conversation, TURNS[0])
-    before = seen(conversation)
+    before = state_of(conversation)
     answer = say(conversation, TURNS[1])
     say(conversation, TURNS[2])
     assert conversation.undo() and conversation.undo()
-    assert seen(conversation)[:2] == before[:2]
+    assert state_of(conversation)[:2] == before[:2]
     assert_same_memory(conversation.memory, before[2])
     assert say(conversation, TURNS[1]) == answer
 

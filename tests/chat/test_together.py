@@ -14,7 +14,7 @@ from chat.talking import (
     make_engine,
     plain,
     say,
-    seen,
+    state_of,
 )
 from helpers.tiny import tiny_tokenizer
 
@@ -28,7 +28,7 @@ def test_ctrl_c_in_one_prompt_of_a_batch_changes_no_conversation():
     conversations = [Conversation(engine) for _ in range(2)]
     for conversation, other in zip(conversations, OTHERS, strict=False):
         say(conversation, other)
-    before, step, calls = [seen(conversation) for conversation in conversations], engine.step, []
+    before, step, calls = [state_of(conversation) for conversation in conversations], engine.step, []
 
     def interrupted(*inputs):
         calls.append(inputs)
@@ -160,7 +160,7 @@ def test_a_failed_batch_changes_no_conversation(fail, monkeypatch):
     conversations, twins = ([Conversation(engine) for _ in range(3)] for _ in range(2))
     for group in (conversations, twins):
         generate_together(group, OTHERS, Sampling(4))
-    before = [seen(conversation) for conversation in conversations]
+    before = [state_of(conversation) for conversation in conversations]
     with monkeypatch.context() as patch:
         show = fail(engine, conversations, patch)
         with pytest.raises((OSError, KeyboardInterrupt)):
@@ -176,7 +176,7 @@ def test_a_batch_with_an_empty_prompt_changes_nothing(engine):
     model = plain(engine)
     conversations = [Conversation(model), Conversation(model)]
     generate_together(conversations, ["one", "two"], Sampling(2))
-    before = [seen(conversation) for conversation in conversations]
+    before = [state_of(conversation) for conversation in conversations]
     with pytest.raises(ExportError, match="Conversation 2: There is nothing to answer"):
         generate_together(conversations, ["three", ""], Sampling(2))
     for conversation, place in zip(conversations, before, strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli.command import START
-from evaluation.reported import evaluated
+from evaluation.reported import evaluation_of
 from rich.table import Table
 
 from deltamem_tool import cli
@@ -181,7 +181,7 @@ def test_brackets_in_names_and_answers_are_not_markup(monkeypatch):
     stream = Stream()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", "200")
-    _show(Quickstart(*files, 1, 2, evaluated(), "", (), 0.0, 1.0, 200, remembered, {}))
+    _show(Quickstart(*files, 1, 2, evaluation_of(), "", (), 0.0, 1.0, 200, remembered, {}))
     text = stream.text()
     for word in ("[b]out[/b]/adapter", "[b]out[/b]/recall.png", "Hi [/u].", "[red]", "Who [/q]?", "[a] ✗ [t]", "[/w]"):
         assert word in text

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from evaluation.reported import evaluated
+from evaluation.reported import evaluation_of
 
 from deltamem_tool.adapter import config_file
 from deltamem_tool.adapter.save import contents_of
@@ -67,11 +67,11 @@ def run() -> dict[str, object]:
         "0" * 64, {}, "base", "qwen3", "cpu", "none", None, Interface("last", 9, "float32", 0, layers), 0.0, None, {}
     )
     model = SimpleNamespace(manifest=manifest, graph=SimpleNamespace(device="cpu"))
-    return run_json(model, dataclasses.replace(evaluated(), runtime=ONNX), ["deltamem"], {}, 1.0)
+    return run_json(model, dataclasses.replace(evaluation_of(), runtime=ONNX), ["deltamem"], {}, 1.0)
 
 
 def evaluation() -> set[str]:
-    return set(evaluation_file.evaluation_json(dataclasses.replace(evaluated(), margin=0.1), "0" * 64, [], run()))
+    return set(evaluation_file.evaluation_json(dataclasses.replace(evaluation_of(), margin=0.1), "0" * 64, [], run()))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def share_of(condition: str, number: int) -> float:
     return float(not wrong.get(condition, True))
 
 
-def evaluated(
+def evaluation_of(
     score: Score = share_of,
     questions: int = 20,
     groups: Sequence[str] = GROUPS,
@@ -52,7 +52,7 @@ def evaluated(
     return Evaluation("places", protocol, list(metrics), conditions, list(groups), records, 0)
 
 
-def kept(
+def write_records(
     folder: Path, found: Evaluation, adapter: str = "a" * 64, items: str = "all", run: Mapping[str, Any] | None = None
 ) -> Path:
     """What `deltamem eval` leaves with --records and --out in one folder; the records lie in another order, as they
@@ -64,8 +64,8 @@ def kept(
     return folder
 
 
-def reported(folder: Path, found: Evaluation, run: Mapping[str, Any] | None = None) -> Path:
+def report_folder(folder: Path, found: Evaluation, run: Mapping[str, Any] | None = None) -> Path:
     """The folder that `deltamem eval --report` writes."""
-    evaluation = json.loads((kept(folder, found, run=run) / EVALUATION_FILE).read_text())
+    evaluation = json.loads((write_records(folder, found, run=run) / EVALUATION_FILE).read_text())
     write_report(folder, evaluation, found.records)
     return folder

@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 import pytest
 from cli.command import deltamem  # noqa: F401  (a fixture)
-from evaluation.reported import evaluated, kept, share_of
+from evaluation.reported import evaluation_of, share_of, write_records
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
@@ -32,9 +32,9 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     run = {"options": {"dtype": "float32", "batch_size": 4}, "mechanism": {"rank": 4}, "versions": {"torch": "2"}}
     other = {**run, "options": {"dtype": "bfloat16", "batch_size": 4}, "cost": None}
-    kept(root / "a", evaluated(share_of, QUESTIONS), run=run)
-    kept(root / "b", evaluated(better, QUESTIONS), "b" * 64, run=other)
-    kept(root / "others", evaluated(better, QUESTIONS), "b" * 64, items="others")
+    write_records(root / "a", evaluation_of(share_of, QUESTIONS), run=run)
+    write_records(root / "b", evaluation_of(better, QUESTIONS), "b" * 64, run=other)
+    write_records(root / "others", evaluation_of(better, QUESTIONS), "b" * 64, items="others")
     return root
 
 
@@ -84,9 +84,9 @@ def test_the_same_questions_are_paired(folders):
 
 def test_gains_may_differ_by_more_than_1(tmp_path):
     """From 1 below the full context to 1 above it."""
-    below = evaluated(lambda condition, _: float(condition == "full_context"))
-    above = evaluated(lambda condition, _: float(condition == "state"))
-    found = compare(kept(tmp_path / "below", below), kept(tmp_path / "above", above))
+    below = evaluation_of(lambda condition, _: float(condition == "full_context"))
+    above = evaluation_of(lambda condition, _: float(condition == "state"))
+    found = compare(write_records(tmp_path / "below", below), write_records(tmp_path / "above", above))
     over = row_of(found, "full_context", is_gain=True)
     assert over.mean == 2 and over.low < 2 == over.high
 
@@ -105,7 +105,7 @@ def test_other_questions_are_not_paired(folders):
 
 
 def test_reports_that_name_no_questions_are_not_paired(tmp_path):
-    one, other = (kept(tmp_path / name, evaluated(), items="") for name in ("one", "other"))
+    one, other = (write_records(tmp_path / name, evaluation_of(), items="") for name in ("one", "other"))
     assert compare(one, other).unpaired
 
 
@@ -123,7 +123,7 @@ def test_intervals_of_two_means_are_combined_as_published():
 
 @pytest.mark.parametrize("change", ["missing", "edited", "none", "foreign"])
 def test_records_that_do_not_match_the_scores_are_ignored(folders, tmp_path, change):
-    folder = kept(tmp_path / "b", evaluated(better, QUESTIONS))
+    folder = write_records(tmp_path / "b", evaluation_of(better, QUESTIONS))
     records = folder / RECORDS_FILE
     lines = records.read_text().splitlines(keepends=True)
     says = "do not match evaluation.json"
@@ -145,8 +145,8 @@ def test_records_that_do_not_match_the_scores_are_ignored(folders, tmp_path, cha
 
 def test_conditions_and_groups_of_only_one_side_are_reported(folders, tmp_path):
     conditions = conditions_of(EvalProtocol.parse("memory"))
-    fewer = evaluated(share_of, QUESTIONS, conditions=[conditions[0], conditions[2]], groups=("1 fact", "9 facts"))
-    found = compare(folders / "a", kept(tmp_path / "fewer", fewer, items="fewer"))
+    fewer = evaluation_of(share_of, QUESTIONS, conditions=[conditions[0], conditions[2]], groups=("1 fact", "9 facts"))
+    found = compare(folders / "a", write_records(tmp_path / "fewer", fewer, items="fewer"))
     assert {"only A has the condition zero state", "only A has the group 2 facts", "only B has the group 9 facts"} <= {
         *found.notes
     }
@@ -171,7 +171,7 @@ def test_evaluations_that_cannot_be_compared_raise(folders, tmp_path):
     ):
         with pytest.raises(DataError, match="(?s)" + says):
             compare(folders / "a", other)
-    full = kept(tmp_path / "full", evaluated(better, QUESTIONS, protocol="full"))
+    full = write_records(tmp_path / "full", evaluation_of(better, QUESTIONS, protocol="full"))
     found = compare(folders / "a", full)  # the same questions: what the context changes
     assert not found.unpaired and ("Evaluation", "protocol", "memory", "full") in found.differing
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from evaluation.asked import reading
 from evaluation.published import TALK
-from evaluation.reported import kept
+from evaluation.reported import write_records
 from helpers.tiny import randomise, tiny_model, write_jsonl
 from rich.console import Console
 
@@ -214,7 +214,7 @@ def test_two_perplexity_evaluations_are_compared_by_token(tmp_path):
     worse = found()
     for record in worse.records:  # the longer the answer, the more
         record.scores[LOG_PROB] -= 0.1 * record.scores[TOKENS]
-    folders = [kept(tmp_path / name, each) for name, each in (("a", found()), ("b", worse))]
+    folders = [write_records(tmp_path / name, each) for name, each in (("a", found()), ("b", worse))]
     compared = compare(*folders)
     assert not compared.unpaired
     (row,) = [row for row in compared.overall if row.condition == "state"]
@@ -227,9 +227,9 @@ def test_two_perplexity_evaluations_are_compared_by_token(tmp_path):
 
 def test_records_without_token_counts_are_ignored(tmp_path):
     """None has, or one of them has not: a mean over tokens is of the others."""
-    whole, lines = kept(tmp_path / "a", found()), found().records
+    whole, lines = write_records(tmp_path / "a", found()), found().records
     for name, empty in (("all", range(8)), ("one", [3])):
-        folder = kept(tmp_path / name, found())
+        folder = write_records(tmp_path / name, found())
         for n, record in enumerate(lines):
             record.scores[TOKENS] = 0.0 if n % 8 in empty else 1.0 + n % 8
         (folder / RECORDS_FILE).write_text("".join(json.dumps(asdict(record)) + "\n" for record in lines))

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from evaluation.reported import evaluated, reported
+from evaluation.reported import evaluation_of, report_folder
 from rich.console import Console
 
 from deltamem_tool import DeltaMemConfig, __version__
@@ -77,7 +77,7 @@ def page_of(folder: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return reported(tmp_path_factory.mktemp("reports") / "usual", evaluated(metrics=("exact", "f1")))
+    return report_folder(tmp_path_factory.mktemp("reports") / "usual", evaluation_of(metrics=("exact", "f1")))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def hostile(tmp_path_factory):
     """With markup wherever a task or a model has a word."""
     groups = (f"<b>{EVIL}", "multi | hop")
     conditions = [Condition("state", "own", "nothing", EVIL), Condition("<i>lora</i>", None, "nothing", "a | b")]
-    found = evaluated(groups=groups, conditions=conditions, answer=EVIL)
+    found = evaluation_of(groups=groups, conditions=conditions, answer=EVIL)
     run = {"created": "2026-01-02T03:04:05+00:00", "command": ["deltamem", EVIL], "options": {"<u>": EVIL}}
-    return reported(tmp_path_factory.mktemp("reports") / "hostile", found, run=run)
+    return report_folder(tmp_path_factory.mktemp("reports") / "hostile", found, run=run)
 
 
 def test_the_page_shows_the_figures_of_the_json(folder):
@@ -116,13 +116,13 @@ def test_the_page_shows_the_figures_of_the_json(folder):
 def test_a_margin_is_in_the_figures_and_on_the_page(tmp_path):
     """The state is right three times in four: beyond a margin of 0.2 over zeros, and of 0.6 it is undecided."""
     for margin, place, words in ((0.2, "beyond", "more than"), (0.6, "undecided", "which may be within")):
-        folder = reported(tmp_path / place, replace(evaluated(), margin=margin))
+        folder = report_folder(tmp_path / place, replace(evaluation_of(), margin=margin))
         evaluation = read_evaluation(folder / "evaluation.json")
         assert evaluation["margin"] == margin and evaluation["differences"]["zero_state"]["beside_margin"] == place
         assert f"over zero state, {words} the margin of {margin}" in page_of(folder).text
-    few = reported(tmp_path / "few", replace(evaluated(questions=8), margin=0.2))
+    few = report_folder(tmp_path / "few", replace(evaluation_of(questions=8), margin=0.2))
     assert "beside_margin" not in read_evaluation(few / "evaluation.json")["differences"]["zero_state"]
-    assert "margin" not in read_evaluation(reported(tmp_path / "none", evaluated()) / "evaluation.json")
+    assert "margin" not in read_evaluation(report_folder(tmp_path / "none", evaluation_of()) / "evaluation.json")
 
 
 @pytest.mark.parametrize("which", ["folder", "hostile"])
@@ -158,7 +158,7 @@ def test_answers_are_escaped(hostile):
 
 def test_long_texts_are_shortened_and_few_histories_have_no_p_value(tmp_path):
     long = "word " * 1000
-    folder = reported(tmp_path / "long", evaluated(answer=long, questions=8))
+    folder = report_folder(tmp_path / "long", evaluation_of(answer=long, questions=8))
     text = (folder / "index.html").read_text()
     assert len(text) < 300_000 and f"{len(long) - MAX_SHOWN:,} more characters" in text and long not in text
     assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["answer"] == long
@@ -188,7 +188,7 @@ def test_a_narrow_terminal_shows_every_figure():
     groups = [f"long-range understanding, source {number}" for number in range(8)]
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(score_table(evaluated(groups=groups)))
+        console.print(score_table(evaluation_of(groups=groups)))
     assert "…" not in capture.get() and max(map(len, capture.get().splitlines())) <= 80
 
 

@@ -39,7 +39,7 @@ def both(model, **options):
 
 
 @torch.no_grad()
-def fed(model, cache, ids, cuts, mask=None):
+def feed(model, cache, ids, cuts, mask=None):
     """Logits of `ids` in pieces that end at `cuts`, with the 2-D mask up to there."""
     pieces, bounds = [], [0, *cuts, ids.shape[1]]
     for a, b in itertools.pairwise(bounds):
@@ -53,7 +53,7 @@ def test_a_static_cache_matches_a_growing_one(name, cuts):
     model, ids = model_of(name), tokens(2, 14)
     static, growing = both(model, memory=memory_of(model, tokens(2, 9, seed=3)))
     assert static.is_compileable and not growing.is_compileable
-    close(fed(model, static, ids, cuts), fed(model, growing, ids, cuts), TOLERANCE)
+    close(feed(model, static, ids, cuts), feed(model, growing, ids, cuts), TOLERANCE)
     close_memory(static.memory, growing.memory)
     assert int(static.get_seq_length()) == 14
 
@@ -66,18 +66,22 @@ def test_padding_is_ignored(name, cuts):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     static, growing = both(model)
     valid = mask.bool()
-    close(fed(model, static, ids, cuts, mask)[valid], fed(model, growing, ids, cuts, mask)[valid], TOLERANCE)
+    close(
+        feed(model, static, ids, cuts, mask)[valid],
+        feed(model, growing, ids, cuts, mask)[valid],
+        TOLERANCE,
+    )
     close_memory(static.memory, growing.memory)
 
 
 def test_the_mask_must_be_over_past_and_new_tokens():
     model = patched_model()
     cache = MemoryCache(model, max_length=ROOM)
-    fed(model, cache, tokens(2, 4), ())
+    feed(model, cache, tokens(2, 4), ())
     with pytest.raises(MemoryStateError, match=r"not \[2, 7\]"):
-        fed(model, cache, tokens(2, 3), (), torch.ones(2, 3))
+        feed(model, cache, tokens(2, 3), (), torch.ones(2, 3))
     with pytest.raises(MemoryStateError, match="2-D"):
-        fed(model, cache, tokens(2, 3), (), torch.ones(2, 1, 3, 7))
+        feed(model, cache, tokens(2, 3), (), torch.ones(2, 1, 3, 7))
 
 
 @kinds
@@ -90,9 +94,9 @@ def test_rows_move_with_their_memory(name):
     ):
         logits, caches = [], both(model)
         for cache in caches:
-            fed(model, cache, ids, ())
+            feed(model, cache, ids, ())
             move(cache)
-            logits.append(fed(model, cache, more[: cache.memory.batch_size], (1,)))
+            logits.append(feed(model, cache, more[: cache.memory.batch_size], (1,)))
         close(*logits, TOLERANCE)
         close_memory(caches[0].memory, caches[1].memory)
 
@@ -101,10 +105,10 @@ def test_rows_move_with_their_memory(name):
 def test_a_reset_cache_equals_a_new_one(name):
     model, ids = model_of(name), tokens(2, 5)
     static, growing = both(model)
-    fed(model, static, tokens(2, 8, seed=1), ())
+    feed(model, static, tokens(2, 8, seed=1), ())
     static.reset()
     assert static.memory is None
-    close(fed(model, static, ids, (2,)), fed(model, growing, ids, (2,)), TOLERANCE)
+    close(feed(model, static, ids, (2,)), feed(model, growing, ids, (2,)), TOLERANCE)
     close_memory(static.memory, growing.memory)
 
 
@@ -203,15 +207,15 @@ def test_a_static_cache_without_a_memory_raises():
 def test_a_cache_that_is_too_small_raises_and_stays_usable(name):
     model, ids = model_of(name), tokens(2, ROOM)
     static, growing = both(model)
-    fed(model, static, ids[:, :20], (3,))
+    feed(model, static, ids[:, :20], (3,))
     before = static.memory
     with pytest.raises(MemoryStateError, match="no room for 5 more tokens"):
-        fed(model, static, tokens(2, 5), ())
+        feed(model, static, tokens(2, 5), ())
     assert static.memory is before and int(static.get_seq_length()) == 20
-    close(fed(model, static, ids[:, 20:], (2,)), fed(model, growing, ids, ())[:, 20:], TOLERANCE)
+    close(feed(model, static, ids[:, 20:], (2,)), feed(model, growing, ids, ())[:, 20:], TOLERANCE)
     close_memory(static.memory, growing.memory)
     with pytest.raises(MemoryStateError, match="no room for 1 more tokens"):
-        fed(model, static, tokens(2, 1), ())
+        feed(model, static, tokens(2, 1), ())
 
 
 @kinds
@@ -220,7 +224,7 @@ def test_a_generation_that_would_not_fit_raises_before_feeding(name, how):
     model, ids = model_of(name), tokens(2, 10)
     cache, text, past, mask = MemoryCache(model, max_length=ROOM), ids, 0, None
     if how.startswith("same"):
-        fed(model, cache, ids[:, :4], ())
+        feed(model, cache, ids[:, :4], ())
         past, mask = 4, torch.ones_like(ids)
         text = ids[:, 4:] if how.endswith("new tokens") else ids
     prompt = {"inputs_embeds": model.get_input_embeddings()(ids)} if how == "embeddings" else {"input_ids": text}
@@ -239,7 +243,11 @@ def test_sliding_window_layers_accept_any_length():
     randomise(attach(model, DeltaMemConfig(rank=4)))
     ids, growing = tokens(2, 14), MemoryCache(model)
     for room in (WINDOW, ROOM):
-        close(fed(model, MemoryCache(model, max_length=room), ids, (3, 7)), fed(model, growing, ids, (3, 7)), TOLERANCE)
+        close(
+            feed(model, MemoryCache(model, max_length=room), ids, (3, 7)),
+            feed(model, growing, ids, (3, 7)),
+            TOLERANCE,
+        )
         growing.reset()
     with pytest.raises(MemoryStateError, match="no room"):  # three columns are no window of five
-        fed(model, MemoryCache(model, max_length=3), ids, (3, 7))
+        feed(model, MemoryCache(model, max_length=3), ids, (3, 7))

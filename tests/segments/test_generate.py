@@ -49,7 +49,7 @@ def batch():
     )
 
 
-def fed(model, generated, row, memory=None):
+def expected_memory(model, generated, row, memory=None):
     """The memory after one call over the prompt of `row` and all that was said but its last token, which is never fed.
     `said` holds the padding too."""
     ids = generated[None, 6 - ROWS[row].shape[1] : -1]
@@ -67,7 +67,7 @@ def test_the_answer_continues_the_segment_opened_by_its_prompt(name, started):
     output = model.generate(ROWS[0], cache=cache, **settings())
     assert output.shape == (1, 6 + NEW) and cache.segment_tags is None
     assert cache.memory.open_tokens.tolist() == [2 + NEW - 1]
-    close_memory(cache.memory, fed(model, output[0], 0, start))
+    close_memory(cache.memory, expected_memory(model, output[0], 0, start))
 
 
 @started
@@ -120,8 +120,8 @@ def test_a_row_that_ends_early_writes_no_padding(model):
     output = model.generate(**prompts, cache=cache, **settings(eos_token_id=end))
     assert output[0, 6 : 6 + count + 2].tolist() == [*generated[0][:count], end, PAD]
     assert cache.memory.open_tokens.tolist() == [2 + count, 1 + NEW - 1]
-    close_memory(cache.memory.select([0]), fed(model, output[0, : 6 + count + 1], 0))
-    close_memory(cache.memory.select([1]), fed(model, output[1], 1))
+    close_memory(cache.memory.select([0]), expected_memory(model, output[0, : 6 + count + 1], 0))
+    close_memory(cache.memory.select([1]), expected_memory(model, output[1], 1))
 
 
 @started
@@ -169,7 +169,7 @@ def test_each_beam_carries_its_own_open_segment(model, started, returned):
     assert output.sequences.shape == (2 * returned, 6 + NEW)
     for n, sequence in enumerate(output.sequences):
         row, beam = n // returned, int(output.beam_indices[n, -1])
-        expected = fed(model, sequence, row, start.select([row]) if started else None)
+        expected = expected_memory(model, sequence, row, start.select([row]) if started else None)
         close_memory(cache.memories[-1].select([beam]), expected)
     assert not torch.equal(cache.memories[-1].open_segments[1][0], cache.memories[-1].open_segments[1][1]), (
         "both beams say the same"
@@ -187,7 +187,7 @@ def test_every_returned_sequence_has_its_own_open_segment(model, started):
     output = model.generate(**prompts, cache=cache, **options)
     assert cache.memory.batch_size == 6 and len({tuple(row) for row in output.tolist()}) == 6
     for n, sequence in enumerate(output):
-        expected = fed(model, sequence, n // 3, start.select([n // 3]) if started else None)
+        expected = expected_memory(model, sequence, n // 3, start.select([n // 3]) if started else None)
         close_memory(cache.memory.select([n]), expected)
 
 
