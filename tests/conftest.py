@@ -20,6 +20,7 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
+from cli.command import deltamem  # noqa: E402, F401  (a fixture)
 from fake_hub.isolation import hub  # noqa: E402, F401  (a fixture)
 from helpers.shared_folder import folder_once  # noqa: E402
 

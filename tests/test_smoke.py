@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from cli.command import deltamem, in_a_process  # noqa: F401  (the first is a fixture)
+from cli.command import in_a_process
 
 import deltamem_tool
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach
@@ -88,20 +88,20 @@ def test_attach_generate_save_load(workspace):
     assert torch.equal(model(**ids).logits, plain)
 
 
-def test_train(deltamem, workspace, trained):  # noqa: F811
+def test_train(deltamem, workspace, trained):
     right(deltamem("patch", "builtin:backbone", "--out", workspace / "fresh", "--state-heads", 4))
     assert trained["steps"] == STEPS
     report = json.loads(right(deltamem("inspect", trained["adapter"], "--json")).out)
     assert report["kind"] == "adapter"
 
 
-def test_evaluate(deltamem, workspace):  # noqa: F811
+def test_evaluate(deltamem, workspace):
     options = ["--task", "recall", "--set", "facts=[1]", "--set", "episodes=4", "--json"]
     report = json.loads(right(deltamem("eval", "builtin:adapter", *options)).out)
     assert report["task"] == "recall"
 
 
-def test_export_and_run(deltamem, workspace):  # noqa: F811
+def test_export_and_run(deltamem, workspace):
     right(deltamem("export", "builtin:adapter", "--out", workspace / "onnx"))
     memory = workspace / "bella.safetensors"
     right(deltamem("run", workspace / "onnx", "--prompt", TOLD, "--save-memory", memory))
@@ -110,7 +110,7 @@ def test_export_and_run(deltamem, workspace):  # noqa: F811
     assert "Bella" in answer
 
 
-def test_push_and_pull(deltamem, workspace, trained, hub, monkeypatch):  # noqa: F811
+def test_push_and_pull(deltamem, workspace, trained, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     pushed = right(deltamem("push", trained["adapter"], "someone/memory", "--license", "apache-2.0", "--json"))
     assert json.loads(pushed.out)["commit"] == hub.head("someone/memory")

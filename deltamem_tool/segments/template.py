@@ -198,7 +198,7 @@ class ChatTemplate:
         text = self.try_render(probes)
         if text is not None:
             for number, message in enumerate(messages):
-                for key, sentinel in (("content", _SAID), ("tool_calls", _CALLED)):
+                for key, sentinel in (("content", _CONTENT_SENTINEL), ("tool_calls", _NAME_SENTINEL)):
                     if message.get(key) and sentinel.format(number) not in text:
                         raise DataError(
                             f"The chat template of {self.name} leaves out message {number + 1} ({message['role']}).",
@@ -221,11 +221,11 @@ class ChatTemplate:
         A system message may be anywhere: some templates write it with the last question.
         """
         text = self.try_render([_probe(message, number) for number, message in enumerate(messages)])
-        if text is None or text.count(_SAID.format(index)) != 1:
+        if text is None or text.count(_CONTENT_SENTINEL.format(index)) != 1:
             return False
-        after = text.partition(_SAID.format(index))[2]
+        after = text.partition(_CONTENT_SENTINEL.format(index))[2]
         return all(
-            (_SAID.format(number) in after) == (number > index)
+            (_CONTENT_SENTINEL.format(number) in after) == (number > index)
             for number, message in enumerate(messages)
             if message.get("content") and message["role"] not in ("system", "developer")
         )
@@ -260,11 +260,11 @@ class ChatTemplate:
                     "Use a tokenizer whose template writes an answer after its prompt.",
                 )
             answer = text[len(place.before) :]
-        given = text_of(messages[-1])
-        if "".join(given.split()) not in "".join(answer.split()):  # templates may change whitespace
+        content = text_of(messages[-1])
+        if "".join(content.split()) not in "".join(answer.split()):  # templates may change whitespace
             raise DataError(
                 f"The chat template of {self.name} changes the answer.",
-                f"Given: {given[:80]!r}; written: {answer[:80]!r}.",
+                f"Given: {content[:80]!r}; written: {answer[:80]!r}.",
                 "Change the answer, for example leave out its thinking, or use another model's template.",
             )
         return prompt, answer
@@ -345,16 +345,17 @@ def _as_content(text: str, message: Message) -> str | list[dict[str, str]]:
 
 
 _NOTHING = "\ue104"  # in place of None
-_SAID, _CALLED = "\ue100{}\ue101", "\ue102{}\ue103"  # in place of a message's content and of its functions' names
+_CONTENT_SENTINEL = "\ue100{}\ue101"  # in place of a message's content,
+_NAME_SENTINEL = "\ue102{}\ue103"  # and of the names of the functions that it calls
 
 
 def _probe(message: Message, number: int) -> Message:
     """Return `message` with placeholders for its content and its tool calls."""
     probe = {**message}
     if message.get("content"):
-        probe["content"] = _as_content(_SAID.format(number), message)
+        probe["content"] = _as_content(_CONTENT_SENTINEL.format(number), message)
     if message.get("tool_calls"):
-        probe["tool_calls"] = [_with_name(call, _CALLED.format(number)) for call in message["tool_calls"]]
+        probe["tool_calls"] = [_with_name(call, _NAME_SENTINEL.format(number)) for call in message["tool_calls"]]
     return probe
 
 

@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 from adapter.folders import change_config
-from cli.command import deltamem  # noqa: F401
 from helpers.publishing import onnx_folder
 from helpers.tiny import logits, randomise, save_checkpoint
 from helpers.tiny_gguf import tiny_gguf
@@ -119,7 +118,7 @@ def test_the_original_base_gives_no_warning(adapter, tmp_path):
         load(adapter, base=str(moved), allow_other_base=True)
 
 
-def test_the_command_prints_the_warning_in_one_line(original, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_the_command_prints_the_warning_in_one_line(original, tmp_path, deltamem, monkeypatch):
     read_tokenizer(tmp_path / "tiny.gguf").save_pretrained(original)
     create_adapter(str(tmp_path / "tiny.gguf"), DeltaMemConfig(rank=4), tmp_path / "adapter")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Is it mine?\n")))
@@ -131,7 +130,7 @@ def test_the_command_prints_the_warning_in_one_line(original, tmp_path, deltamem
     assert warnings.formatwarning(message, OtherBaseWarning, "file.py", 1) == f"Warning: {message}\n"
 
 
-def test_allow_other_base_is_rejected_for_an_onnx_folder(tmp_path, deltamem):  # noqa: F811
+def test_allow_other_base_is_rejected_for_an_onnx_folder(tmp_path, deltamem):
     deltamem("chat", onnx_folder(tmp_path / "onnx"), "--allow-other-base").assert_short_error(
         "--allow-other-base: only for an adapter", code=2
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.command import deltamem  # noqa: F401
 from helpers.tiny import listing, patched_model, save_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, MambaConfig, MambaForCausalLM
@@ -20,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def refused(tmp_path, deltamem):  # noqa: F811
+def refused(tmp_path, deltamem):
     """`refused(base, *words)`: patching `base` is refused in these words."""
 
     def check(base: Path, *words: str) -> None:
@@ -193,7 +192,7 @@ def test_missing_weights_are_not_initialised_randomly(refused, base, tmp_path, l
     assert lost in str(refusal.value)
 
 
-def test_a_base_damaged_after_patch_is_named_by_load(base, tmp_path, deltamem):  # noqa: F811
+def test_a_base_damaged_after_patch_is_named_by_load(base, tmp_path, deltamem):
     assert deltamem("patch", base, "--out", tmp_path / "adapter").code == 0
     kept = shutil.copy(base / "model.safetensors", tmp_path / "kept")
     (base / "model.safetensors").write_bytes(Path(kept).read_bytes()[:-8])

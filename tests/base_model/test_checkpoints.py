@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.command import deltamem  # noqa: F401
 from helpers.tiny import as_bin, listing, logits, randomise, save_checkpoint, tiny_config, tiny_model, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -132,7 +131,7 @@ def with_code(tmp_path, monkeypatch):
     return base, tmp_path / "ran"
 
 
-def test_remote_code_runs_only_with_trust_remote_code(with_code, tmp_path, deltamem):  # noqa: F811
+def test_remote_code_runs_only_with_trust_remote_code(with_code, tmp_path, deltamem):
     base, ran = with_code
     before = listing(tmp_path)
     result = deltamem("patch", base, "--out", tmp_path / "adapter")

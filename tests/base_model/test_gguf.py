@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from cli.command import deltamem  # noqa: F401
 from gguf import GGMLQuantizationType
 from helpers.tiny import CHAT_TEMPLATE, listing, logits, randomise, save_checkpoint, weights_of
 from helpers.tiny_gguf import tiny_gguf
@@ -151,7 +150,7 @@ def test_progress_is_shown_where_transformers_shows_its_own(gguf, capfd):
 
 
 @pytest.fixture
-def refused(tmp_path, deltamem):  # noqa: F811
+def refused(tmp_path, deltamem):
     """`refused(base, *words)`: patching `base` is refused in these words, and nothing is written."""
 
     def check(base, *words: str) -> None:
@@ -213,7 +212,7 @@ def test_missing_weights_are_rejected(tmp_path):
         BaseCheckpoint(str(tmp_path / "tiny.gguf")).load()
 
 
-def test_a_file_without_a_chat_template(tmp_path, deltamem):  # noqa: F811
+def test_a_file_without_a_chat_template(tmp_path, deltamem):
     tiny_gguf(tmp_path / "tiny.gguf", template=None)
     create_adapter(str(tmp_path / "tiny.gguf"), CONFIG, tmp_path / "adapter")
     before = listing(tmp_path)

@@ -7,7 +7,6 @@ import json
 
 import pytest
 import yaml
-from cli.command import deltamem  # noqa: F401
 from helpers.tiny import listing
 from helpers.tiny_gguf import tiny_gguf
 from safetensors.torch import load_file
@@ -36,7 +35,7 @@ def bases(tmp_path):
     return {"gguf": file, "folder": folder}
 
 
-def trained(deltamem, base, name, **sections):  # noqa: F811
+def trained(deltamem, base, name, **sections):
     """Train an adapter, or a LoRA, on `base`."""
     out = base.with_name(name)
     recipe = base.with_name(f"{name}.yaml")
@@ -50,7 +49,7 @@ def trained(deltamem, base, name, **sections):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_every_command_accepts_a_gguf_file(bases, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_every_command_accepts_a_gguf_file(bases, tmp_path, deltamem, monkeypatch):
     adapters, plans, scores, chats = {}, {}, {}, {}
     for kind, base in bases.items():
         adapters[kind], plans[kind] = trained(deltamem, base, f"of-{kind}")
@@ -75,7 +74,7 @@ def test_every_command_accepts_a_gguf_file(bases, tmp_path, deltamem, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_lora_on_a_gguf_file(bases, deltamem):  # noqa: F811
+def test_a_lora_on_a_gguf_file(bases, deltamem):
     adapter, _ = trained(deltamem, bases["gguf"], "adapter")
     lora, _ = trained(deltamem, bases["gguf"], "lora", lora={"rank": 2})
     recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--limit", "2", "--json")
@@ -83,7 +82,7 @@ def test_a_lora_on_a_gguf_file(bases, deltamem):  # noqa: F811
     assert result.code == 0 and "lora" in json.loads(result.out)["scores"], result.err
 
 
-def test_the_folder_of_the_file_is_not_overwritten(bases, tmp_path, deltamem):  # noqa: F811
+def test_the_folder_of_the_file_is_not_overwritten(bases, tmp_path, deltamem):
     (tmp_path / "own").mkdir()
     file = bases["gguf"].rename(tmp_path / "own" / "tiny.gguf")
     before = listing(tmp_path)
@@ -93,7 +92,7 @@ def test_the_folder_of_the_file_is_not_overwritten(bases, tmp_path, deltamem):  
 
 
 @pytest.mark.real_model
-def test_an_adapter_for_a_published_file_fits_its_checkpoint(smollm2_gguf, smollm2, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_an_adapter_for_a_published_file_fits_its_checkpoint(smollm2_gguf, smollm2, tmp_path, deltamem, monkeypatch):
     """`patch` reads what it reads of the converted checkpoint, to which the adapter goes as well; and it answers."""
     options = ("--delta-init", "base_slice", "--branches", "v,o", "--layers", "back:4")
     for base, name in ((smollm2_gguf, "of-gguf"), (smollm2, "of-folder")):

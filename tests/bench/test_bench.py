@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from cli.command import deltamem  # noqa: F401  (a fixture)
 from helpers.tiny import patched_model, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, detach, load
@@ -106,7 +105,7 @@ def test_a_lora_has_the_dtype_of_the_base():
     assert {weight.dtype for weight in lora.parameters()} == {torch.bfloat16}
 
 
-def test_figures_counts_and_sizes_are_reported(adapter, checkpoint, deltamem, tmp_path):  # noqa: F811
+def test_figures_counts_and_sizes_are_reported(adapter, checkpoint, deltamem, tmp_path):
     out, prompts = tmp_path / "bench.json", [40, 8]
     options = ("--prompt", "40,8", "--decode", 3, "--repeats", 2, "--batch-size", 2, "--threads", 1, "--no-peak")
     done = deltamem("bench", adapter, *options, "--device", "cpu", "--out", out, "--json")
@@ -168,7 +167,7 @@ def test_a_failed_process_is_named(adapter):
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_invalid_usage_gives_a_short_error(adapter, deltamem, options, words, tmp_path):  # noqa: F811
+def test_invalid_usage_gives_a_short_error(adapter, deltamem, options, words, tmp_path):
     out = tmp_path / "out.json"
     deltamem("bench", adapter, "--device", "cpu", "--no-peak", *options, "--out", out).assert_short_error(*words)
     assert not out.exists()

@@ -13,12 +13,6 @@ from deltamem_tool.adapter.create import create_adapter
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def evaluated(here, deltamem, tokenizer):
     """`deltamem eval` of a model with 512 positions; whatever it may write is asked for."""
     base = save_checkpoint(here / "base", tokenizer)

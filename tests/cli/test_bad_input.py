@@ -24,12 +24,6 @@ from deltamem_tool.data.dialogues import assistant, user
 TALK = [user("My dog is called Rex."), assistant("Noted."), user("What is my dog called?"), assistant("Rex.")]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def config_only(folder: Path, model_type: str, architecture: str | None, **changes) -> Path:
     """A checkpoint of which nothing but the config is there: enough to refuse it."""
     configs = {"t5": T5Config, "bert": BertConfig}

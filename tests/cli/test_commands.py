@@ -23,12 +23,6 @@ from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 HELP_SECONDS = 1.0  # of CPU
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def succeeded(result: Done) -> str:
     assert result.code == 0, result.err
     assert "Traceback" not in result.err and "Warning" not in result.err

@@ -6,7 +6,6 @@ import json
 import os
 
 import click
-import pytest
 import torch
 from helpers.full_disk import small_files
 from helpers.parity_cases import FOLDER
@@ -18,12 +17,6 @@ from deltamem_tool.adapter.reference import convert as reference
 
 CASE = FOLDER / "tsw_qo_qwen3"
 ADAPTER, BASE = CASE / "adapter", CASE / "base"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_an_adapter_round_trips(here, deltamem):

@@ -7,7 +7,6 @@ from math import sqrt
 
 import numpy as np
 import pytest
-from cli.command import deltamem  # noqa: F401  (a fixture)
 from evaluation.reported import evaluation_of, share_of, write_records
 
 from deltamem_tool.errors import ConfigError, DataError
@@ -176,7 +175,7 @@ def test_evaluations_that_cannot_be_compared_raise(folders, tmp_path):
     assert not found.unpaired and ("Evaluation", "protocol", "memory", "full") in found.differing
 
 
-def test_the_compare_command_prints_the_differences(folders, tmp_path, deltamem, monkeypatch):  # noqa: F811
+def test_the_compare_command_prints_the_differences(folders, tmp_path, deltamem, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = deltamem("compare", folders / "a", folders / "b", "--out", "compared.json")
     assert result.code == 0, result.err

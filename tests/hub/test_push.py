@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from cli.command import deltamem  # noqa: F401  (a fixture)
 from fake_hub.server import HubServer
 from helpers.publishing import BASE, COMMIT, adapter_folder, evaluated, onnx_folder, other_adapter, trained
 
@@ -214,14 +213,14 @@ def test_an_evaluation_of_another_adapter_raises(as_writer, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adapter", "smollm2-adapter"])
-def test_a_shipped_adapter_can_be_pushed_by_name(name, as_writer, deltamem):  # noqa: F811
+def test_a_shipped_adapter_can_be_pushed_by_name(name, as_writer, deltamem):
     result = deltamem("push", f"builtin:{name}", REPO, "--license", "apache-2.0")
     assert result.code == 0, result.err
     shipped = read_adapter(f"builtin:{name}")
     assert read_adapter(REPO).fingerprint == shipped.fingerprint and read_adapter(REPO).base == shipped.base
 
 
-def test_a_shipped_name_without_an_adapter_raises(as_writer, deltamem):  # noqa: F811
+def test_a_shipped_name_without_an_adapter_raises(as_writer, deltamem):
     deltamem("push", "builtin:other", REPO).assert_short_error("does not ship builtin:other", "builtin:adapter", code=1)
     deltamem("push", "builtin:backbone", REPO).assert_short_error("contains no adapter", code=1)
     assert not as_writer.repositories

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli.command import deltamem  # noqa: F401  (a fixture)
 from fake_hub.faults import answer, lose_answer
 from fake_hub.routes import Account
 from fake_hub.server import HubServer
@@ -74,7 +73,7 @@ def refusal(status: int, canary: str):
 
 
 @pytest.mark.slow
-def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem, tmp_path, logged, monkeypatch):  # noqa: F811
+def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem, tmp_path, logged, monkeypatch):
     work = tmp_path / "work"
     folder = evaluated(trained(adapter_folder(work / "adapter")))
     onnx_folder(folder / "onnx")
@@ -143,7 +142,7 @@ def home_of_a_user(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.slow
-def test_nothing_of_this_machine_is_pushed(hub, home_of_a_user, deltamem, tokenizer, monkeypatch):  # noqa: F811
+def test_nothing_of_this_machine_is_pushed(hub, home_of_a_user, deltamem, tokenizer, monkeypatch):
     def run(*arguments: object) -> None:
         done = deltamem(*arguments)
         assert done.code == 0, done.err

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.command import Done, deltamem, in_a_process  # noqa: F401  (the second is a fixture)
+from cli.command import Done, in_a_process
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -70,7 +70,7 @@ NEEDS_EVERYTHING = [
 
 @pytest.mark.parametrize("version", ["5.22.0", "5.25.0", "6.0.0.dev0"])
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING[:2])
-def test_an_unsupported_transformers_version_raises(in_front, deltamem, words, version):  # noqa: F811
+def test_an_unsupported_transformers_version_raises(in_front, deltamem, words, version):
     installed(in_front, "transformers", version)
     bounds = BOUNDS["transformers"]
     deltamem(*words.split()).assert_short_error(
@@ -79,7 +79,7 @@ def test_an_unsupported_transformers_version_raises(in_front, deltamem, words, v
 
 
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING)
-def test_an_unsupported_package_version_raises(in_front, deltamem, words):  # noqa: F811
+def test_an_unsupported_package_version_raises(in_front, deltamem, words):
     installed(in_front, "numpy", "1.26.0")
     bounds = BOUNDS["numpy"]
     deltamem(*words.split()).assert_short_error("numpy 1.26.0 is installed", f"pip install 'numpy{bounds}'", code=1)

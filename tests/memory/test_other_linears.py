@@ -8,7 +8,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from cli.command import deltamem  # noqa: F401
 from helpers.model_runs import cache_of
 from helpers.tiny import base_parameters, logits, randomise, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file, save_file

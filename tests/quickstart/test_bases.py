@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cli.command import deltamem  # noqa: F401
 
 from deltamem_tool.errors import ConfigError, HubError
 from deltamem_tool.io.names import BACKBONE
@@ -32,7 +31,7 @@ def test_invalid_combinations_of_options_raise(options):
         choose_adapter(BACKBONE, **options)
 
 
-def test_nothing_is_written_when_the_model_cannot_be_loaded(tmp_path, monkeypatch, deltamem):  # noqa: F811
+def test_nothing_is_written_when_the_model_cannot_be_loaded(tmp_path, monkeypatch, deltamem):
     def unavailable():
         raise HubError("SmolLM2 can be fetched from nowhere.", "There is no network.", "Connect to one.")
 
