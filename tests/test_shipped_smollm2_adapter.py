@@ -29,7 +29,7 @@ def test_the_adapter_is_small_and_names_its_base():
 @pytest.mark.usefixtures("smollm2_gguf")
 def test_the_adapter_recalls_held_out_facts():
     model = load(ADAPTER)
-    task = recall("natural", facts=(1,), episodes=CONVERSATIONS, form="plain", system="")
+    task = recall("natural", facts=(1,), episodes=CONVERSATIONS, form="plain")
     result = evaluate(model, tokenizer_of(model), task, EvalProtocol.parse("memory"), only=("state", "donor_state"))
     assert result.estimate("contains", "state", "1 fact").mean >= MIN_RECALL
     assert result.estimate("contains", "donor_state", "1 fact").mean <= MAX_CONTROL

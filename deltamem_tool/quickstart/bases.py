@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from deltamem_tool.base_model import smollm2
@@ -23,7 +23,8 @@ class QuickstartBase:
         adapter: a trained adapter.
         takes_adapter: whether `adapter` is used by default, because training takes hours.
         words: option `words` of the recall task.
-        form: further options of the recall task, so that conversations are like those that the recipe trains on.
+        form: option `form` of the recall task, if it is not the default.
+        system: system prompt of all conversations; None for what the chat template adds by itself.
         facts: numbers of facts in the conversations of the recall task.
         episodes: number of conversations for each of `facts`.
         agreement: number of facts per conversation, and number of conversations, for comparing both runtimes.
@@ -49,7 +50,13 @@ class QuickstartBase:
     size_to_fetch: Callable[[], str | None]
     time: str
     fast_time: str
-    form: Mapping[str, Any] = field(default_factory=dict)
+    form: str | None = None
+    system: str | None = None
+
+    def task_options(self) -> dict[str, Any]:
+        """Return the options of the recall task that are not its defaults, except for the number of conversations."""
+        options = {"form": self.form, "system": self.system}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 BASES = {
@@ -71,7 +78,7 @@ BASES = {
     ),
     SMOLLM2: QuickstartBase(
         name=smollm2.NAME,
-        recipe="smollm2-135m-msw.yaml",
+        recipe="smollm2-135m-tsw.yaml",
         adapter="builtin:smollm2-adapter",
         takes_adapter=True,
         words="natural",
@@ -84,7 +91,7 @@ BASES = {
         size_to_fetch=smollm2.size_to_fetch,
         time="1 to 3 hours, mostly training",
         fast_time="10 to 20 minutes",
-        form={"form": "plain", "system": ""},
+        form="plain",
     ),
 }
 

@@ -112,6 +112,7 @@ def quickstart(
             _clear(out)
         if trained is None:
             recipe = _recipe(out, kind, checkpoint, steps, resume)
+            kind = replace(kind, system=recipe.data.system)
         parameters = (trained or read_adapter(out / FRESH)).num_parameters()
         tell("patch", 1, 1, f"{parameters:,} parameters")
     if trained is None:
@@ -125,7 +126,7 @@ def quickstart(
         recalled = evaluate(
             model,
             tokenizer,
-            recall(kind.words, facts=kind.facts, episodes=kind.episodes, **kind.form),
+            recall(kind.words, facts=kind.facts, episodes=kind.episodes, **kind.task_options()),
             EvalProtocol.parse(MEMORY_ONLY),
             batch_size=kind.batch_size,
             report=lambda what, done, of: tell("evaluate", done, of, what),
@@ -144,7 +145,9 @@ def quickstart(
         tell("export", 2, 2, f"differs by {manifest.max_abs_diff:.1e} at most")
     with _time_stage("remember", seconds):
         memory_file, told = out / MEMORY, told_facts(kind.words, kind.told)
-        remembered = remember(onnx_model, memory_file, told, lambda done, of: tell("remember", done, of, ""))
+        remembered = remember(
+            onnx_model, memory_file, told, kind.system, lambda done, of: tell("remember", done, of, "")
+        )
 
     result = Quickstart(
         adapter=trained.path,
@@ -173,7 +176,7 @@ def _arguments(kind: QuickstartBase) -> tuple[str, ...]:
     options = [f"facts=[{','.join(map(str, kind.facts))}]"]
     options += [f"words={kind.words}"] if kind.words != DIALOGUES else []
     options += [f"episodes={kind.episodes}"] if kind.episodes != EPISODES else []
-    options += [f"{name}={json.dumps(value)}" for name, value in kind.form.items()]
+    options += [f"{name}={json.dumps(value)}" for name, value in kind.task_options().items()]
     return tuple(word for option in options for word in ("--set", option))
 
 
@@ -247,7 +250,7 @@ def _agreement(
 ) -> float:
     """Return the share of held-out episodes on which both runtimes give the same answer."""
     facts, episodes = kind.agreement
-    task = recall(kind.words, seed=1, facts=facts, episodes=episodes, **kind.form)
+    task = recall(kind.words, seed=1, facts=facts, episodes=episodes, **kind.task_options())
     protocol = EvalProtocol.parse(MEMORY_ONLY)
     options: dict[str, Any] = {"only": (STATE,), "batch_size": kind.batch_size}
     in_torch, in_onnx = (

@@ -82,9 +82,21 @@ def told_facts(words: str, count: int, seed: int = 3) -> list[ToldFact]:
 
 
 def remember(
-    engine: Engine, memory_file: Path, told: list[ToldFact], report: Callable[[int, int], None] | None = None
+    engine: Engine,
+    memory_file: Path,
+    told: list[ToldFact],
+    system: str | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> TalkResult:
-    """One conversation tells facts and saves its memory; a second has an empty context and only the file."""
+    """One conversation tells facts and saves its memory; a second has an empty context and only the file.
+
+    Args:
+        engine: the model.
+        memory_file: file of the memory.
+        told: the facts.
+        system: system prompt of both conversations; None for what the chat template adds by itself.
+        report: called with the number of finished turns, and of all.
+    """
     remembered, first = TalkResult(), Conversation(engine)
     sampling = Sampling(max_new_tokens=_TASKS[told[0].words].max_new_tokens)
     done = 0
@@ -96,13 +108,13 @@ def remember(
             report(done, 2 * len(told))
 
     for fact in told:
-        remembered.exchanges.append((fact.statement, _answer(first, fact.statement, sampling)))
+        remembered.exchanges.append((fact.statement, _answer(first, fact.statement, system, sampling)))
         tell()
     first.save_memory(memory_file)
     memory = read_memory(memory_file)
     for fact in told:
-        answer = _answer(Conversation(engine, memory, write=False), fact.question, sampling)
-        without = _answer(Conversation(engine, write=False), fact.question, sampling)
+        answer = _answer(Conversation(engine, memory, write=False), fact.question, system, sampling)
+        without = _answer(Conversation(engine, write=False), fact.question, system, sampling)
         again = SecondAnswer(fact.question, answer, fact.truth, fact.is_right(answer), without)
         remembered.answers.append(again)
         tell()
@@ -112,9 +124,12 @@ def remember(
 _TASKS = {DIALOGUES: Recall, NATURAL: NaturalRecall}
 
 
-def _answer(conversation: Conversation, text: str, sampling: Sampling) -> str:
+def _answer(conversation: Conversation, text: str, system: str | None, sampling: Sampling) -> str:
     """Return the answer. An interrupt ends the whole quickstart."""
-    answer = conversation.generate(text, sampling)
+    messages = [{"role": "user", "content": text}]
+    if system is not None and not conversation.context.messages:
+        messages.insert(0, {"role": "system", "content": system})
+    answer = conversation.generate(messages, sampling)
     if answer.why == INTERRUPTED:
         raise KeyboardInterrupt
     return answer.text

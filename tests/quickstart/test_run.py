@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-from cli.command import deltamem  # noqa: F401
 from helpers.tiny import listing
 from helpers.tiny_gguf import tiny_gguf
 
@@ -75,7 +74,7 @@ def test_pictures_are_png_files(quickstart):
     assert (folder / "run" / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_does_not_overwrite_the_first(quickstart, deltamem, monkeypatch):  # noqa: F811
+def test_a_second_run_does_not_overwrite_the_first(quickstart, deltamem, monkeypatch):
     folder, _, _ = quickstart
     monkeypatch.chdir(folder)
     before = listing(folder)
@@ -126,6 +125,7 @@ def test_the_quickstart_runs_on_another_base(tmp_path, monkeypatch):
 
     taken = module.quickstart(tmp_path / "taken", base=SMOLLM2, adapter=str(result.adapter))
     assert taken.fingerprint == result.fingerprint and taken.loss_plot is None
+    assert taken.arguments == result.arguments[:-2]  # `system` belongs to the recipe
     assert json.loads(taken.report.read_text())["recall"]["scores"] == report["recall"]["scores"]
 
 

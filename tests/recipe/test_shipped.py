@@ -31,8 +31,7 @@ ON_THE_BACKBONE = (
 )
 ON_SMOLLM2 = (
     *(f"smollm2-135m-msw{stage}" for stage in ("", "-chats", "-more", "-keep", "-talk")),
-    "smollm2-135m-tsw",
-    "smollm2-135m-tsw-talk",
+    *(f"smollm2-135m-tsw{stage}" for stage in ("", "-talk", "-replies", "-answers")),
 )
 BASES = {
     "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
