@@ -226,6 +226,13 @@ class Conversation:
         return _commit([turn])[0]
 
 
+def turn_content(conversation: Conversation, text: str, system: str | None) -> str | list[Message]:
+    """Return what a user's text adds to a conversation: before the first turn, with the system message, if any."""
+    if system is None or conversation.context.messages:
+        return text
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
 def generate_together(
     conversations: Sequence[Conversation],
     contents: Sequence[str | Sequence[Message]],

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltamem_tool.chat.answer_output import AnswerOutput
+from deltamem_tool.chat.conversation import Conversation, turn_content
 from deltamem_tool.chat.generation import INTERRUPTED, LENGTH
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
 from deltamem_tool.io.atomic import check_writable, resolve
@@ -25,7 +26,6 @@ from deltamem_tool.memory.shared_file import MemoryConflict, SharedMemoryFile
 from deltamem_tool.segments.messages import BYTE_ORDER_MARK
 
 if TYPE_CHECKING:
-    from deltamem_tool.chat.conversation import Conversation
     from deltamem_tool.chat.generation import Answer
     from deltamem_tool.chat.sampling import Sampling
 
@@ -122,9 +122,7 @@ class Chat:
         return None
 
     def _turn(self, text: str) -> None:
-        content: str | list[dict[str, str]] = text
-        if self._system is not None and self.conversation.context.messages == 0:
-            content = [{"role": "system", "content": self._system}, {"role": "user", "content": text}]
+        content = turn_content(self.conversation, text, self._system)
         dropped = self.conversation.context.dropped
         output = AnswerOutput(self._write)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Engine
+from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Engine, turn_content
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.data import dialogues, facts
 from deltamem_tool.data.fact_conversations import phrasings
@@ -126,10 +126,7 @@ _TASKS = {DIALOGUES: Recall, NATURAL: NaturalRecall}
 
 def _answer(conversation: Conversation, text: str, system: str | None, sampling: Sampling) -> str:
     """Return the answer. An interrupt ends the whole quickstart."""
-    messages = [{"role": "user", "content": text}]
-    if system is not None and not conversation.context.messages:
-        messages.insert(0, {"role": "system", "content": system})
-    answer = conversation.generate(messages, sampling)
+    answer = conversation.generate(turn_content(conversation, text, system), sampling)
     if answer.why == INTERRUPTED:
         raise KeyboardInterrupt
     return answer.text

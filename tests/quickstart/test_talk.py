@@ -31,9 +31,10 @@ def test_every_conversation_begins_with_the_system_prompt(system, tmp_path, monk
     conversations = {}
     generate = Conversation.generate
 
-    def recorded(self, messages, *args, **options):
+    def recorded(self, content, *args, **options):
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
         conversations.setdefault(id(self), (self, []))[1].extend(messages)
-        return generate(self, messages, *args, **options)
+        return generate(self, content, *args, **options)
 
     monkeypatch.setattr(Conversation, "generate", recorded)
     remember(make_engine(), tmp_path / "memory.safetensors", told_facts(NATURAL, 2), system)

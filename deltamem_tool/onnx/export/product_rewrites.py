@@ -156,8 +156,9 @@ def _width(value: ir.Value | None) -> int | None:
 
 
 def _rows(weight: ir.Value) -> int:
-    assert weight.shape is not None
-    return int(weight.shape[0])  # type: ignore[arg-type]  # of a matrix
+    rows = weight.shape[0] if weight.shape is not None else None
+    assert isinstance(rows, int)  # of a constant matrix
+    return rows
 
 
 def join_corrections(graph: ir.Graph) -> None:
