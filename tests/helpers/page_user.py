@@ -71,10 +71,10 @@ class User:
         expect(self.page.get_by_text("Loading …")).to_have_count(0)
 
     def reload(self) -> None:
-        """Load the page again."""
+        """Load the page again, and wait until its memory is shown."""
         self.page.reload()
+        expect(self.summary).not_to_be_empty()
         expect(self.page.get_by_text("Loading …")).to_have_count(0)
-        expect(self.page.locator("#model")).not_to_be_empty()
 
     def say(self, text: str) -> str:
         """Send a message, and return the answer to it."""
@@ -140,6 +140,6 @@ def using(browser: Browser, url: str, **options) -> Iterator[User]:
     try:
         user = User(context.new_page(), url)
         yield user
-        assert user.problems == []
+        assert user.problems == [], user.problems
     finally:
         context.close()

@@ -103,6 +103,21 @@ def test_undo_after_a_reload_and_restoring(user, server):
     assert ANOTHER in user.say(ASK)
 
 
+def test_no_button_changes_a_memory_that_is_not_loaded_yet(user):
+    user.open("emil")
+    for text in (TELL, TELL_ANOTHER):  # so that there is a version to go back to
+        user.say(text)
+    held = []
+    user.page.route("**/v1/memories/emil", lambda route: held.append(route))
+    user.page.reload()
+    expect(user.page.get_by_text("Loading …")).to_be_visible()
+    for name in ("Undo", "Load", "Forget"):
+        expect(user.button(name)).to_be_disabled()
+    with user.page.expect_response("**/v1/memories/emil"):
+        held.pop().continue_()
+    expect(user.button("Undo")).to_be_enabled()
+
+
 def test_a_fork_goes_on_with_the_conversation_by_itself(user, server):
     user.open("fred")
     user.say(TELL)

@@ -42,14 +42,15 @@ const withLock = (name, action) =>
 
 // Shows the memory, and enables the buttons that can be used now.
 function showMemory() {
-  if (currentConversation() === undefined) return; // it is still being opened
+  const isOpen = currentConversation() !== undefined; // if not, it is still being opened
+  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering || !isOpen;
+  if (!isOpen) return;
   const { record, unstoredBytes } = currentConversation();
   const bytes = unstoredBytes ?? record?.bytes;
   const version = unstoredBytes ? "not stored" : `version ${versionOf(record)}`;
   byId("summary").textContent = bytes ? `${version}, ${formatBytes(bytes.length)}` : "Nothing is stored yet.";
   const former = unstoredBytes ? record?.bytes : record?.former.at(-1);
   showLayers(bytes ? readMemory(bytes) : null, former ? readMemory(former) : null);
-  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering;
   byId("save").disabled = !bytes;
   byId("undo").disabled ||= !bytes;
   byId("forget").disabled ||= !bytes;
@@ -81,6 +82,7 @@ async function refresh() {
 async function open() {
   byId("name").textContent = currentName();
   document.title = `${currentName()} – deltamem`;
+  showMemory();
   await refresh();
   showConversation();
   messageInput.focus();

@@ -65,9 +65,10 @@ async function refresh() {
   updateControls();
 }
 
-// Enables the buttons that can be used now.
+// Enables the buttons that can be used now: none changes a memory that is not loaded yet, or that a turn is changing.
 function updateControls() {
-  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering !== null;
+  const isBusy = answering !== null || memory === undefined;
+  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = isBusy;
   for (const id of ["fork", "save", "forget"]) byId(id).disabled ||= !memory;
   byId("save").disabled = !memory;
   byId("undo").disabled ||= previousVersion(versions) === null && !lastTurn()?.isFirst;
@@ -80,6 +81,7 @@ async function open() {
   document.title = `${currentName()} – deltamem`;
   [memory, versions] = [undefined, []];
   log.showTurns([], "Loading …");
+  updateControls();
   await refresh();
   showConversation();
   messageInput.focus();
