@@ -66,11 +66,6 @@ RULES: tuple[Rule, ...] = (
         "data.unrelated and objective.unrelated_kl need each other: give both, or leave out both",
     ),
     Rule(
-        ("objective.addressing", "memory.granularity"),
-        lambda weight, granularity: weight == 0 or granularity == "token",
-        "objective.addressing compares the keys of tokens: memory.granularity must be token",
-    ),
-    Rule(
         ("objective.addressing", "training.bptt"),
         lambda weight, chunks: weight == 0 or chunks is None,
         "objective.addressing compares the keys of whole histories: leave out training.bptt",

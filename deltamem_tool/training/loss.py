@@ -148,7 +148,7 @@ class EpisodeModel(nn.Module):
             parts["history_kl"] = history_kl.sum() / count
             loss = loss + self.objective.history_kl * parts["history_kl"]
         if self.objective.addressing:
-            addresses = self.addresses(write_ids, write_mask, read_ids, scored, targets, rows)
+            addresses = self.addresses(write_ids, write_mask, read_ids, scored, targets, rows, write_segment_tags)
             parts["addressing"] = addressing_loss(self.adapter, written, read, write_mask, addresses).sum() / count
             loss = loss + self.objective.addressing * parts["addressing"]
         if self.objective.full_context_kl:

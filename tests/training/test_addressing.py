@@ -13,15 +13,16 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.recipe.load import ObjectiveOptions, Recipe
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.training.addressing import TEMPERATURE, Addresses, hidden_states_of
 from deltamem_tool.training.loss import EpisodeModel
 
 TOLERANCE = 1e-5  # float32 against float64; the loss is about 3
 
 
-def telling_batch():
+def telling_batch(segments=False):
     """Of four tokens one is told twice, one once, one in the other conversation alone, one once and in padding."""
-    batch = episode_batch()
+    batch = episode_batch(segments=segments)
     written, read, targets = batch["write_ids"], batch["read_ids"], batch["targets"]
     written[0, 1] = written[0, 5] = targets[0]
     written[0, 3] = targets[1]
@@ -31,17 +32,30 @@ def telling_batch():
     return batch
 
 
+def keys_of(batch, row):
+    """The columns of the tokens of each key in a history: one token, or those of a segment."""
+    columns = [column for column, valid in enumerate(batch["write_mask"][row].tolist()) if valid]
+    if "write_segment_tags" not in batch:
+        return [[column] for column in columns]
+    segments = [[]]
+    for column in columns:
+        segments[-1].append(column)
+        if batch["write_segment_tags"][row, column] == SegmentTag.LAST:
+            segments.append([])
+    return segments[:-1]  # what no end follows is not written
+
+
 def naive_addresses(batch):
-    """(asking, conversation, columns) of every scored token that has to be found."""
+    """(asking, conversation, keys) of every scored token that has to be found."""
     length = batch["read_ids"].shape[1]
     found = []
     for place, target in zip(batch["scored"].tolist(), batch["targets"].tolist(), strict=True):
         exchange, column = divmod(place, length)
         row = batch["rows"][exchange].item()
-        mask = batch["write_mask"][row].tolist()
-        columns = [w for w, token in enumerate(batch["write_ids"][row].tolist()) if token == target and mask[w]]
-        if columns and target not in batch["read_ids"][exchange, : column + 1].tolist():
-            found.append(((exchange, column), row, columns))
+        ids = batch["write_ids"][row].tolist()
+        keys = [n for n, key in enumerate(keys_of(batch, row)) if target in [ids[w] for w in key]]
+        if keys and target not in batch["read_ids"][exchange, : column + 1].tolist():
+            found.append(((exchange, column), row, keys))
     return found
 
 
@@ -49,15 +63,16 @@ def naive_loss(model, batch):
     adapter, addresses = adapter_of(model), naive_addresses(batch)
     with torch.no_grad(), hidden_states_of(adapter) as hidden:
         cache = MemoryCache(model)
+        cache.segment_tags = batch.get("write_segment_tags")
         model(batch["write_ids"], attention_mask=batch["write_mask"], cache=cache)
         written = hidden.take()
         read_cache = MemoryCache(model, write=False)
         read_cache.memory = cache.memory.select(batch["rows"])
         model(batch["read_ids"], attention_mask=batch["read_mask"], cache=read_cache)
         read = hidden.take()
-    pairs = sorted({(row, column) for _, row, columns in addresses for column in columns})
+    pairs = sorted({(row, key) for _, row, keys in addresses for key in keys})
     by_row = {row: [] for row in range(len(batch["write_ids"]))}
-    for (exchange, place), row, columns in addresses:
+    for (exchange, place), row, keys in addresses:
         losses = []
         for index in adapter.layer_indices:
             layer = adapter.layer(index)
@@ -69,22 +84,26 @@ def naive_loss(model, batch):
                     return y / y.norm()
 
                 query = unit(layer.query.weight, read[index][exchange, place])
-                places = [(row, w) for w in range(batch["write_ids"].shape[1]) if batch["write_mask"][row, w]]
+                places = [(row, n) for n in range(len(keys_of(batch, row)))]
                 places += [each for each in pairs if each[0] != row]
+                hidden = {each: written[index][each[0], keys_of(batch, each[0])[each[1]]].mean(0) for each in places}
                 scores = {
-                    each: math.exp(query @ unit(layer.key.weight, written[index][each]) / TEMPERATURE)
-                    for each in places
+                    each: math.exp(query @ unit(layer.key.weight, mean) / TEMPERATURE) for each, mean in hidden.items()
                 }
-                losses.append(math.log(sum(scores.values())) - math.log(sum(scores[row, w] for w in columns)))
-        by_row[row].append((sum(losses) / len(losses), 1 / len(columns)))
+                losses.append(math.log(sum(scores.values())) - math.log(sum(scores[row, n] for n in keys)))
+        by_row[row].append((sum(losses) / len(losses), 1 / len(keys)))
     means = [sum(x * w for x, w in each) / sum(w for _, w in each) if each else 0.0 for each in by_row.values()]
     return sum(means) / len(means)
 
 
 @torch.no_grad()
-def test_the_addressing_loss_matches_its_definition():
-    model, batch = patched_model(state_heads=2), telling_batch()
-    assert [columns for _, _, columns in naive_addresses(batch)] == [[1, 5], [3], [1]]
+@pytest.mark.parametrize(
+    ("granularity", "keys"), [("token", [[1, 5], [3], [1]]), ("message", [[0, 1], [1], [0]])], ids=["token", "message"]
+)
+def test_the_addressing_loss_matches_its_definition(granularity, keys):
+    model = patched_model(state_heads=2, granularity=granularity)
+    batch = telling_batch(segments=granularity == "message")
+    assert [each for _, _, each in naive_addresses(batch)] == keys
     parts = EpisodeModel(model, ObjectiveOptions(addressing=2.0))(**batch)
     assert abs(parts["addressing"].item() - naive_loss(model, batch)) < TOLERANCE
     plain = EpisodeModel(model)(**batch)["loss"]
@@ -132,9 +151,6 @@ def test_the_loss_is_zero_when_no_token_has_to_be_found():
     parts["loss"].backward()
 
 
-@pytest.mark.parametrize(
-    "options", [{"memory": {"granularity": "message"}}, {"training": {"bptt": 1, "write_chunk": 8}}]
-)
-def test_unsupported_combinations_with_addressing_raise(options):
+def test_addressing_with_truncated_backpropagation_raises():
     with pytest.raises(ConfigError, match="addressing"):
-        Recipe(base="b", out="o", objective={"addressing": 1.0}, **options)
+        Recipe(base="b", out="o", objective={"addressing": 1.0}, training={"bptt": 1, "write_chunk": 8})
