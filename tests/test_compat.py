@@ -61,7 +61,7 @@ def _renames() -> bool:
 
 
 def _moves_rows_back() -> bool:
-    """Of a head with four rows, for rotary positions: neighbours in the file, halves in the model."""
+    """Whether four rows of a head, neighbours in the file, become the halves that the model's rotary positions need."""
     process = _compat.TENSOR_PROCESSORS["llama"](config={"num_attention_heads": 1, "num_key_value_heads": 1}).process
     weights = numpy.arange(4.0).reshape(4, 1)
     names = ("blk.0.attn_q.weight", "blk.0.attn_v.weight")

@@ -64,14 +64,14 @@ for library, modules in json.loads(sys.argv[1]):
 
 
 def stage(without: set[str]) -> int:
-    """How many of `LIBRARIES` may be there before."""
+    """The number of `LIBRARIES` that may be imported before the module."""
     forbidden = [library.partition(".")[0] in without for library in LIBRARIES]
     return (*forbidden, True).index(True)
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory) -> dict[str, set[str]]:
-    """What is imported after each import, for all of pytest-xdist's workers."""
+    """The modules that each import loads, measured once for all of pytest-xdist's workers."""
     stages = [[module for module, without in CASES if stage(without) == n] for n in range(len(LIBRARIES) + 1)]
 
     def make(folder):

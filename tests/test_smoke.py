@@ -25,7 +25,7 @@ TOLD, ASKED = "By the way, my dog is Bella.", "What is the name of my dog?"
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Where the steps leave what the next ones take."""
+    """The folder in which each step writes the files that the next ones read."""
     return tmp_path_factory.mktemp("made")
 
 

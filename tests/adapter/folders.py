@@ -1,4 +1,4 @@
-"""What the tests of adapter folders make them of, and how they damage them."""
+"""Contents of the adapter folders in these tests, and functions that damage them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_other_layers_can_be_attached_to_a_loaded_base(adapter, tmp_path):
 
 
 def test_a_changed_base_is_not_recorded_as_the_original(adapter, tmp_path):
-    """What a loaded model remembers of its base goes with the adapter."""
+    """The record of the base that a loaded model keeps is removed together with the adapter."""
     model = load(adapter)
     detach(model)
     model.name_or_path = ""

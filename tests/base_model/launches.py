@@ -1,4 +1,4 @@
-"""What the processes of a launch run that are to meet: a function that a forked process can import."""
+"""The function that the processes of a launch run, in a module that a forked process can import."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _MARKS = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- /table -->)", re.DOTALL)
 
 
 def support(model_type: str) -> Support:
-    """What a tiny model of the type shows; no weight of it is made."""
+    """The row of a model type, read from a tiny model whose weights are never created."""
     if model_type in UNSUPPORTED:
         return Support(model_type, False, [], False, UNSUPPORTED[model_type])
     if model_type in UNBUILT:

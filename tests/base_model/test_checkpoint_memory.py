@@ -70,8 +70,8 @@ def write_torch(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def growths(tmp_path_factory) -> dict[str, tuple[int, int, int]]:
-    """Of each format: the bytes of a checkpoint, and by how many a process's peak grows when it patches it, and when it
-    loads it as well."""
+    """For each format: the bytes of a checkpoint, and the growth of a process's peak memory when it patches the
+    checkpoint, and when it also loads it."""
     folders = [tmp_path_factory.mktemp(name) for name in FORMATS]
     write_safetensors(folders[0])
     write_torch(folders[1])

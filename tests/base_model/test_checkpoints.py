@@ -77,7 +77,7 @@ def test_a_checkpoint_with_tied_embeddings(form, tmp_path):
 
 
 def test_weight_names_without_the_model_prefix(tmp_path):
-    """As in `gpt2` on the Hub, which was saved as a model without head."""
+    """`gpt2` on the Hub has such names, because it was saved as a model without a head."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, initializer_range=0.2)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -88,7 +88,7 @@ def test_weight_names_without_the_model_prefix(tmp_path):
 
 
 def test_a_single_file_takes_precedence_over_an_index(tmp_path):
-    """As in transformers: the file that is inspected is the one that is loaded."""
+    """transformers loads the single file, so the same file must be inspected."""
     whole(tiny_model(seed=1), in_pieces(tiny_model(seed=0), tmp_path / "pieces"))
     base = in_pieces(tiny_model(seed=0), tmp_path / "base")
     index = base / "model.safetensors.index.json"

@@ -10,7 +10,7 @@ from deltamem_tool.baselines.static import StaticAdapter
 
 
 def shaken(adapter, seed=0):
-    """With weights that matter."""
+    """Gives the adapter random weights that change the model's output."""
     torch.manual_seed(seed)
     for weight in adapter.parameters():
         torch.nn.init.normal_(weight, std=0.5)

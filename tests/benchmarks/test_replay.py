@@ -54,7 +54,7 @@ def test_the_share_of_a_token_in_the_state_matches_the_recurrence():
 
 @pytest.mark.parametrize("decays", [False, True])
 def test_random_keys_leave_the_expected_share(decays):
-    """Of one association, after writes whose keys are drawn, over many draws."""
+    """Checks what is left of one association after writes with random keys, averaged over many draws."""
     one = some_writes(1, decays=decays)
     writes = Writes(*(x.expand(DRAWS, -1, -1, -1) for x in one.all))
     fact = (torch.arange(TOKENS) == 0).expand(DRAWS, -1)

@@ -71,7 +71,7 @@ def test_a_full_window_drops_the_oldest_turns(stopping):
 
 
 def recorded(engine: TorchModel) -> list:
-    """What the calls of the engine give from now on."""
+    """A list to which every later call of the engine adds its result."""
     calls: list = []
     step = type(engine).step
 
@@ -111,7 +111,7 @@ def test_the_last_token_is_written_before_its_turn_is_dropped(engine):
 
 
 def test_undo_restores_dropped_turns(engine):
-    """Of the contexts from before turns left, one is kept: undo goes back to it, and over the turns before it."""
+    """One context from before turns were dropped is kept, so undo goes back to it and through the turns before it."""
     conversation, places, answers = Conversation(engine, window=80), [], []
     turns = [*TURNS, *OTHERS, *TURNS]
     for turn in turns:

@@ -188,7 +188,7 @@ def test_a_batch_with_segments_matches_its_rows(by_message):
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_turns_are_written_before_they_leave_the_window(by_message, stays):
-    """Where the last answer leaves with all the rest, its segment ends there; else the template ends it."""
+    """If the last answer leaves the window with the rest, its segment ends there; otherwise the template ends it."""
     encode, conversation = by_message.text.encode, Conversation(by_message)
     talk(conversation, [[user(text)] for text in ((TURNS[0], TURNS[2]) if stays else TURNS[:1])])
     last = conversation._place.transcript.turns[-1].tokens

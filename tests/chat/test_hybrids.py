@@ -62,7 +62,7 @@ def test_undone_turns_leave_no_trace(engine):
 
 
 def test_dropped_turns_are_not_in_the_base_states(engine):
-    """What stays is read again from the beginning, and nothing of it written."""
+    """The remaining turns are read again from the beginning, without writing."""
     conversation = Conversation(engine)
     say(conversation, *TURNS)
     place = make_room(engine, conversation._place, 48, True, OTHERS[0], Sampling(6))

@@ -68,7 +68,7 @@ def test_dropped_turns_do_not_change_how_the_others_are_rendered():
 
 
 def test_a_system_message_that_moves_to_the_last_question():
-    """As Mistral's templates have it: what is read is the system message with every question."""
+    """Mistral's templates do this: the model reads the system message with every question."""
     moving = (
         "{% for message in messages if message.role != 'system' %}<|{{ message.role }}|>"
         "{{ messages[0].content if loop.last and message.role == 'user' and messages[0].role == 'system' }}"

@@ -46,7 +46,7 @@ class Talk:
         self.chat = Chat(self.conversation, Sampling(**sampling), system, file, *consoles)
 
     def __call__(self, line):
-        """What was answered or shown, and what was said beside it."""
+        """The answer or other output on stdout, and the notices."""
         for file in (self._out, self._notices):
             file.seek(0)
             file.truncate()

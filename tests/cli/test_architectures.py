@@ -25,7 +25,7 @@ def printed(deltamem, *arguments) -> list[dict]:
 
 
 def is_older() -> bool:
-    """Whether the installed transformers is an older one than the one whose types the table lists."""
+    """Whether the installed transformers is older than the version that the table lists."""
     return Version(transformers.__version__) < Version(transformers_version())
 
 
@@ -45,7 +45,7 @@ def test_every_type_is_listed(deltamem):
 
 @pytest.mark.slow
 def test_the_table_matches_the_models():
-    """Of the types that the installed transformers knows, where it is an older one than the table's."""
+    """If the installed transformers is older than the table's, only the types that it knows are compared."""
     known = [row for row in supported_types() if row.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     assert known == support_table.generate(), f"stale: run {support_table.COMMAND}"
     assert known == supported_types() or is_older()

@@ -247,7 +247,7 @@ def test_a_file_that_is_no_longer_a_memory_is_left_unchanged(talk, here):
 
 
 def test_concurrent_writers_lose_nothing(here, engine):
-    """Of many writers that have read the same file, one has it, and every other a file of its own."""
+    """Of many writers that read the same file, one replaces it, and each of the others gets its own file."""
     files = [SharedMemoryFile(here / "me") for _ in range(12)]
     empty = empty_memory(engine).states
     memories = [StoredMemory({i: s + number for i, s in empty.items()}, {}, engine.adapter) for number in range(12)]

@@ -125,7 +125,7 @@ def server():
 
 @pytest.mark.server
 def test_a_terminal_prompts_for_a_licence_and_shows_progress(server, adapter, tmp_path):
-    """With HF_ENDPOINT, HF_HOME and HF_TOKEN, as in `environment`."""
+    """The command finds the server through HF_ENDPOINT, HF_HOME and HF_TOKEN, as `environment` sets them."""
     variables = environment(server, tmp_path / "home", "hf_of_someone") | {"TERM": "dumb"}
     del variables["HF_HUB_DISABLE_PROGRESS_BARS"]
     child = pexpect.spawn(

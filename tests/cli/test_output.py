@@ -112,7 +112,7 @@ def test_a_chat_prints_in_every_encoding(monkeypatch, encoding):
 
 
 def shown(monkeypatch, is_terminal, **environment):
-    """How a table and an error are printed on such an output."""
+    """The printed table and error message of an output with these properties."""
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -174,7 +174,7 @@ def test_progress_stages_are_animated_only_in_terminals(monkeypatch):
 
 
 def test_brackets_in_names_and_answers_are_not_markup(monkeypatch):
-    """What quickstart prints; `[/b]` would be an error of rich, and `[b]` would be gone."""
+    """In the quickstart's output, rich would raise an error for `[/b]` and drop `[b]`."""
     out = Path("[b]out[/b]")
     remembered = TalkResult([("Hi [/u].", "[red]")], [SecondAnswer("Who [/q]?", "[a]", "[t]", False, "[/w]")])
     files = [out / name for name in ("adapter", "onnx", "memory", "recall.png", "loss.png", "report.json")]

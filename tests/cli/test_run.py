@@ -30,7 +30,7 @@ def test_a_memory_written_by_another_program_is_kept(here, deltamem, monkeypatch
 
 
 def test_an_answer_to_a_closed_pipe_is_remembered(here, quickstart_onnx):
-    """As with `| head -c 1`."""
+    """`deltamem run … | head -c 1` closes the pipe early."""
     words = [*START, "run", quickstart_onnx, "--prompt", TOLD, "--save-memory"]
     subprocess.run([*words, "read"], check=True, capture_output=True)
     with subprocess.Popen([*words, "left"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

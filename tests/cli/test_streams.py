@@ -31,7 +31,7 @@ def test_a_chat_without_streams_remembers(quickstart_onnx, tmp_path):
 
 
 def test_a_reader_that_closes_the_pipe_does_not_lose_the_memory(quickstart_onnx, tmp_path):
-    """As `| head -c 1`: the answer goes on, and what was said is remembered."""
+    """`| head -c 1` closes the pipe early: the answer is still completed, and the conversation is remembered."""
     from deltamem_tool.memory.file import read_memory
 
     for memory in ("read", "left"):

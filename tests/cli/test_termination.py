@@ -60,7 +60,7 @@ def test_a_signal_leaves_no_partial_output(tmp_path, number, code):
 
 
 def test_ignored_signals_stay_ignored(tmp_path):
-    """As under nohup."""
+    """nohup starts commands with SIGHUP ignored."""
     with subprocess.Popen(
         [sys.executable, "-c", WRITING],
         cwd=tmp_path,

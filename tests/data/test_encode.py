@@ -159,7 +159,7 @@ def test_template_options_of_a_row_apply_to_every_text(tokenizer):
 
 @pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
 def test_a_content_of_none_is_not_rendered(tokenizer, granularity):
-    """Whether the template prints it, asks for it, or would say something else in its place."""
+    """Covers templates that print the content, that test for it, and that would print something else in its place."""
     calls = "{% for call in message.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}"
     for content in (
         "{{ message.content }}",
@@ -285,7 +285,7 @@ def test_a_template_that_rewrites_the_prompt_is_encoded_as_in_a_chat(tokenizer, 
 
 @pytest.mark.parametrize("opening", ["", "<think>"])
 def test_an_answer_shortened_by_the_template_is_named(tokenizer, opening):
-    """As with templates that drop the thinking of every answer, including the last."""
+    """Some templates drop the thinking of every answer, including the last."""
     source = tokenizer.chat_template.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
     other = with_template(tokenizer, source.replace("<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"))
     thinking = [*TALK[:3], assistant("<think>A dog.</think> Rex.")]

@@ -133,7 +133,7 @@ def test_parquet_with_prompts_is_read(tmp_path):
 
 
 def test_parquet_with_json_columns_is_read(tmp_path):
-    """As `datasets` writes the arguments of tools with different parameters."""
+    """`datasets` writes the arguments of tools with different parameters as JSON."""
     message = {"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}
     plain = [{**message, "tool_calls": None} for message in (*TALK[:2], user("Where?"))]
     rows = {"messages": [[*plain, {**CALLING, "content": None}]]}

@@ -36,7 +36,7 @@ def tables(folder: Path) -> list[Path]:
 
 
 def is_made(episodes, encoder) -> bool:
-    """Whether it was encoded, rather than found."""
+    """Whether the episodes were encoded, instead of found in the cache."""
     reports = []
     encode_cached(episodes, encoder, report=lambda *parts: reports.append(parts))
     return bool(reports)

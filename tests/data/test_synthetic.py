@@ -51,7 +51,7 @@ def stated_in(messages):
 
 @pytest.fixture(scope="module")
 def training_facts():
-    """What 1,500 episodes say: (facts stated in order, facts asked for)."""
+    """The facts of 1,500 episodes: (facts stated in order, facts asked for)."""
     answers = {Fact(a, v).answer: Fact(a, v) for a, kind in KIND_OF.items() for v in kind.values}
     conversations = []
     for episode in generated(1500):

@@ -49,7 +49,7 @@ def test_layers_that_differ_have_rows_of_their_own():
 
 
 def test_meanings_match_the_graph():
-    """Of what grows, of what has a fixed length, and of what onnxruntime-genai feeds."""
+    """Covers graphs whose inputs grow, graphs of a fixed length, and graphs for onnxruntime-genai."""
 
     def meanings(**changes):
         return {row.name: row.meaning for row in rows(dataclasses.replace(QWEN, **changes))}

@@ -55,8 +55,10 @@ def evaluation_of(
 def write_records(
     folder: Path, found: Evaluation, adapter: str = "a" * 64, items: str = "all", run: Mapping[str, Any] | None = None
 ) -> Path:
-    """What `deltamem eval` leaves with --records and --out in one folder; the records lie in another order, as they
-    come in a run."""
+    """Writes the files of `deltamem eval` with --records and --out in one folder.
+
+    The records are in another order than the items, as in a real run.
+    """
     settings = {"task": found.task, "protocol": found.protocol, ITEMS: items, "adapter": adapter}
     RecordFolder(folder, settings).add(sorted(found.records, key=lambda record: record.item[::-1]))
     content = evaluation_json(found, adapter, ["--task", found.task], run)

@@ -20,7 +20,7 @@ QUESTIONS = 40
 
 
 def better(condition: str, number: int) -> float:
-    """As `share_of`, but every second question that the state missed is right, and full context sees all."""
+    """Like `share_of`, but every second question that the state missed is right, and full context answers all."""
     if condition == "full_context" or (condition == "state" and number % 8 == 0):
         return 1.0
     return share_of(condition, number)

@@ -133,7 +133,7 @@ def test_the_batch_size_changes_nothing(model, tokenizer, monkeypatch):
 
 
 def test_the_mean_is_over_tokens(model, tokenizer):
-    """As perplexity is usually reported: long answers count for more."""
+    """Perplexity is usually reported this way: long answers count for more."""
     found = evaluate(model, tokenizer, Likely(), MEMORY)
     records = [record for record in found.records if record.condition == "state"]
     assert len({record.scores[TOKENS] for record in records}) > 1

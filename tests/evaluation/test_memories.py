@@ -77,7 +77,7 @@ def test_other_histories_are_the_next_ones_and_never_the_same(monkeypatch):
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
 def test_the_mean_and_permuted_conditions_use_these_memories(granularity, tokenizer, monkeypatch):
-    """Of four histories the mean is of three others, and says so."""
+    """Each of four histories gets the mean of the other three, and the notes say so."""
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, granularity=granularity)))
     seen, own = {}, subjects.Subject.ask

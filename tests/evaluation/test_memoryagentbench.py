@@ -127,7 +127,7 @@ def test_the_chunk_size_depends_on_the_source(ask, checkpoint):
     ],
 )
 def test_answers_are_scored_as_published(ask, source, answer, right, expected):
-    """As `post_process` in the benchmark's `utils/eval_other_utils.py` scores them."""
+    """The benchmark's scores come from `post_process` in its `utils/eval_other_utils.py`."""
     task = ask([row(source, "Ann ran.", ("Who?", right))], without_judge=True)
     scores = task.score(task.items()[0], answer)
     assert {name: scores[name] for name in expected} == pytest.approx(expected)

@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """With markup wherever a task or a model has a word."""
+    """A report with markup in every text that comes from a task or a model."""
     groups = (f"<b>{EVIL}", "multi | hop")
     conditions = [Condition("state", "own", "nothing", EVIL), Condition("<i>lora</i>", None, "nothing", "a | b")]
     found = evaluation_of(groups=groups, conditions=conditions, answer=EVIL)

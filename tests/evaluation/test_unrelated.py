@@ -1,4 +1,4 @@
-"""What a memory must not change: unrelated answers, and the likelihood of unrelated texts."""
+"""A memory must not change unrelated answers or the likelihood of unrelated texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With the option `write`, questions update the memory as `generate` does with a writing cache."""
+"""The option `write`: questions update the memory as `generate` does with a writing cache."""
 
 from __future__ import annotations
 

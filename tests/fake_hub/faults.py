@@ -1,4 +1,4 @@
-"""What goes wrong with a request: another answer, a cut connection, a delay."""
+"""Faults of a request: another answer, a cut connection, a delay."""
 
 from __future__ import annotations
 
@@ -86,6 +86,6 @@ class Faults:
         return Fault()
 
     def byte(self, wanted: int, size: int) -> int:
-        """Where to cut `size` bytes: never behind the last one."""
+        """The position at which to cut `size` bytes, never behind the last one."""
         with self._lock:
             return min(self._random.randrange(max(size, 1)) if wanted == SOMEWHERE else wanted, max(size - 1, 0))

@@ -22,7 +22,7 @@ _LOCAL = ("127.0.0.1", "localhost")
 
 
 def _matters(variable: str) -> bool:
-    """Whether the client would read it."""
+    """Whether the Hub's client reads this variable."""
     return variable.startswith(_OF_THE_CLIENT) or variable.lower().endswith("_proxy")
 
 

@@ -1,4 +1,4 @@
-"""What the Hub tells of its repositories, and the files that it sends."""
+"""Requests that read: information about repositories, and their files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which function answers what, and who may do what."""
+"""The function for each route, and the permissions of each user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Hub keeps: repositories with their commits, refs and large files, all in memory."""
+"""The Hub's repositories with their commits, refs and large files, all in memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def git_oid(kind: str, content: bytes) -> str:
 
 
 def belongs_in_lfs(path: str, sample: bytes, size: int) -> bool:
-    """Whether the Hub wants a file in large-file storage: by its name, its size, or because it is no text."""
+    """Whether a file belongs in large-file storage because of its name or size, or because it is not text."""
     name = path.rsplit("/", 1)[-1]
     text = not sample or re.fullmatch(rb"[^\0-\x06\x0e-\x1a]*", sample) is not None
     return size > LFS_SIZE or not text or any(fnmatch(name, pattern) for pattern in LFS_PATTERNS)

@@ -1,4 +1,4 @@
-"""What changes the Hub: repositories, branches, large files, commits."""
+"""Requests that write: repositories, branches, large files, commits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Upload:
     parts: dict[int, bytes] = field(default_factory=dict)
 
     def part_bytes(self, number: int) -> int:
-        """How large a part must be."""
+        """The size of a part, in bytes."""
         return min(self.part_size or self.size, self.size - (number - 1) * (self.part_size or self.size))
 
     def finish(self, content: bytes) -> None:
@@ -115,7 +115,7 @@ def create_discussion(hub: HubServer, request: Request, kind: str, id: str) -> R
 
 @route("POST", "/api/{repo}/preupload/{revision}")
 def preupload(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
-    """How each file is to be sent; `oid` is what the revision has now, by which the client leaves out what is there."""
+    """The upload mode of each file. `oid` is the file's present hash, so that the client can skip unchanged files."""
     repo, _ = writable(hub, request, kind, id, pull_request=request.flag("create_pr"))
     files = repo.resolve(revision).files
     entries = []
@@ -129,7 +129,7 @@ def preupload(hub: HubServer, request: Request, kind: str, id: str, revision: st
 
 @route("POST", "/{web}.git/info/lfs/objects/batch")
 def lfs_batch(hub: HubServer, request: Request, kind: str | None, id: str) -> Reply:
-    """Where to send the large files that are not there yet: whole, or in parts."""
+    """The URLs to which to send the missing large files, whole or in parts."""
     repo, _ = writable(hub, request, kind, id)
     body = request.json()
     if "ref" in body:

@@ -31,7 +31,7 @@ class Image:
     borrowed: dict[str, Path] = field(default_factory=dict)  # what lies where, read only, and is no part of the image
 
     def path(self, inside: str) -> Path:
-        """Where a file lies, seen from outside; what is relative begins at the working folder."""
+        """The path of a file as seen from outside. Relative paths start at the working folder."""
         return self.root / os.path.normpath(os.path.join(self.folder, inside)).lstrip("/")
 
 

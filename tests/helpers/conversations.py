@@ -185,7 +185,7 @@ class Batch:
 
     @property
     def positions(self) -> Tensor:
-        """As `generate` makes them: each token's number among its row's own, 0 for padding before them."""
+        """Position ids as `generate` makes them: each token's index in its row without padding, 0 for left padding."""
         assert self.valid is not None
         return (self.valid.long().cumsum(1) - 1).clamp_min(0)
 

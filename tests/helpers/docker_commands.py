@@ -71,7 +71,7 @@ def parse_run(docker: Docker, image: str) -> DockerRun:
 
 
 def run_line(image: Image, docker: Docker, name: str) -> subprocess.CompletedProcess[str]:
-    """What the line does, in a throw-away container but for its mounts: `image` keeps what is written beside them."""
+    """Runs the line. Unlike a real container, `image` keeps what is written outside the mounts."""
     parsed = parse_run(docker, name)
     pairs = [value.partition(":") for value in parsed.values("-v")]
     mounts = {target: Path(source) for source, _, target in pairs}  # of folders: named volumes need the Hub

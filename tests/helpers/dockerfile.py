@@ -23,7 +23,7 @@ class Step:
         return [expand(word, env) for word in shlex.split(self.value)]
 
     def pairs(self, env: Mapping[str, str]) -> dict[str, str]:
-        """Of `ENV`, `LABEL` and `ARG`: what is set to what."""
+        """The names and values that `ENV`, `LABEL` or `ARG` sets."""
         return {name: value for name, _, value in (word.partition("=") for word in self.words(env))}
 
 
@@ -64,7 +64,7 @@ def parse(text: str) -> list[Stage]:
 
 
 def environment(stages: Sequence[Stage], stage: Stage, base: Mapping[str, str]) -> dict[str, str]:
-    """What ENV has set at the end of a stage, on top of what the image outside sets."""
+    """The environment variables at the end of a stage, including those of the base image."""
     parents = [parent for parent in stages if parent.name == stage.parent]
     env = environment(stages, parents[0], base) if parents else dict(base)
     for step in stage.steps:
@@ -91,7 +91,7 @@ def expand(text: str, env: Mapping[str, str]) -> str:
 
 
 def ignored(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a .dockerignore keeps `path` from being sent: the last pattern that fits it or a folder above decides."""
+    """Whether a .dockerignore excludes `path`. The last pattern that matches it or a parent folder decides."""
     parts = path.split("/")
     paths = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
     left_out = False

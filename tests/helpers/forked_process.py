@@ -16,7 +16,7 @@ def forked_process(target, *args) -> BaseProcess:
 
 
 def run_in_fork(target: Callable[..., Any], *args: Any) -> Any:
-    """What `target` returns or raises when run in a separate process, which changes nothing in this one."""
+    """Runs `target` in a separate process, which changes nothing in this one, and returns or raises its result."""
     with ProcessPoolExecutor(1, mp_context=_context()) as pool:
         return pool.submit(target, *args).result()
 

@@ -30,7 +30,7 @@ class GraphRunner(Graph):
         past: Past,
         segment_end: NDArray[Any] | None = None,
     ) -> tuple[NDArray[Any], Past]:
-        """As `Graph.step`; what the attention of packed keys and values cannot do, row by row."""
+        """Like `Graph.step`, but runs row by row what the attention with packed keys and values does not support."""
         (rows, tokens), columns = input_ids.shape, attention_mask.shape[1]
         if not self.interface.packed or rows == 1 or tokens == 1 or tokens == columns:
             return super().step(input_ids, attention_mask, write_mask, past, segment_end)

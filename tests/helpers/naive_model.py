@@ -107,7 +107,7 @@ def _write(x: Tensor, state: Tensor, weights: dict[str, Tensor], options) -> Ten
 
 
 def _correction(branch: str, reading: Tensor, weights: dict[str, Tensor], options) -> Tensor:
-    """What a reading adds to a branch: scaled, and then normalised if it is o's."""
+    """The correction that a reading adds to a branch: scaled, and for the branch o normalised afterwards."""
     steer = options.alpha / options.rank * weights[f"delta.{branch}.weight"] @ reading
     if options.delta_scale != "fixed":
         raw = weights["scale_raw"][{"layer": 0, "branch": "qkvo".index(branch)}[options.delta_scale]].item()

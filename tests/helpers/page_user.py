@@ -114,12 +114,12 @@ class User:
 
     @property
     def words(self) -> Locator:
-        """Where a message is typed."""
+        """The field for a message."""
         return self.page.get_by_label("Message")
 
     @property
     def summary(self) -> Locator:
-        """Which version of the memory is shown."""
+        """The version of the memory that the page shows."""
         return self.page.locator("#summary")
 
     @property
@@ -129,7 +129,7 @@ class User:
 
     @property
     def notice(self) -> Locator:
-        """What the page tells."""
+        """The notice that the page shows."""
         return self.page.get_by_role("alert")
 
 

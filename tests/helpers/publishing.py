@@ -33,7 +33,7 @@ def adapter_folder(folder: Path, name: str = BASE, revision: str | None = COMMIT
 
 
 def trained(folder: Path, data: str | None = "talks.jsonl") -> Path:
-    """With the files that training leaves."""
+    """Adds the files that training writes."""
     recipe = {"data.path": data, "training.learning_rate": 1e-3, "training.seed": 7}
     summary = {"recipe": recipe, "steps": 40, "versions": {"torch": "2.13"}}
     (folder / SUMMARY_FILE).write_text(json.dumps(summary))
@@ -42,7 +42,7 @@ def trained(folder: Path, data: str | None = "talks.jsonl") -> Path:
 
 
 def evaluated(folder: Path, adapter: str | None = None) -> Path:
-    """With an evaluation of this adapter, or of the one with that fingerprint."""
+    """Adds an evaluation of this adapter, or of the one with the fingerprint `adapter`."""
     scores = {name: [[1.0 - at / 10, 0.9 - at / 10, 1.0], [0.5, 0.4, 0.6]] for at, name in enumerate(CONDITIONS)}
     evaluation = {
         "format": FORMAT,

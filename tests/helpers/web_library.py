@@ -26,7 +26,7 @@ def library_folder(out: Path) -> Path:
 
 
 def in_node(scripts: Path, script: str, *arguments: str | Path, input: Any = None) -> Any:
-    """What the script writes as JSON, given `input` as JSON."""
+    """Runs the script with `input` as JSON on stdin, and returns its JSON output."""
     command = ["node", script, *arguments]
     result = subprocess.run(command, cwd=scripts, input=json.dumps(input), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -55,7 +55,7 @@ def test_the_card_holds_all_known_facts(contents):
 
 
 def test_metadata_is_readable_by_the_hub(contents, tmp_path):
-    """As `huggingface_hub` reads it back, the results of every number of facts apart from each other."""
+    """`huggingface_hub` reads the metadata back, with separate results for every number of facts."""
     (tmp_path / "README.md").write_text(card(contents, license="mit"))
     metadata = metadata_load(tmp_path / "README.md")
     assert metadata["base_model"] == BASE and metadata["base_model_relation"] == "adapter"

@@ -186,7 +186,7 @@ def test_a_base_in_the_hubs_cache_is_named_as_on_the_hub(as_writer, tmp_path):
 
 @pytest.mark.parametrize("file", ["tiny.gguf", "Q4/tiny.gguf"])
 def test_a_gguf_file_on_the_hub_is_the_base(file, as_writer, tmp_path):
-    """As it is recorded, and as transformers has it in the cache; the card's metadata have the repository alone."""
+    """The base is named by its Hub id or by its path in the cache. The card's metadata name only the repository."""
     cached = tmp_path / "hub" / "models--someone--base" / "snapshots" / COMMIT / file
     for name, revision in ((f"{BASE}:{file}", COMMIT), (str(cached), None)):
         pushed = push(adapter_folder(tmp_path / f"adapter {revision}", name, revision), REPO)

@@ -63,7 +63,7 @@ LANDS = {  # the Hub has done it, or the answer had nothing that is needed
 
 @pytest.fixture
 def at_hub(hub: HubServer, monkeypatch) -> HubServer:
-    """Where `REPO` holds `OLD`, and the larger files are sent in parts."""
+    """A Hub on which `REPO` holds `OLD`, and to which the larger files are sent in parts."""
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     hub.multipart_size = hub.part_size = 200_000
     hub.add_repo(REPO, OLD)
@@ -85,7 +85,7 @@ def start_anew(hub: HubServer, files: dict[str, bytes] | None) -> None:
 
 
 def files(hub: HubServer, branch: str = "main") -> dict[str, bytes]:
-    """What the branch holds; what it would begin with, if it is not there."""
+    """The files of the branch, or of `main` if the branch does not exist."""
     if not hub.repositories:
         return {}
     ref = branch if hub.repo(REPO).ref(branch) else "main"

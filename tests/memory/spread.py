@@ -52,7 +52,7 @@ class Lacking:
 
 
 def seen() -> dict[str, Any]:
-    """What the functions below return."""
+    """The results of the functions below, by name."""
     _setup_privateuseone_for_python_backend("pretended", Lacking())
     by_message = {"granularity": "message", "branches": ("q", "k", "v", "o"), "o_norm": True}
     with patch.object(nn.Module, "to", move), FakeTensorMode(), torch.no_grad():
@@ -73,7 +73,7 @@ def split(model, places: dict[str, str]) -> None:
 
 
 def places_of(memory: MemoryState, adapter) -> Places:
-    """Where each layer's state, open segment and weights are."""
+    """The devices of each layer's state, open segment and weights."""
     parts = [part for part in (memory.layers, memory.open_segments) if part]
     tensors = [(*(part[i] for part in parts), *adapter.layer(i).parameters()) for i in memory.layers]
     return [sorted({str(tensor.device) for tensor in of_layer}) for of_layer in tensors]

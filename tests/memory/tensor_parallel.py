@@ -1,4 +1,4 @@
-"""What each of several processes runs that share the weights of a base."""
+"""The functions of processes that share the weights of a base."""
 
 from __future__ import annotations
 

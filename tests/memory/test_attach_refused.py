@@ -295,7 +295,7 @@ def test_interleaved_conversations_do_not_mix():
 
 
 def test_a_nested_call_keeps_both_conversations_apart():
-    """As in an agent's tool or a judge in a hook: the inner conversation ends, and the outer one continues."""
+    """An agent's tool or a judge in a hook makes such calls. The inner one ends, and the outer one continues."""
     outer, inner = patched_model(), patched_model("llama", seed=1)
     ids = tokens(1, 6)
     expected, cache = run(outer, ids)

@@ -91,7 +91,7 @@ def test_a_cast_adapter_survives_save_and_load(dtype, tmp_path):
 
 @all_types
 def test_a_half_precision_file_is_read(dtype, tmp_path):
-    """As version 0.1.0 wrote them."""
+    """Version 0.1.0 wrote such files."""
     model = saved_model(tmp_path)
     save_adapter(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / WEIGHTS_FILE

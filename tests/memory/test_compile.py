@@ -117,7 +117,7 @@ def test_a_graph_break_keeps_the_memory():
 
 
 def test_generate_compiles_its_decoding_step_once():
-    """As `generate` does by default on a GPU."""
+    """On a GPU, `generate` does this by default."""
     model = one_layer()
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
     end = continue_alone(model, rows[0])[0][2]

@@ -80,7 +80,7 @@ def test_packed_rows_may_read_a_memory_that_is_not_written(model):
 
 @torch.no_grad()
 def test_positions_of_padding_are_ignored(model):
-    """As `generate` and data collators count them: padding has any position."""
+    """`generate` and data collators give padding arbitrary positions."""
     ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
     for padding in (slice(0, 3), slice(6, 8)):
         padded = mask.clone()

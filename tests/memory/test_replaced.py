@@ -24,7 +24,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def config(name: str, kind: str = "lora"):
-    """Of an adapter that is not what PEFT begins with, on what a memory corrects and on what it does not."""
+    """The config of a PEFT adapter with random weights, on projections that a memory corrects and on others."""
     targets = {"qwen3": ["q_proj", "o_proj", "up_proj"], "gpt2": ["c_attn", "c_proj"]}[name]
     if kind == "ia3":
         options = {"feedforward_modules": [], "fan_in_fan_out": name == "gpt2"}

@@ -86,7 +86,7 @@ def test_matches_naive_scan_in_float64(run, rule):
 
 
 def test_inputs_and_gradients_may_have_any_strides(run):
-    """Of inputs and incoming gradients: permuted memory, slices, and expanded scalars."""
+    """Covers permuted memory, slices and expanded scalars."""
     inputs, weights = make_inputs(3, batch=2, heads=2, rank=4)
     inputs, weights = (tuple(x.transpose(1, -1).contiguous().transpose(1, -1) for x in p) for p in (inputs, weights))
     q, k, v, log_keep, *rest = inputs

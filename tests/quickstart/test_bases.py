@@ -1,4 +1,4 @@
-"""Which adapter the quickstart uses, and when it trains one."""
+"""The adapter that the quickstart uses, and when it trains one."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_uploading_a_memory_of_another_model_is_rejected(http, rex, change):
 
 @pytest.mark.parametrize("change", [nan, of_another_adapter, of_two_rows, of_another_shape])
 def test_a_stored_memory_of_another_model_is_not_used(http, server, rex, change):
-    """As happens after another adapter was served from the same store."""
+    """This happens after another adapter was served from the same store."""
     name = f"kept-{change.__name__}"
     before = server.store.put("default", name, changed(rex, change))
     body = {"model": MODEL, "messages": [{"role": "user", "content": ASK}], "user": name}
@@ -199,7 +199,7 @@ def test_an_empty_memory_can_be_uploaded(http, shipped):
 
 
 def test_deleting_a_memory_clears_its_prefix_cache(http, server):
-    """Of a long one, which is asked twice without writing: the second time it is in the cache."""
+    """A long message is sent twice without writing: the second time it is in the cache."""
     long = "hello " * 200
 
     def cached(**options):

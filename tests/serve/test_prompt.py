@@ -88,7 +88,7 @@ def expected(engine, messages, known):
 
 
 def end_of(engine, messages, content):
-    """Where in the rendering a content ends."""
+    """The position in the rendered messages at which `content` ends."""
     return engine.text.render(messages).index(content) + len(content)
 
 
@@ -141,7 +141,7 @@ def test_nothing_of_a_read_only_request_writes(engine):
 
 
 def test_a_known_message_before_a_new_one_does_not_write(engine):
-    """Of one turn, or the system's: a client that sends each message alone, after the same system message."""
+    """Covers one known turn, and a client that sends each message alone after the same system message."""
     before = talk("my cat is Bella", "yes", system=[SYSTEM])
     for messages in (talk("thank you", system=[SYSTEM]), [*before[:2], *talk("thank you")]):
         prompt = prompt_of(engine, fed_with(before), messages)

@@ -48,7 +48,7 @@ def test_generated_requests_conform_to_the_document(server, memory, case):
 
 
 def name_what_exists(server, memory, case):
-    """Of what may be any name, have a part be names of what there is."""
+    """Replaces some of the random names by names of existing memories and models."""
     if case.path_parameters.get("id", "~") < "N":
         server.store.put("default", NAME, memory)
         case.path_parameters["id"] = NAME

@@ -21,7 +21,7 @@ TOLERANCE = 1e-5  # float32 against float64; the loss is about 3
 
 
 def telling_batch(segments=False):
-    """Of four tokens one is told twice, one once, one in the other conversation alone, one once and in padding."""
+    """Four tokens: one is told twice, one once, one only in the other conversation, one once and in padding."""
     batch = episode_batch(segments=segments)
     written, read, targets = batch["write_ids"], batch["read_ids"], batch["targets"]
     written[0, 1] = written[0, 5] = targets[0]

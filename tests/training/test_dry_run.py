@@ -161,7 +161,7 @@ def test_steps_are_divided_among_processes(quick, checkpoint, chats, monkeypatch
 
 
 def test_sharded_base_memory_is_divided_among_processes(quick, deep):
-    """Of the deep base eight processes hold an eighth each; what does not divide by eight is rounded up."""
+    """Each of eight processes holds an eighth of the deep base. Sizes that eight does not divide are rounded up."""
     alone, shared = dry_run(make_recipe(deep)), dry_run(make_recipe(deep, shard="fsdp2"), processes=8)
     assert alone.peak.weights == alone.base_bytes == shared.base_bytes
     weights = load_file(deep / "model.safetensors")
@@ -252,7 +252,7 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_activation_memory_matches_a_real_step(variant, deep, tokenizer, monkeypatch):
-    """Of numbers, through all layers; the dry run computes with none, and runs three and four layers."""
+    """The real step computes through all layers; the dry run computes nothing, with three and with four layers."""
     monkeypatch.setattr("deltamem_tool.training.run.read_tokenizer", lambda folder: tokenizer)
     recipe = make_recipe(deep, **VARIANTS[variant])
     step, base, _ = step_model(recipe)

@@ -24,7 +24,7 @@ SLOPE_TOLERANCE = 2e-3  # relative, of a derivative by central differences
 
 
 def naive_losses(model, batch) -> list[float]:
-    """Of every scored token: each history and exchange by itself, in float64, all logits."""
+    """The loss of every scored token, with each history and exchange run by itself, in float64 and with all logits."""
     losses = []
     for row, conversation in enumerate(batch["rows"].tolist()):
         history = batch["write_ids"][conversation][batch["write_mask"][conversation].bool()].tolist()
@@ -161,7 +161,7 @@ def test_chunking_changes_neither_loss_nor_gradients(name, granularity, chunk):
 
 
 def test_gradients_flow_only_through_the_last_chunks():
-    """What the last two chunks wrote has the gradients that it has when the state before them is a constant."""
+    """The last two chunks have the gradients that they have when the state before them is a constant."""
     model = patched_model()
     batch = episode_batch(lengths=(12, 9))
     cut = gradients(model, batch, write_chunk=3, bptt=2)

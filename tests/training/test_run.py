@@ -287,7 +287,7 @@ def test_a_slash_at_the_end_of_out_does_not_matter(checkpoint, chats, tmp_path):
 
 
 def test_a_run_uses_one_device(recipe, monkeypatch, tmp_path):
-    """With more GPUs the Trainer would copy what it knows of the model to each, and not the base."""
+    """With more GPUs, the Trainer would copy the module that it knows to each of them, but not the base."""
 
     class OnTwo(arguments.TrainingArguments):
         def __post_init__(self):

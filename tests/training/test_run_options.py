@@ -113,7 +113,7 @@ def test_a_lora_without_matching_modules_raises(recipe):
 
 @pytest.mark.slow
 def test_context_dropout_hides_recent_turns(recipe):
-    """With the recent turn in view the answer is told from it: that is another loss than from the memory alone."""
+    """With the recent turn in view, the answer is predicted from it, which gives another loss than the memory alone."""
     losses = {}
     for dropout in (0.0, 1.0):
         data = dataclasses.replace(recipe.data, recent_turns=1)

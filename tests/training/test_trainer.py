@@ -43,7 +43,7 @@ def recipe(checkpoint, tmp_path):
 
 
 def test_outcomes_match_each_conversation_run_alone():
-    """With its own memory, with none, and with the next one's; an answer counts if all its tokens are the likeliest."""
+    """Covers its own memory, none, and the next one's. An answer counts if all its tokens are the likeliest."""
     model, batch = patched_model(), episode_batch()
     step = EpisodeModel(model).eval()
     rows, found = batch["rows"].tolist(), metrics(outcomes(step, [batch]))

@@ -73,7 +73,7 @@ def test_weights_in_any_order_and_shape_of_storage_are_read(reference, tmp_path)
 
 
 def test_fields_that_we_do_not_use_round_trip(reference, tmp_path):
-    """What says how a fresh Δ starts, the order of fields, and a shorter config of an older version."""
+    """Covers how a fresh Δ starts, the order of fields, and a shorter config of an older version."""
     config = change_config(
         reference, online_gain=0.1, base_slice_ref_width=4, output_init="base_slice", alpha=16, latent_gate_init=...
     )

@@ -93,7 +93,7 @@ def test_greedy_tokens_depend_on_the_written_segments(by_message):
 
 @pytest.mark.slow
 def test_a_half_precision_graph_for_cuda_that_writes_by_message(exported_with):
-    """What ONNX Runtime's CPU provider runs of it is compared there; its types are what the contract says."""
+    """The export compares the results on ONNX Runtime's CPU provider. The graph's types are those of the contract."""
     exported = exported_with("cuda-float16-by-message", BY_MESSAGE, torch.float16, target="cuda")
     manifest, graph = exported.manifest, onnx.load(exported.folder / "model.onnx").graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}

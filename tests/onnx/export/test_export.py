@@ -88,7 +88,7 @@ def test_adapter_weights_are_in_the_weights_file(qwen3):
 
 
 def holds(numbers: np.ndarray, part: np.ndarray) -> bool:
-    """Whether `part` stands somewhere in `numbers`, beside each other."""
+    """Whether `numbers` contains `part` as consecutive values."""
     starts = np.flatnonzero(numbers[: len(numbers) - len(part) + 1] == part[0]) if len(numbers) >= len(part) else []
     return any(np.array_equal(numbers[start : start + len(part)], part) for start in starts)
 

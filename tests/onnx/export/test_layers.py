@@ -27,7 +27,7 @@ SCALE = 0.5
 
 
 def copies(model: PreTrainedModel) -> dict[int, int]:
-    """Which layers would not be traced, and which ones they are copies of."""
+    """Maps each layer that would not be traced to the layer that it copies."""
     adapter, options = adapter_of(model), CallOptions(model, "all")
     interface = interface_of(model, adapter, options, "all", target_of("cpu", "float32", "none"))
     ids, mask = torch.full((2, 3), 5), torch.tensor([[1, 1, 1], [0, 1, 1]])

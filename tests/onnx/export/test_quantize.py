@@ -72,9 +72,10 @@ def operators(folder: Path) -> list[str]:
 
 
 def steps(weight: np.ndarray, method: Quantization) -> np.ndarray:
-    """What lies between two values that each entry of `weight` `[in, out]` can take.
+    """The distance between two values that an entry of `weight` `[in, out]` can take.
 
-    It may be off by half of it, and by all of it at the ends of a group, where the zero is rounded or a side is short.
+    An entry may be off by half of this distance, and by all of it at the ends of a group, where the zero is rounded
+    or one side is shorter.
     """
     padded = np.pad(weight, ((0, -len(weight) % method.group_size), (0, 0)))
     groups = padded.reshape(-1, method.group_size, weight.shape[1])
@@ -159,7 +160,7 @@ def test_a_matrix_is_stored_once_per_orientation(tmp_path):
 
 
 def test_embeddings_are_found_behind_scaled_logits_and_reshaped_tokens(weights, tmp_path):
-    """As fusion leaves the capped logits of Gemma 2, and as GPT-2 looks its tokens up; a lookup by position stays."""
+    """Fusion scales the capped logits of Gemma 2, and GPT-2 reshapes its tokens. A lookup by position stays."""
     head = weights["head"]
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE]),

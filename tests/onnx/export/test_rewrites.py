@@ -65,7 +65,7 @@ class Memories(nn.Module):
             self.memories[name] = memory
 
     def forward(self, hidden: Tensor, writes: Tensor, states: list[Tensor]) -> list[Tensor]:
-        """Of each memory: the state after the last token, and the correction of every branch."""
+        """For each memory: the state after the last token, and the correction of every branch."""
         results = []
         for memory, given in zip(self.memories.values(), states, strict=True):
             readings, state, *_ = memory(hidden, given, torch.ones_like(writes), writes)
@@ -266,7 +266,7 @@ FEWER = {  # nodes
 
 
 def parsed(text: str) -> onnx_ir.Model:
-    """With shapes of intermediate values, which transformers leaves, and constants as initializers."""
+    """The model in `text`, with the shapes of intermediate values and with constants as initializers."""
     model = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True))
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return model
@@ -369,7 +369,7 @@ MORE_NODES = 17  # at most, a layer
 
 @pytest.mark.slow
 def test_a_memory_adds_few_nodes_per_layer(qwen3, tmp_path):
-    """With two states and three branches, more than the default."""
+    """This memory has two states and three branches, more than the default."""
     options, interface = CallOptions(qwen3.model, "last"), plain_interface(qwen3.manifest.interface)
     with without_memory():
         write_plain(qwen3.model, options, interface, TARGETS["cpu"], tmp_path / "plain")

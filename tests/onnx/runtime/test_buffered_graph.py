@@ -126,7 +126,7 @@ def test_keys_and_values_are_not_copied(fixed, bound):
 
 
 def test_repeating_a_step_gives_the_same_result(graph):
-    """As it does when a CUDA graph is recorded: nothing that a step reads has been changed by it."""
+    """Recording a CUDA graph repeats a step, so a step must not change its own inputs."""
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     _, past = fed(graph, [68, 69], past)
     buffers, source = past.lease.buffers, next(n for n, t in enumerate(past.lease.buffers.owners) if t() is past)

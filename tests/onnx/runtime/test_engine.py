@@ -149,7 +149,7 @@ def test_the_end_token_of_the_template_stops_too(qwen3, folder):
 
 
 def test_a_conversation_continues_after_its_end_of_turn(qwen3, folder):
-    """With the end-of-turn token as the one that stops: it is fed once, by the template, as in PyTorch."""
+    """The end-of-turn token stops generation. As in PyTorch, it is fed once, by the template."""
     weight = qwen3.model.lm_head.weight
     saved = weight.detach().clone()
     model = stopping_at(folder, [257])

@@ -121,7 +121,7 @@ def test_rows_of_different_length_are_joined_and_selected(qwen3, packed):
 
 
 def test_columns_in_the_middle_can_be_selected(packed):
-    """Of a row with padding: the columns are those of the mask."""
+    """In a row with padding, columns are counted as in the mask."""
     mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
     _, past = called_with(packed, texts(2, 6), mask, packed.empty_past(2))
     taken = packed.take(past, 0, np.array([0, 2, 4]))  # the first and the fourth token, and padding

@@ -369,7 +369,7 @@ def mutated(content, chance):
 
 @pytest.mark.parametrize("name", [MODEL_FILE, MANIFEST_FILE])
 def test_mutated_graphs_raise_or_are_harmless(folder, name):
-    """What is let through has its weights where they may be, and operators that are known."""
+    """A graph that passes has its weights in the expected file, and known operators."""
     content = (folder / name).read_bytes()
     chance, outcomes = random.Random(0), {True: 0, False: 0}
     for _ in range(MUTATIONS):

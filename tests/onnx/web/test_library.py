@@ -100,7 +100,7 @@ def test_conversations_are_pytorchs(exported_with, scripts, name):
 
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts, unpacked, tmp_path):
-    """With the graph as it is, and with that of a page, whose weights become float32 when it is loaded."""
+    """Covers the exported graph, and the graph of a page, whose weights become float32 when it is loaded."""
     exported = exported_with("web_int4", {}, target="web", quantize="int4")
     options = {}
     if unpacked:

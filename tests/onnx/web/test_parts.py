@@ -178,7 +178,7 @@ RANDOM_TEXTS = 2000
 
 
 def test_sentences_are_those_of_python(part):
-    """Of this repository's documents, and of words that end no sentence, or seem to, in any order."""
+    """Covers this repository's documents, and random sequences of words that do not end a sentence or only seem to."""
     random = np.random.default_rng(0)
     texts = [path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))]
     texts += [" ".join(random.choice(ODD_WORDS, random.integers(1, 40))) for _ in range(RANDOM_TEXTS)]

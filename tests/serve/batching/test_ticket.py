@@ -1,4 +1,4 @@
-"""What the readers of an answer receive, and how often they are woken."""
+"""The events that readers of an answer receive, and how often they wake up."""
 
 from __future__ import annotations
 

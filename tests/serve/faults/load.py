@@ -33,7 +33,7 @@ KINDS = ("dog", "cat", "horse", "parrot")
 
 
 def times(number: int) -> int:
-    """How many of something a test does under the load that is wanted."""
+    """`number`, scaled to the load that the environment asks for."""
     return max(1, round(number * FACTOR))
 
 

@@ -64,7 +64,7 @@ class RayCluster:
             time.sleep(1)
 
     def _answers(self) -> bool:
-        """Whether all replicas run: who asks when one does comes to another one when there are more."""
+        """Whether all replicas run. A request that is sent too early could reach one that is not ready."""
         if '"running"\n' not in self._log.read_text():
             return False
         try:

@@ -26,7 +26,7 @@ KNOWN = 0.5  # of the questions, at least so many are answered with what was tol
 
 
 def recalled(user) -> list[bool]:
-    """Of each question, whether the answer has the name that was told just before it."""
+    """For each question, whether the answer contains the name from the turn before."""
     pairs = zip(user.turns[::2], user.turns[1::2], strict=False)
     return [told.text.split()[-1].rstrip(".") in asked.answer for told, asked in pairs]
 

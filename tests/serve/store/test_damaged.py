@@ -27,7 +27,7 @@ def whole(tmp_path_factory):
 
 
 def read_all(path) -> int:
-    """How many memories are as they were; the others must be errors of the store, none other."""
+    """The number of intact memories. Reading any other must raise an error of the store, and no other error."""
     try:
         store = MemoryStore(f"sqlite:///{path}")
     except (StoreError, ConfigError):

@@ -57,7 +57,7 @@ class Numbers:
             return sorted(connection.scalars(select(NUMBERS.c.number)))
 
     def together(self, works):
-        """What `works` return or raise: one that makes the others wait, and then all of them at once."""
+        """The results or errors of `works`: one that makes the others wait, and then all of them at once."""
         with ThreadPoolExecutor(len(works) + 1) as threads:
             first = threads.submit(self.add, -1)
             assert self.begun.wait(30)
