@@ -61,7 +61,8 @@ class WrittenSegments:
         return sums.scatter_add(1, self.places[rows], tokens.long())[:, : self.count] > 0
 
     def means(self, hidden: Tensor) -> Tensor:
-        """Return the means `[B, S, D]` of the hidden states `[B, W, D]` of each segment."""
+        """Return the means `[B, S, D]` of the hidden states `[B, W, D]` of each segment, in float32."""
+        hidden = hidden.float()  # first: a sum in bfloat16 stops growing after a few hundred tokens
         counts = self._sums(torch.ones_like(self.places)).clamp_min(1)
         sums = hidden.new_zeros(len(hidden), self.count + 1, hidden.shape[-1])
         return (

@@ -14,7 +14,7 @@ from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.recipe.load import ObjectiveOptions, Recipe
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.addressing import TEMPERATURE, Addresses, hidden_states_of
+from deltamem_tool.training.addressing import TEMPERATURE, Addresses, WrittenSegments, hidden_states_of
 from deltamem_tool.training.loss import EpisodeModel
 
 TOLERANCE = 1e-5  # float32 against float64; the loss is about 3
@@ -108,6 +108,15 @@ def test_the_addressing_loss_matches_its_definition(granularity, keys):
     assert abs(parts["addressing"].item() - naive_loss(model, batch)) < TOLERANCE
     plain = EpisodeModel(model)(**batch)["loss"]
     torch.testing.assert_close(parts["loss"], plain + 2.0 * parts["addressing"])
+
+
+def test_means_of_long_segments_in_bfloat16_are_those_in_float32():
+    tags = torch.full((1, 2000), SegmentTag.INSIDE, dtype=torch.int8)
+    tags[0, -1] = SegmentTag.LAST
+    hidden = torch.rand(1, 2000, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    segments = WrittenSegments.from_tags(tags)
+    means, expected = segments.means(hidden), segments.means(hidden.float())
+    torch.testing.assert_close(means, expected, atol=TOLERANCE, rtol=0, check_dtype=False)
 
 
 def test_tokens_visible_in_the_exchange_are_not_scored():
