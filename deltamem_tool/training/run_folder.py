@@ -18,6 +18,7 @@ from deltamem_tool.recipe.load import Recipe, TrainingOptions
 
 RECIPE_FILE = "recipe.json"  # what the run was started with
 BEST_FILE = "best.safetensors"  # the weights of the best evaluation so far
+DATA_FILES = ("data.path", "data.eval_path", "data.unrelated")  # keys of a recipe that may name a file
 _DEFAULTS = Recipe(base="-", out="-", training=TrainingOptions(steps=1))  # but for what every run has said
 
 
@@ -93,8 +94,9 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
     complete = checkpoints(run)
     if not complete or not (run / RECIPE_FILE).is_file():
         raise DeltaMemError(f"There is nothing to resume in {run}.", "It has no checkpoint.", "Start without --resume.")
-    # An option that is newer than the run had its default in it.
-    before = flat_options(_DEFAULTS) | json.loads((run / RECIPE_FILE).read_text())
+    # An option that is newer than the run had its default in it, and a file that it did not record may be any.
+    digests = {key: value for key, value in start.items() if key.startswith("sha256 of ")}
+    before = flat_options(_DEFAULTS) | digests | json.loads((run / RECIPE_FILE).read_text())
     free = {"training.shard"} | (_BATCH if _batches(before) == _batches(start) else set())
     changed = [
         f"{key} was {before.get(key)}, is {start[key]}"
@@ -130,13 +132,14 @@ def _batches(start: Mapping[str, Any]) -> str:
 
 
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:
-    """Return everything that determines a run: recipe, number of processes, and content of the data file."""
-    return {**flat_options(recipe), "processes": processes, "sha256 of data.path": data_digest(recipe)}
+    """Return everything that determines a run: recipe, number of processes, and content of the data files."""
+    options = flat_options(recipe)
+    digests = {f"sha256 of {key}": file_digest(options[key]) for key in DATA_FILES}
+    return {**options, "processes": processes, **digests}
 
 
-def data_digest(recipe: Recipe) -> str | None:
-    """Return the SHA-256 of the data file; None if the data come from elsewhere."""
-    path = recipe.data.path
+def file_digest(path: Any) -> str | None:
+    """Return the SHA-256 of a data file; None if `path` is None or names no file, such as a dataset of the Hub."""
     if path is None or not Path(path).is_file():
         return None
     with Path(path).open("rb") as file:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from deltamem_tool.adapter.config_file import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.recipe.load import Recipe
-from deltamem_tool.training.run_folder import flat_options
+from deltamem_tool.training.run_folder import DATA_FILES, flat_options
 from deltamem_tool.training.sharding import BaseShare
 
 _CONDITIONS = {"": "the state", "_zero": "zeros", "_donor": "another's state"}
@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 def named_recipe(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe's options by dotted key. Local paths are shortened to their last part."""
     options: dict[str, Any] = dict(flat_options(recipe))
-    for key in ("base", "adapter", "data.path", "data.eval_path"):
+    for key in ("base", "adapter", *DATA_FILES):
         value = options.get(key)
         if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
             options[key] = Path(value).name

@@ -1,0 +1,60 @@
+"""What a run records of its start, and what its adapter's summary says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from deltamem_tool import DeltaMemError
+from deltamem_tool.recipe.load import DataOptions, ObjectiveOptions, Recipe, TrainingOptions
+from deltamem_tool.training.run_folder import RECIPE_FILE, checkpoint_to_resume, start_of
+from deltamem_tool.training.summary import named_recipe
+
+FILES = ("path", "eval_path", "unrelated")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    for name in FILES:
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    return Recipe(
+        base="some/model",
+        out=str(tmp_path / "adapter"),
+        data=DataOptions(**{name: str(tmp_path / f"{name}.jsonl") for name in FILES}),
+        objective=ObjectiveOptions(unrelated_kl=1.0),
+        training=TrainingOptions(eval_every=1),
+    )
+
+
+def begun_run(folder, start):
+    """The folder of a run with a checkpoint."""
+    checkpoint = folder / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    (folder / RECIPE_FILE).write_text(json.dumps(start))
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_resumes_only_with_the_files_it_began_with(name, recipe, tmp_path):
+    checkpoint = begun_run(tmp_path / "adapter.run", start_of(recipe, 1))
+    assert checkpoint_to_resume(tmp_path / "adapter.run", start_of(recipe, 1)) == checkpoint
+    (tmp_path / f"{name}.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(DeltaMemError, match=f"sha256 of data.{name} was"):
+        checkpoint_to_resume(tmp_path / "adapter.run", start_of(recipe, 1))
+
+
+def test_a_run_that_did_not_record_a_file_resumes(recipe, tmp_path):
+    """Runs of earlier versions recorded the content of data.path alone."""
+    start = {key: value for key, value in start_of(recipe, 1).items() if key != "sha256 of data.unrelated"}
+    checkpoint = begun_run(tmp_path / "adapter.run", start)
+    assert checkpoint_to_resume(tmp_path / "adapter.run", start_of(recipe, 1)) == checkpoint
+
+
+def test_the_summary_of_a_run_has_no_local_paths(recipe, tmp_path):
+    named = named_recipe(dataclasses.replace(recipe, base=str(tmp_path / "base"), adapter=str(tmp_path / "first")))
+    assert [named[f"data.{name}"] for name in FILES] == [f"{name}.jsonl" for name in FILES]
+    assert str(tmp_path) not in json.dumps(named)
