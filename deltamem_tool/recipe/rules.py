@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deltamem_tool.config import DeltaMemConfig, Rule
+from deltamem_tool.data.dialogues import KIND_OF
 from deltamem_tool.errors import Problem
 
 # Options that apply only to `data.generated: facts`, with their defaults.
@@ -79,6 +80,12 @@ RULES: tuple[Rule, ...] = (
         ("data.facts_first", "data.facts_last"),
         lambda first, last: first <= last,
         "data.facts_first must not be greater than data.facts_last",
+    ),
+    Rule(
+        ("data.facts_last", "data.unanswerable", "data.generated"),
+        lambda last, share, generated: share == 0 or generated == "facts" or last < len(KIND_OF),
+        "data.facts_last leaves none for a question about something never told: "
+        f"with data.unanswerable it must be {len(KIND_OF) - 1} or less",
     ),
     Rule(
         ("data.chats_from", "data.chats_until"),

@@ -113,3 +113,15 @@ def test_there_are_at_most_as_many_facts_as_attributes(recipe):
     assert load_recipe(recipe, [f"data.facts_last={most}"]).data.facts_last == most
     with pytest.raises(ConfigError, match=f"must be {most} or less"):
         load_recipe(recipe, [f"data.facts_last={most + 1}"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_unanswerable_questions_need_an_attribute_that_was_not_told(recipe, share):
+    most = len(dialogues.KIND_OF)
+    changes = ["data.path=null", "training.steps=1", "training.epochs=null", f"data.unanswerable={share}"]
+    assert load_recipe(recipe, [*changes, f"data.facts_last={most - 1}"]).data.facts_last == most - 1
+    if share:
+        with pytest.raises(ConfigError, match=r"data\.facts_last leaves none for a question"):
+            load_recipe(recipe, [*changes, f"data.facts_last={most}"])
+    else:
+        assert load_recipe(recipe, [*changes, f"data.facts_last={most}"]).data.facts_last == most
