@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, load_file, save
+from safetensors.numpy import load, save
 
 from deltamem_tool._version import __version__
 from deltamem_tool.config import DeltaMemConfig
@@ -176,9 +176,8 @@ def read_memory(path: str | Path) -> StoredMemory:
     if not path.is_file():
         raise MemoryStateError(f"{path} is not a memory file.", "It is not a regular file.", "Use another file.")
     try:
-        header = read_header(path)
-        _check_header(path, header)
-        return _memory(path, header, load_file(path))
+        _check_header(path, read_header(path))  # before all of it is read: it may be any file, of any size
+        return memory_from_bytes(path.read_bytes(), str(path))  # at once, since it may be replaced
     except MemoryStateError:
         raise
     except (SafetensorError, OSError, ValueError) as error:

@@ -60,6 +60,22 @@ def test_a_memory_read_from_bytes_equals_the_file(segmented, tmp_path):
         assert memory_file.memory_from_bytes(content, "this").digest() == stored.digest()
 
 
+def test_a_memory_replaced_while_it_is_read_is_one_of_both(memory, tmp_path, monkeypatch):
+    """States of one adapter must not be taken for those of the other."""
+    path, states = tmp_path / "m", {layer: state + 1 for layer, state in memory.layers.items()}
+    memory.save(path)
+    check = memory_file._check_header
+
+    def replaced(*args):
+        check(*args)
+        MemoryState(states, "another").save(path)
+
+    monkeypatch.setattr(memory_file, "_check_header", replaced)
+    stored = memory_file.read_memory(path)
+    written = {"mark": memory.layers, "another": states}[stored.adapter]
+    assert all(np.array_equal(state, written[layer].numpy()) for layer, state in stored.states.items())
+
+
 def test_denormals_and_extreme_numbers_survive_saving(tmp_path):
     """Denormals, negative zero, the largest and the smallest."""
     numbers = torch.tensor([1e-45, -0.0, torch.finfo().max, torch.finfo().min])
