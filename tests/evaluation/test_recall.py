@@ -12,6 +12,7 @@ import pytest
 from deltamem_tool.data import dialogues
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.task import find_task
+from deltamem_tool.evaluation.tasks.natural_recall import NaturalRecall
 from deltamem_tool.evaluation.tasks.recall import Recall
 
 # Of the 1,200 items of the task without options, on which the figures in the documents rest.
@@ -136,6 +137,15 @@ def test_unanswerable_questions_ask_for_facts_never_stated(options):
         alike += any(dialogues.KIND_OF[name] == dialogues.KIND_OF[attribute] for name in names)
         assert task.score(item, item.answers[0])["exact"] == 1.0
     assert alike > 0 and (options or alike < 24)  # of the kind of one that was told, and of others
+
+
+@pytest.mark.parametrize("later", [{}, {"delay": 4, "between": "facts"}], ids=["at once", "after other facts"])
+@pytest.mark.parametrize("task", [Recall, NaturalRecall])
+def test_conversations_beside_unanswerable_questions_stay_the_same(task, later):
+    usual = {item.id: item for item in task([2], 30, **later).items()}
+    others = [item for item in task([2], 30, unanswerable=0.5, **later).items() if not is_unanswerable(item)]
+    assert len(others) == 15
+    assert all(item == usual[item.id] for item in others)
 
 
 def test_unanswerable_questions_leave_the_other_items_unchanged():

@@ -139,8 +139,9 @@ class Recall:
         unsaid = self._untold_fact(other_rng, chosen) if never_told else None
         said_later: list[str] = []
         if delay and self._between == OTHER_FACTS:
-            told = chosen if unsaid is None else [*chosen, unsaid]
-            turns, said_later = self._other_facts(rng, told, delay)
+            turns, said_later = self._other_facts(rng, chosen, delay)
+            if unsaid is not None:  # which these turns must not tell either
+                turns, said_later = self._other_facts(other_rng, [*chosen, unsaid], delay)
             messages += turns
         else:
             messages += self._small_talk(rng, delay)
