@@ -221,7 +221,7 @@ def _training(summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     rows = [("steps", summary.get("steps"))]
     rows += [(name, recipe.get(key)) for key, name in _TRAINING.items()]
     if recipe.get("data.path") is None:
-        rows.append(("data", "dialogues that deltamem-tool generates"))
+        rows.append(("data", f"{recipe.get('data.generated', 'dialogues')} that deltamem-tool generates"))
     versions = summary.get("versions") or {}
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or None))
     return [(name, _cell(value)) for name, value in rows if value is not None]

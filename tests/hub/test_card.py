@@ -10,6 +10,7 @@ import yaml
 from helpers.publishing import BASE, COMMIT, adapter_folder, evaluated, onnx_folder, trained
 from huggingface_hub import ModelCard, metadata_load
 
+from deltamem_tool.adapter.config_file import SUMMARY_FILE
 from deltamem_tool.errors import DataError, HubError
 from deltamem_tool.hub.card import BEGIN, END, write_card
 from deltamem_tool.hub.contents import Contents, read_contents
@@ -52,6 +53,22 @@ def test_the_card_holds_all_known_facts(contents):
         "## Limitations",
     ):
         assert expected in text, expected
+
+
+@pytest.mark.parametrize(
+    ("options", "data"),
+    [
+        ({}, "dialogues that deltamem-tool generates"),
+        ({"data.generated": "facts"}, "facts that deltamem-tool generates"),
+        ({"data.path": "talks.jsonl", "data.generated": "facts", "data.mix": 0.25}, "talks.jsonl"),
+    ],
+)
+def test_the_card_says_what_was_trained_on(options, data, tmp_path):
+    folder = trained(adapter_folder(tmp_path / "adapter"), data=None)
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    summary["recipe"] |= options
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary))
+    assert f"| data | {data} |" in card(read_contents(folder))
 
 
 def test_metadata_is_readable_by_the_hub(contents, tmp_path):
