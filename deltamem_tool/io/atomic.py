@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -240,6 +240,11 @@ def _remove_unfinished(path: Path) -> None:
             descriptor = _try_lock(left)
             shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)
+
+
+def is_unfinished(name: str, of: Collection[str]) -> bool:
+    """Return whether a killed program left a file or folder `name` when it wrote one of the names `of` beside it."""
+    return name.startswith(tuple(f".{each}." for each in of))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

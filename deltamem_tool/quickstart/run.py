@@ -26,7 +26,7 @@ from deltamem_tool.evaluation.report.tables import plot_losses, plot_scores
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.natural_recall import DIALOGUES, recall
-from deltamem_tool.io.atomic import check_overwrite, write_atomically
+from deltamem_tool.io.atomic import check_overwrite, is_unfinished, write_atomically
 from deltamem_tool.io.names import BACKBONE, expand_user
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import export_onnx
@@ -202,7 +202,8 @@ def _check_contents(out: Path, adapter_name: str | None) -> None:
             "It would be removed together with the files of an earlier run.",
             "Choose another folder.",
         )
-    strangers = sorted({entry.name for entry in out.iterdir()} - OWN) if out.is_dir() else []
+    names = {entry.name for entry in out.iterdir()} - OWN if out.is_dir() else set()
+    strangers = sorted(name for name in names if not is_unfinished(name, OWN))
     if strangers:
         raise DeltaMemError(
             f"{out} contains files that are not from a quickstart: {', '.join(strangers[:3])}.",

@@ -187,6 +187,21 @@ def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
         module.quickstart(tmp_path / "run")
 
 
+@pytest.mark.parametrize("left", [".onnx.k3j2h1.unfinished", ".adapter.run.x_1a2b", ".memory.safetensors.a1b2c3d4"])
+def test_what_a_killed_run_has_left_can_be_overwritten(left, tmp_path, monkeypatch):
+    class Cleared(Exception):
+        """All checks have passed, and what was there is removed."""
+
+    def patch(*args):
+        raise Cleared
+
+    (tmp_path / left).mkdir()
+    monkeypatch.setattr(module, "create_adapter", patch)
+    with pytest.raises(Cleared):
+        module.quickstart(tmp_path, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_overwrite_keeps_foreign_files(tmp_path):
 
     (tmp_path / "thesis.tex").write_text("years of work")
