@@ -263,6 +263,8 @@ class Progress(TrainerCallback):
         """Report the step, and stop if requested."""
         if args.eval_strategy != "no" and state.global_step >= state.max_steps:
             control.should_evaluate = True  # else the last weights would never be the best
+        if control.should_evaluate:  # which may end the run, perhaps before the first log
+            control.should_log = True
         if _is_interrupted_anywhere(self.interrupted, args):
             self.interrupted = control.should_save = control.should_training_stop = True
         if self.report is not None and state.is_world_process_zero:

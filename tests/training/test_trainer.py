@@ -285,3 +285,12 @@ def test_conversations_that_are_too_long_are_truncated_on_the_left(recipe, tmp_p
     train(changed(dataclasses.replace(recipe, data=data), steps=1))
     episodes = summary(recipe)["episodes"]
     assert episodes["cut"] == 4 and episodes["write_tokens"]["max"] == 20
+
+
+def test_a_run_that_stops_before_its_first_log_has_a_loss(recipe, monkeypatch):
+    """Of 1,000 steps every tenth is logged, and no evaluation is better than the first: it stops after the second."""
+    real = engine.outcomes
+    monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
+    result = train(changed(recipe, steps=1000, eval_every=2, early_stop=1))
+    assert result.steps == 4
+    assert [step for step, _ in result.losses] == [2, 4]
