@@ -28,7 +28,8 @@ MAX_VERSION = 2**53
 T = TypeVar("T")
 Version = Annotated[int, Field(ge=1, le=MAX_VERSION), AS_INTEGER]
 _NAME, _VERSION = TypeAdapter(MemoryName), TypeAdapter(Version)
-_LIMIT, _SECONDS = TypeAdapter(Annotated[int, Field(ge=1, le=MAX_PAGE)]), TypeAdapter(Annotated[float, Field(gt=0)])
+_LIMIT = TypeAdapter(Annotated[int, Field(ge=1, le=MAX_PAGE)])
+_SECONDS = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])  # JSON has no infinity
 
 
 class ForkRequest(Body):

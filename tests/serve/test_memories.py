@@ -110,6 +110,15 @@ def test_conditional_requests_follow_the_etag(http, rex):
     assert http.delete("/memories/fred", headers={"If-Match": now}).status_code == 200
 
 
+@pytest.mark.parametrize("seconds", ["inf", "1e999", "nan", "0", "-1"])
+def test_an_expiry_that_is_not_a_positive_number_is_rejected(http, rex, seconds):
+    """Infinity could be stored, but not written in the JSON of a list."""
+    refused = http.put("/memories/hans", content=rex, params={"expires_in": seconds})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "expires_in"
+    assert http.get("/memories/hans").status_code == 404
+    assert http.get("/memories").status_code == 200
+
+
 def test_a_memory_expires(http, rex):
     put = http.put("/memories/gina", content=rex, params={"expires_in": 3600}).json()
     assert put["expires_at"] == pytest.approx(put["updated_at"] + 3600, abs=60)
