@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from http import HTTPMethod
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as Total
@@ -16,6 +17,7 @@ from deltamem_tool.serve.batching.scheduler import Scheduler
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds, for the store
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds, for answers
+OTHER = "other"  # label of methods that HTTP does not have
 
 _GAUGES = {
     "waiting": ("deltamem_queue_requests", "Requests waiting to join the batch."),
@@ -89,7 +91,9 @@ class Metrics:
         )  # fmt: skip
 
     def count_request(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count an answered request."""
+        """Count an answered request. Methods that HTTP does not have share a label: a client can invent any number."""
+        if method not in HTTPMethod.__members__:
+            method = OTHER
         self._requests.labels(method, path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 

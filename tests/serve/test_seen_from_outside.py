@@ -59,6 +59,16 @@ def test_metrics_show_an_idle_server(server):
         assert time.monotonic() < until
 
 
+def test_unknown_methods_share_one_counter(server):
+    """A client can think of any number of them, and each would stay in memory."""
+    for method in ("BREW", "WHEN"):
+        assert httpx2.request(method, f"{server.api}/memories").status_code == 405
+    text = samples(server)[1]
+    assert "BREW" not in text and "WHEN" not in text
+    (count,) = [line for line in text.splitlines() if line.startswith('deltamem_requests_total{method="other"')]
+    assert count.endswith(" 2.0")
+
+
 def requests_logged(caplog):
     return [record for record in caplog.records if record.name == LOGGER.name]
 
