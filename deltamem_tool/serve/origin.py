@@ -41,7 +41,15 @@ class SameOriginOnly:
 
 def _is_same_origin(headers: Headers) -> bool:
     host, origin = headers.get("host", ""), headers.get("origin")
-    return _is_address(host) and (origin is None or urlsplit(origin).netloc == host)
+    return _is_address(host) and (origin is None or _host_of(origin) == host)
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an origin; None if it is not one."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _is_address(host: str) -> bool:

@@ -32,6 +32,8 @@ def answer_and_count(server, **headers):
         {"Host": "evil.example"},
         {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},  # a name that leads here
         {"Host": "127.0.0.1.evil.example"},
+        {"Origin": "http://["},  # no address at all
+        {"Host": "["},
     ],
 )
 def test_requests_of_foreign_origins_are_rejected(server, headers):
