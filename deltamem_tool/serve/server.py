@@ -78,8 +78,8 @@ class HttpProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
+        self._expect()  # first, because the next request begins at once if the client has already sent it
         super().on_response_complete()
-        self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the timeout."""

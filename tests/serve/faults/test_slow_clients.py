@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -25,7 +27,14 @@ LARGE = 64 * 2**20  # bytes: more than the system takes for a client
 def connected(monkeypatch, patience):
     """A server of one large answer, and a connection to it."""
     monkeypatch.setattr(serving, patience, SECONDS)
-    app = Starlette(routes=[Route("/", lambda request: Response(b"0" * LARGE))])
+    with running(lambda request: Response(b"0" * LARGE)) as server_and_client:
+        yield server_and_client
+
+
+@contextmanager
+def running(handler):
+    """A server of one route, and a connection to it."""
+    app = Starlette(routes=[Route("/", handler)])
     listener = serving.bind("127.0.0.1", 0)
     listener.listen()
     server = uvicorn.Server(serving.config_of(app))
@@ -38,6 +47,24 @@ def connected(monkeypatch, patience):
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def test_a_long_answer_to_a_pipelined_request_is_sent_whole(monkeypatch):
+    """The second request is there before the first answer has ended, so no headers are awaited after it."""
+    monkeypatch.setattr(serving, "HEAD_SECONDS", SECONDS)
+
+    async def answer(request: Request) -> Response:
+        await asyncio.sleep(float(request.query_params["seconds"]))
+        return Response(request.url.query.encode())
+
+    with running(answer) as (_, client):
+        for seconds in (SECONDS / 2, 3 * SECONDS):
+            client.sendall(f"GET /?seconds={seconds} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        received = b""
+        while f"seconds={3 * SECONDS}".encode() not in received:
+            piece = client.recv(2**16)
+            assert piece, received
+            received += piece
 
 
 def until(condition) -> None:
