@@ -102,6 +102,23 @@ def smollm2_gguf():
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def web_folder(tmp_path_factory):
+    """The shipped adapter as a folder for browsers; read only."""
+    from helpers.web_library import shipped_for_web
+
+    return shipped_for_web(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium."""
+    from helpers.browser import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
 # Made once for several tests, each of which is slow where it is the first: exports, a quickstart, processes.
 SLOW_FIXTURES = {"export_again", "exported_with", "fixed", "float16", "growths", "llama", "portable", "quickstart_run"}
 

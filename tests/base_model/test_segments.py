@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.model_runs import relatively_close
 from helpers.tiny import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -40,15 +41,9 @@ def test_splitting_messages_over_calls_changes_nothing(model_type: str):
     assert cache.memory.open_tokens.tolist() == OPEN
     for pieces in ([1] * LENGTH, [5, LENGTH - 5]):
         logits, other = run(pieces, TAGS)
-        close(logits, whole)
+        relatively_close(logits, whole, CUT_TOLERANCE)
         for layer, state in cache.memory.layers.items():
-            close(other.memory.layers[layer], state)
-            close(other.memory.open_segments[layer], cache.memory.open_segments[layer])
+            relatively_close(other.memory.layers[layer], state, CUT_TOLERANCE)
+            relatively_close(other.memory.open_segments[layer], cache.memory.open_segments[layer], CUT_TOLERANCE)
     unmarked, _ = run([LENGTH], torch.where(TAGS == 2, 1, TAGS))
     assert not torch.allclose(unmarked, whole, atol=CUT_TOLERANCE), "where messages end does not matter"
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    """To within `CUT_TOLERANCE` of the largest number, where that is more than one."""
-    largest = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(actual / largest, expected / largest, atol=CUT_TOLERANCE, rtol=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.model_runs import relatively_close
 from helpers.tiny import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -91,16 +92,18 @@ def test_a_memory_on_a_model_type(model_type: str, tmp_path: Path):
     assert whole.isfinite().all() and not torch.allclose(whole, plain, atol=CUT_TOLERANCE), "the adapter does nothing"
     for pieces in ([1] * LENGTH, [CUT, LENGTH - CUT])[: 1 if model_type in CUTS_APART else 2]:
         same, after = run(model, ids, pieces)
-        close(same, whole)
+        relatively_close(same, whole, CUT_TOLERANCE)
         for layer, state in cache.memory.layers.items():
-            close(after.memory.layers[layer], state)
+            relatively_close(after.memory.layers[layer], state, CUT_TOLERANCE)
 
     if model_type not in NEEDS_POSITIONS and "logits_to_keep" in inspect.signature(model.forward).parameters:
         after = MemoryCache(model)
         with torch.no_grad():
-            close(model(input_ids=ids, cache=after, logits_to_keep=1).logits[:, -1:], whole[:, -1:])
+            relatively_close(
+                model(input_ids=ids, cache=after, logits_to_keep=1).logits[:, -1:], whole[:, -1:], CUT_TOLERANCE
+            )
         for layer, state in cache.memory.layers.items():
-            close(after.memory.layers[layer], state)
+            relatively_close(after.memory.layers[layer], state, CUT_TOLERANCE)
 
     beams = model.generate(ids, num_beams=2, max_new_tokens=4, do_sample=False)
     assert torch.equal(beams[:, :LENGTH], ids)
@@ -130,9 +133,3 @@ def check_the_folder(model: PreTrainedModel, ids: Tensor, logits: Tensor, tmp_pa
     loaded = adapter_of(again).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in adapter_of(model).state_dict().items())
     assert torch.equal(run(again, ids, [LENGTH])[0], logits), "loaded, it computes something else"
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    """To within `CUT_TOLERANCE` of the largest number, where that is more than one."""
-    largest = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(actual / largest, expected / largest, atol=CUT_TOLERANCE, rtol=0)

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from baselines.loras import make_lora
-from evaluation.asked import Asked, item
+from evaluation.asked import Asked, answers, item
 from helpers.tiny import logits, randomise, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -37,10 +37,6 @@ def model(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     randomise(attach(model, DeltaMemConfig(rank=4)))
     return model
-
-
-def answers(found, condition):
-    return [record.answer for record in found.records if record.condition == condition]
 
 
 def copied(folder, to, **changes):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from base_model.tiny_configs import tiny_config
 from baselines.statics import make_static, shaken
-from evaluation.asked import Asked, item
+from evaluation.asked import Asked, answers, item
 from helpers.tiny import logits, randomise, tiny_model
 from safetensors.torch import load_file, save_file
 from training.short_runs import changed, short_run
@@ -49,10 +49,6 @@ def model(checkpoint):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     return make_static(model, CONFIG, tmp_path_factory.mktemp("static") / "static")
-
-
-def answers(found, condition):
-    return [record.answer for record in found.records if record.condition == condition]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from copy import copy, deepcopy
+from copy import deepcopy
 
 import pytest
 from data.talks import CALLING, SYSTEM, TALK, TOOL_TEMPLATE, TOOLS
-from helpers.tiny import write_jsonl
+from helpers.tiny import with_template, write_jsonl
 
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.data.dialogues import assistant, user
@@ -23,12 +23,6 @@ EPISODES = [
     Episode(TALK, [[SYSTEM, user("My dog?"), assistant("It is called Rex, a fine dog.")], [*TALK[2:]]], "a:1"),
     Episode([SYSTEM, *TALK, *TALK], [[user("Who?"), assistant("Ünïcode, 42!"), user("Sure?"), assistant("Yes.")]]),
 ]
-
-
-def with_template(tokenizer, template):
-    other = copy(tokenizer)
-    other.chat_template = template
-    return other
 
 
 def scored(exchange):

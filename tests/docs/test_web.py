@@ -6,15 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from helpers.browser import CHROMIUM, needs_chromium
+from helpers.hosting import hosting
 from helpers.node import node_folder
-from helpers.web_library import shipped_for_web
 
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
@@ -43,22 +40,15 @@ def example(tmp_path_factory) -> Path:
     return Path(shutil.copy(EXAMPLE, folder))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The shipped adapter for the web."""
-
-    return shipped_for_web(tmp_path_factory)
-
-
 def in_node(script: Path, *arguments: str | Path) -> list[str]:
     return subprocess.run(["node", script, *arguments], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.mark.node
 @pytest.mark.slow
-def test_the_program_remembers(example, folder):
-    assert in_node(example, folder, FACT, QUESTION)[1] == ANSWER
-    assert in_node(example, folder, QUESTION) != [ANSWER]
+def test_the_program_remembers(example, web_folder):
+    assert in_node(example, web_folder, FACT, QUESTION)[1] == ANSWER
+    assert in_node(example, web_folder, QUESTION) != [ANSWER]
 
 
 FROM_A_FILE = """
@@ -73,17 +63,17 @@ console.log((await answer(model, prompt, states)).text);
 
 @pytest.mark.node
 @pytest.mark.slow
-def test_it_goes_on_from_a_memory_file(example, folder, tmp_path):
+def test_it_goes_on_from_a_memory_file(example, web_folder, tmp_path):
     from deltamem_tool import Conversation, OnnxModel
     from deltamem_tool.memory.file import write_memory
 
-    conversation = Conversation(OnnxModel(folder))
+    conversation = Conversation(OnnxModel(web_folder))
     conversation.generate(FACT)
     write_memory(tmp_path / "bella.safetensors", conversation.memory)
     script = example.with_name("from_a_file.mjs")
     script.write_text(FROM_A_FILE, encoding="utf-8")
     prompt = f"<|user|>{QUESTION}<|end|><|assistant|>"
-    assert in_node(script, folder, tmp_path / "bella.safetensors", prompt) == [ANSWER]
+    assert in_node(script, web_folder, tmp_path / "bella.safetensors", prompt) == [ANSWER]
 
 
 SAY = """<script type="module">
@@ -97,18 +87,16 @@ SAY = """<script type="module">
 
 
 @pytest.fixture
-def site(example, folder, tmp_path):
+def site(example, web_folder, tmp_path):
     """The address of the page, which says the prompts by itself; packages come from npm's folder, not from afar."""
     root = tmp_path / "site"
     root.mkdir()
-    for name, target in (("onnx-web", folder), (EXAMPLE.name, EXAMPLE), ("npm", example.with_name("node_modules"))):
+    for name, target in (("onnx-web", web_folder), (EXAMPLE.name, EXAMPLE), ("npm", example.with_name("node_modules"))):
         (root / name).symlink_to(target)
     page = re.sub(r"https://cdn[^\"]*/npm/([^\"]*)@[\d.]+/", r"./npm/\1/", PAGE.read_text(encoding="utf-8"))
     (root / "index.html").write_text(page + SAY.replace("PROMPTS", json.dumps([FACT, QUESTION])), encoding="utf-8")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=root)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with hosting(root) as address:
+        yield f"{address}/"
 
 
 @pytest.mark.browser

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 from deltamem_tool.data import dialogues
+from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.metrics import exact, token_f1
 from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
@@ -30,6 +31,11 @@ def item(number: int, question: int = 0, sessions: int = 1, group: str = "all") 
 def reading(tokenizer, positions=None) -> Subject:
     """A model of which nothing but the tokenizer and the number of positions is used."""
     return Subject(SimpleNamespace(max_length=positions), tokenizer, None)
+
+
+def answers(evaluation: Evaluation, condition: str) -> list[str]:
+    """All answers under a condition, in the order of the records."""
+    return [record.answer for record in evaluation.records if record.condition == condition]
 
 
 class Asked:

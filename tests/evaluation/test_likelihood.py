@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from evaluation.asked import history, reading
-from helpers.tiny import CHAT_TEMPLATE, base_parameters, randomise, tiny_model
+from helpers.tiny import CHAT_TEMPLATE, base_parameters, randomise, tiny_model, with_template
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool.data import dialogues
@@ -141,12 +140,6 @@ def test_the_mean_is_over_tokens(model, tokenizer):
     mean = total / sum(record.scores[TOKENS] for record in records)
     assert found.estimate(LOG_PROB, "state").mean == pytest.approx(mean)
     assert all(line.startswith("over") and line.endswith(" nats per token)") for line in found.verdict())
-
-
-def with_template(tokenizer, template):
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = template
-    return changed
 
 
 def scored(tokenizer, asked, view=NOTHING, positions=None):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evaluation.asked import Asked, item
+from evaluation.asked import Asked, answers, item
 from helpers.tiny import base_parameters, randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
@@ -29,10 +29,6 @@ MEMORY = EvalProtocol.parse("memory")
 def task():
     """Two questions about each of three histories, one of them longer."""
     return Asked([item(number, question, sessions=1 + number % 2) for number in range(3) for question in range(2)])
-
-
-def answers(found, condition):
-    return [record.answer for record in found.records if record.condition == condition]
 
 
 def plain(tokenizer, task, context, name="qwen3"):

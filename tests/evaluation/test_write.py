@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from evaluation.asked import Asked, item
+from evaluation.asked import Asked, answers, item
 from evaluation.test_likelihood import TOLERANCE, Likely, in_torch
 from helpers.tiny import tiny_model
 
@@ -24,10 +24,6 @@ from deltamem_tool.segments.template import render
 MEMORY = EvalProtocol.parse("memory")
 TASK = Asked([item(number, sessions=1 + number % 2) for number in range(3)])
 BASES = ("no_adapter", "full_context", "bm25")
-
-
-def answers(found, condition):
-    return [record.answer for record in found.records if record.condition == condition]
 
 
 def memories(model, tokenizer, task):

@@ -20,8 +20,14 @@ CUT_TOLERANCE = 2e-5
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-def close(actual, expected, tolerance):
+def close(actual, expected, tolerance=CUT_TOLERANCE):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, check_dtype=False)
+
+
+def relatively_close(actual, expected, tolerance):
+    """To within `tolerance` of the largest number, where that is more than one."""
+    largest = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual / largest, expected / largest, atol=tolerance, rtol=0)
 
 
 def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANCE):

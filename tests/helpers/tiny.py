@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -98,6 +99,13 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the backbone, with a token for tools."""
     return build_tokenizer(SPECIAL)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """A copy of the tokenizer with another chat template."""
+    other = copy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def save_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options) -> Path:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.model_runs import CUT_TOLERANCE, close, close_memory, run
 from helpers.tiny import patched_model, randomise, save_checkpoint, tokens
+from memory.option_sets import OPTIONS, every_option
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,12 +19,6 @@ from deltamem_tool.errors import AdapterError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.onnx.export.export import export_onnx
 
-OPTIONS = {
-    "token": {},
-    "message": {"granularity": "message"},
-    "extras": {"couple_lambda": False, "delta_scale": "branch", "o_norm": True, "state_heads": 2},
-}
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 all_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 

@@ -6,18 +6,12 @@ import pytest
 import torch
 from helpers.model_runs import run
 from helpers.tiny import patched_model, tiny_model, tokens
+from memory.option_sets import OPTIONS, every_option
 
 from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.onnx.export.fused_memory import Constants, FusedMemory
 from deltamem_tool.training.validation import outcomes
-
-OPTIONS = {
-    "token": {},
-    "message": {"granularity": "message"},
-    "extras": {"couple_lambda": False, "delta_scale": "branch", "o_norm": True, "state_heads": 2},
-}
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)

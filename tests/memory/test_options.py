@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.model_runs import cache_of
+from helpers.model_runs import CUT_TOLERANCE, EQUATION_TOLERANCE, cache_of, close, every_architecture
 from helpers.naive_model import naive_run
 from helpers.tiny import ARCHITECTURES, patched_model, randomise, tiny_model, tokens
 
@@ -16,16 +16,10 @@ from deltamem_tool._compat import cache_argument
 from deltamem_tool.config import BRANCHES, DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, UPDATE_RULES
 from deltamem_tool.memory.attach import adapter_of
 
-# Float32 against the float64 equations; logits and states are of order 1 to 10.
-EQUATION_TOLERANCE = 5e-5
-# Float32 against float32, the same sums in another order.
-SUM_TOLERANCE = 2e-5
-
 TAGS = [0, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]  # segments of 3, 2, 1 and 3 tokens, and one that stays open
 LENGTH = len(TAGS)
 COMBINATIONS = range(30)
 
-every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 ALONE = [
     {"granularity": "message"},
     {"granularity": "sentence", "state_heads": 2},
@@ -70,10 +64,6 @@ def random_options(seed: int) -> dict:
     }
 
 
-def close(actual, expected, tolerance=EQUATION_TOLERANCE):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, check_dtype=False)
-
-
 def tagged(model, tags=TAGS, memory=None, batch=1):
     """A cache that knows the tags of the tokens to come, where its adapter has use for them."""
     cache = MemoryCache(model, memory=memory)
@@ -99,10 +89,10 @@ def assert_matches_the_equations(model, memory=None):
     states = {layer: state[0] for layer, state in memory.layers.items()} if memory else None
     for end in (False, True):
         expected, after = naive_run(model, ids[0].tolist(), states, tags=tags_of(model), end=end)
-        close(logits[0], expected)
+        close(logits[0], expected, EQUATION_TOLERANCE)
         assert sorted(cache.memory.layers) == sorted(after) == adapter_of(model).layer_indices
         for layer, state in after.items():
-            close(cache.memory.layers[layer][0], state)
+            close(cache.memory.layers[layer][0], state, EQUATION_TOLERANCE)
         if tags_of(model) and not end:
             cache.end_segment()
 
@@ -230,9 +220,9 @@ def test_a_gate_per_head_equals_equal_gates_per_row(state_heads):
     adapter_of(rows).load_state_dict(weights)
     ids = tokens(2, LENGTH)
     (logits, cache), (expected, other) = run(one, ids), run(rows, ids)
-    close(logits, expected, SUM_TOLERANCE)
+    close(logits, expected, CUT_TOLERANCE)
     for layer, state in other.memory.layers.items():
-        close(cache.memory.layers[layer], state, SUM_TOLERANCE)
+        close(cache.memory.layers[layer], state, CUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("rule", ["standard", "lambda_outside"])
@@ -246,9 +236,9 @@ def test_a_separate_decay_starts_as_one_minus_beta(rule, gates):
     assert not unexpected and {name.split(".")[2] for name in missing} == {"decay"}
     ids = tokens(1, LENGTH)
     (logits, cache), (expected, other) = run(own, ids), run(coupled, ids)
-    close(logits, expected, SUM_TOLERANCE)
+    close(logits, expected, CUT_TOLERANCE)
     for layer, state in other.memory.layers.items():
-        close(cache.memory.layers[layer], state, SUM_TOLERANCE)
+        close(cache.memory.layers[layer], state, CUT_TOLERANCE)
 
 
 def test_state_heads_are_independent():

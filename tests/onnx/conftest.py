@@ -132,6 +132,11 @@ def exported_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exp
     return export
 
 
+@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+def exported(request: pytest.FixtureRequest) -> Exported:
+    return request.getfixturevalue(request.param)
+
+
 def _exported(
     name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory, **options: Any
 ) -> Exported:

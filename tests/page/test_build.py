@@ -11,11 +11,11 @@ import shutil
 import tarfile
 
 import pytest
+from helpers.hosting import hosting
 from helpers.node import node_modules
 from helpers.publishing import onnx_folder
 from helpers.tiny import listing
 from helpers.web_library import LIBRARY, SCRIPTS
-from page.hosting import hosting
 
 from deltamem_tool.errors import ConfigError, DeltaMemError, ExportError, InstallationError
 from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE
@@ -51,8 +51,8 @@ def test_the_packages_are_those_of_the_library_and_the_tests():
 
 @pytest.mark.node
 @pytest.mark.slow
-def test_the_page_is_whole_and_asks_nobody_else(folder, packages, tmp_path):
-    result = make_page(folder, tmp_path / "site", runtime=packages)
+def test_the_page_is_whole_and_asks_nobody_else(web_folder, packages, tmp_path):
+    result = make_page(web_folder, tmp_path / "site", runtime=packages)
     site = tmp_path / "site"
     assert result.bytes == sum(listing(site).values()) and 40 * MEGABYTE < result.bytes < 50 * MEGABYTE
     expected = json.loads((site / "files.json").read_text("utf-8"))["expected"]
@@ -76,21 +76,21 @@ def test_the_page_is_whole_and_asks_nobody_else(folder, packages, tmp_path):
 
 @pytest.mark.node
 @pytest.mark.slow
-def test_without_webgpu_it_is_smaller(folder, packages, tmp_path):
-    result = make_page(folder, tmp_path / "site", runtime=packages, webgpu=False)
+def test_without_webgpu_it_is_smaller(web_folder, packages, tmp_path):
+    result = make_page(web_folder, tmp_path / "site", runtime=packages, webgpu=False)
     assert result.bytes < 20 * MEGABYTE
     assert not list((tmp_path / "site").rglob("*webgpu*")) + list((tmp_path / "site").rglob("*asyncify*"))
 
 
 @pytest.mark.node
 @pytest.mark.slow
-def test_what_fails_leaves_nothing(folder, packages, tmp_path):
+def test_what_fails_leaves_nothing(web_folder, packages, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(DeltaMemError, match="already exists"):
-        make_page(folder, tmp_path / "taken", runtime=packages)
+        make_page(web_folder, tmp_path / "taken", runtime=packages)
     with pytest.raises(InstallationError, match="does not have @huggingface/jinja"):
-        make_page(folder, tmp_path / "site", runtime=tmp_path)
+        make_page(web_folder, tmp_path / "site", runtime=tmp_path)
     changed = tmp_path / "changed"
     for file in FILES:
         path = changed / file.package.name / file.path
@@ -98,9 +98,9 @@ def test_what_fails_leaves_nothing(folder, packages, tmp_path):
         shutil.copy(packages / file.package.name / file.path, path)
     (changed / "onnxruntime-web/dist/ort.wasm.bundle.min.mjs").write_text("alert(1)")
     with pytest.raises(InstallationError, match=r"is not the file of onnxruntime-web 1\."):
-        make_page(folder, tmp_path / "site", runtime=changed)
-    damaged = shutil.copytree(folder, tmp_path / "damaged")
-    (damaged / DATA_FILE).write_bytes((folder / DATA_FILE).read_bytes()[:-1])
+        make_page(web_folder, tmp_path / "site", runtime=changed)
+    damaged = shutil.copytree(web_folder, tmp_path / "damaged")
+    (damaged / DATA_FILE).write_bytes((web_folder / DATA_FILE).read_bytes()[:-1])
     with pytest.raises(ExportError):
         make_page(damaged, tmp_path / "site", runtime=packages)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed", "damaged", "taken"]
@@ -115,8 +115,8 @@ def test_what_fails_leaves_nothing(folder, packages, tmp_path):
         ({"interface": {"dtype": "bfloat16"}}, "in bfloat16"),
     ],
 )
-def test_folders_that_no_browser_runs_are_refused(folder, tmp_path, change, why):
-    other = shutil.copytree(folder, tmp_path / "other")
+def test_folders_that_no_browser_runs_are_refused(web_folder, tmp_path, change, why):
+    other = shutil.copytree(web_folder, tmp_path / "other")
     manifest = json.loads((other / MANIFEST_FILE).read_text("utf-8"))
     for part, values in change.items():
         manifest[part] |= values

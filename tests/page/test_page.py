@@ -9,11 +9,11 @@ import shutil
 import numpy as np
 import pytest
 from helpers.browser import CHROMIUM, needs_chromium
+from helpers.hosting import hosting
 from helpers.node import node_modules
 from helpers.page_user import CONTRASTS, EMPTY, LEAST_CONTRAST, UNNAMED, using
 from helpers.tiny import randomise, tiny_model, tiny_tokenizer
 from helpers.web_library import SCRIPTS
-from page.hosting import hosting
 from playwright.sync_api import expect
 
 from deltamem_tool import Conversation, DeltaMemConfig, OnnxModel, attach, export_onnx
@@ -45,14 +45,14 @@ STORED = """async name => {
 
 
 @pytest.fixture(scope="module")
-def sites(folder, tmp_path_factory):
+def sites(web_folder, tmp_path_factory):
     """The page at /one/; at /two/ that of another adapter, which is the same but for its name."""
     root = tmp_path_factory.mktemp("sites")
-    other = shutil.copytree(folder, root / "other")
+    other = shutil.copytree(web_folder, root / "other")
     manifest = json.loads((other / MANIFEST_FILE).read_text("utf-8"))
     (other / MANIFEST_FILE).write_text(json.dumps({**manifest, "adapter": "f" * 64}), encoding="utf-8")
     packages = node_modules(SCRIPTS)
-    make_page(folder, root / "one", runtime=packages)
+    make_page(web_folder, root / "one", runtime=packages)
     make_page(other, root / "two", runtime=packages, webgpu=False)
     return root
 
@@ -75,13 +75,13 @@ def stored(user, name):
     return found and (found[0], base64.b64decode(found[1]))
 
 
-def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, folder, host):
+def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, web_folder, host):
     asked = set()
     user.page.on("request", lambda request: asked.add(request.url))
     user.open("anna")
     expect(user.page.get_by_text(EMPTY)).to_be_visible()
     told = user.say(TELL)
-    conversation = Conversation(OnnxModel(folder, threads=1))
+    conversation = Conversation(OnnxModel(web_folder, threads=1))
     assert told == conversation.generate(TELL).text
     version, content = stored(user, "anna")
     for name, tensor in memory_from_bytes(content, "it").tensors().items():
@@ -108,14 +108,14 @@ def with_webgpu(browser):
         yield another
 
 
-def test_it_computes_on_webgpu_as_well(with_webgpu, folder, host):
+def test_it_computes_on_webgpu_as_well(with_webgpu, web_folder, host):
     with using(with_webgpu, host) as user:
         user.page.goto(f"{host}/one/?provider=webgpu#memory=anna")
         user.wait("anna")
         if not user.page.evaluate("navigator.gpu.requestAdapter().then(Boolean)"):
             pytest.skip("this Chromium has no adapter for WebGPU")
         expect(user.page.locator("#model")).to_have_text("WebGPU")
-        conversation = Conversation(OnnxModel(folder, threads=1))
+        conversation = Conversation(OnnxModel(web_folder, threads=1))
         for words in (TELL, ASK):
             assert user.say(words) == conversation.generate(words).text
         for name, tensor in memory_from_bytes(stored(user, "anna")[1], "it").tensors().items():
@@ -134,7 +134,7 @@ def test_it_may_ask_nobody_else_from_its_thread_either(user, host):
     user.problems = [problem for problem in user.problems if "Content Security Policy" not in problem]
 
 
-def test_undone_saved_forgotten_and_loaded(user, folder, tmp_path):
+def test_undone_saved_forgotten_and_loaded(user, web_folder, tmp_path):
     user.open("dora")
     user.say(TELL)
     first = stored(user, "dora")[1]
@@ -146,7 +146,7 @@ def test_undone_saved_forgotten_and_loaded(user, folder, tmp_path):
         user.press("Save")
     file = tmp_path / "dora.safetensors"
     download.value.save_as(file)
-    conversation = Conversation(OnnxModel(folder, threads=1))
+    conversation = Conversation(OnnxModel(web_folder, threads=1))
     conversation.load_memory(file)
     assert file.read_bytes() == first == memory_bytes(conversation.memory)
     user.reload()
@@ -162,10 +162,10 @@ def test_undone_saved_forgotten_and_loaded(user, folder, tmp_path):
     assert stored(user, "dora")[1] == first and NAME in user.say(ASK)
 
 
-def test_files_that_are_not_this_adapters_memory_are_refused(user, folder, tmp_path):
+def test_files_that_are_not_this_adapters_memory_are_refused(user, web_folder, tmp_path):
     user.open("emil")
     other, damaged = tmp_path / "other.safetensors", tmp_path / "damaged.safetensors"
-    content = memory_bytes(Conversation(OnnxModel(folder, threads=1)).memory)
+    content = memory_bytes(Conversation(OnnxModel(web_folder, threads=1)).memory)
     adapter = memory_from_bytes(content, "it").adapter.encode()
     other.write_bytes(content.replace(adapter, b"0" * len(adapter)))
     damaged.write_bytes(content[:-1])
@@ -266,7 +266,7 @@ def test_an_adapter_that_writes_by_sentence(browser, by_sentence, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def from_cdn(folder, tmp_path_factory):
+def from_cdn(web_folder, tmp_path_factory):
     """The host of a page, and a folder that is its CDN."""
     root = tmp_path_factory.mktemp("cdn")
     packages = node_modules(SCRIPTS)
@@ -275,7 +275,7 @@ def from_cdn(folder, tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(packages / package.name)
     with hosting(root) as cdn:
-        make_page(folder, root / "site", runtime=packages, webgpu=False, cdn=f"{cdn}/npm")
+        make_page(web_folder, root / "site", runtime=packages, webgpu=False, cdn=f"{cdn}/npm")
         with hosting(root / "site") as address:
             yield address, root / "npm", cdn
 

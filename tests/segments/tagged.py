@@ -5,23 +5,16 @@ from __future__ import annotations
 import itertools
 
 import torch
+from helpers.model_runs import CUT_TOLERANCE, close
 
 from deltamem_tool import MemoryCache, MemoryState
 
-# Float32 against float32, the same sums in another order; logits, states and sums are of order 1 to 10.
-CUT_TOLERANCE = 2e-5
-# Float32 against the float64 equations.
-EQUATION_TOLERANCE = 5e-5
 DIFFERENT = 1e-3  # what no rounding explains
 
 # Two conversations. A system message, segments of three, two and one tokens, and one that stays open; and another.
 TAGS = torch.tensor([[0, 0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
 LENGTH = TAGS.shape[1]
 OPEN = [2, 0]  # tokens that wait for their segment to end
-
-
-def close(actual, expected, tolerance=CUT_TOLERANCE):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, check_dtype=False)
 
 
 def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANCE):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
-
+from helpers import tiny
 from helpers.tiny import CHAT_TEMPLATE
 
 from deltamem_tool.data.dialogues import assistant, user
@@ -68,8 +67,7 @@ SEGMENT, OPEN = "segment", "open"
 
 
 def with_template(tokenizer, template, name="its/name"):
-    other = copy(tokenizer)
-    other.chat_template = template
+    other = tiny.with_template(tokenizer, template)
     other.name_or_path = name
     return other
 

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from helpers.model_runs import EQUATION_TOLERANCE, close
 from helpers.naive_model import naive_run
 from helpers.tiny import ARCHITECTURES, PAD, patched_model, tokens
-from segments.tagged import DIFFERENT, EQUATION_TOLERANCE, LENGTH, OPEN, TAGS, close, close_memory, run, same_memory
+from segments.tagged import DIFFERENT, LENGTH, OPEN, TAGS, close_memory, run, same_memory
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.memory.attach import adapter_of

@@ -24,6 +24,24 @@ def server(shipped, tmp_path_factory):
         yield running
 
 
+@pytest.fixture
+def http(server):
+    """An HTTP client of the API of `server`."""
+    import httpx2
+
+    with httpx2.Client(base_url=server.api, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def client(server):
+    """OpenAI's own client of `server`."""
+    import openai
+
+    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def postgres():
     """A running PostgreSQL."""
@@ -32,12 +50,3 @@ def postgres():
     server = PostgresServer()
     yield server
     server.remove()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium."""
-    from helpers.browser import chromium
-
-    with chromium() as browser:
-        yield browser

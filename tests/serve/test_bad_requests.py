@@ -20,12 +20,6 @@ GOOD = {"model": MODEL, "messages": [USER], "user": "anna", "max_tokens": 1}
 DEEP = "[" * 100_000
 
 
-@pytest.fixture
-def http(server):
-    with httpx2.Client(base_url=server.api, timeout=60) as client:
-        yield client
-
-
 def assert_refused(answer, status, param=None):
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]

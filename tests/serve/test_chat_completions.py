@@ -28,12 +28,6 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as client:
-        yield client
-
-
 def ask(client, *messages, **options):
     return client.chat.completions.create(model=MODEL, messages=list(messages), **options)
 

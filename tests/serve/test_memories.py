@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import httpx2
 import numpy as np
 import pytest
 from serve.serving import MODEL
@@ -14,12 +13,6 @@ from deltamem_tool.memory.file import StoredMemory, memory_bytes, memory_from_by
 pytestmark = pytest.mark.server
 
 TELL, ASK = "My dog is Rex.", "What is my dog's name?"
-
-
-@pytest.fixture
-def http(server):
-    with httpx2.Client(base_url=server.api, timeout=60) as client:
-        yield client
 
 
 def ask(http, text, **options):

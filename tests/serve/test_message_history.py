@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from serve.messages import SYSTEM, talk
 
 from deltamem_tool.serve.message_history import MAX_DIGESTS, MAX_KEYS, MessageHistory
-
-SYSTEM = {"role": "system", "content": "be brief"}
-
-
-def talk(*texts, system=()):
-    """Messages of user and assistant in turn."""
-    roles = ("user", "assistant")
-    return [*system, *({"role": roles[n % 2], "content": text} for n, text in enumerate(texts))]
 
 
 def fed(*conversations, pending=0):

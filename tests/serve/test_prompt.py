@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.tiny import randomise, tiny_model, tiny_tokenizer
+from serve.messages import SYSTEM, talk
 
 from deltamem_tool import DeltaMemConfig, TorchModel, attach
 from deltamem_tool.chat.engine import empty_memory
@@ -16,7 +17,6 @@ from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.message_history import MessageHistory
 from deltamem_tool.serve.prompt import PromptRequest, build_prompt
 
-SYSTEM = {"role": "system", "content": "be brief"}
 GRANULARITIES = ("token", "message", "sentence")
 
 
@@ -36,11 +36,6 @@ def engine(request):
 @pytest.fixture(scope="module")
 def by_token():
     return make_engine("token")
-
-
-def talk(*texts, system=()):
-    roles = ("user", "assistant")
-    return [*system, *({"role": roles[n % 2], "content": text} for n, text in enumerate(texts))]
 
 
 def fed_with(*conversations, pending=0):

@@ -13,12 +13,6 @@ pytestmark = pytest.mark.server
 TELL, OTHER, ASK = "My dog is Rex.", "My dog is Bella.", "What is my dog's name?"
 
 
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as client:
-        yield client
-
-
 def ask(client, text, **options):
     return client.responses.create(model=MODEL, input=text, **options)
 

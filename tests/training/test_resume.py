@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.short_runs import changed, short_run
+from training.short_runs import changed
 from training.talks import write_talks
 
 from deltamem_tool import DeltaMemError
@@ -19,11 +19,6 @@ from deltamem_tool.training import EpisodeModel, train
 from deltamem_tool.training import trainer as engine
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def recipe(checkpoint, tmp_path):
-    return short_run(checkpoint, tmp_path)
 
 
 def interrupt_after(last):

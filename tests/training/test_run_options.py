@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.tiny import listing, save_checkpoint, weights_of
 from safetensors.torch import load_file
-from training.short_runs import changed, short_run, summary
+from training.short_runs import changed, summary
 
 from deltamem_tool import DeltaMemConfig, DeltaMemError
 from deltamem_tool.adapter.config_file import SUMMARY_FILE, WEIGHTS_FILE
@@ -19,11 +19,6 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe.load import LoraOptions, ObjectiveOptions
 from deltamem_tool.training import train
 from deltamem_tool.training.trainer import steps_of
-
-
-@pytest.fixture
-def recipe(checkpoint, tmp_path):
-    return short_run(checkpoint, tmp_path)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from data.spoken_facts import answer_in
 from helpers.tiny import patched_model, write_jsonl
 from safetensors.torch import load_file
 from training.batches import episode_batch
-from training.short_runs import changed, short_run, summary
+from training.short_runs import changed, summary
 
 from deltamem_tool import DeltaMemError
 from deltamem_tool.adapter.config_file import PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
@@ -32,11 +32,6 @@ pytestmark = pytest.mark.slow
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LOSS_TOLERANCE = 1e-5
-
-
-@pytest.fixture
-def recipe(checkpoint, tmp_path):
-    return short_run(checkpoint, tmp_path)
 
 
 # Evaluation

@@ -27,11 +27,6 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
-def exported(request):
-    return request.getfixturevalue(request.param)
-
-
 def described(values) -> dict[str, tuple[str, list]]:
     return {value.name: (value.type, value.shape) for value in values}
 

@@ -29,11 +29,6 @@ TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "by_message")]
 
 
-@pytest.fixture(params=["qwen3", OTHERS[0]])
-def exported(request):
-    return request.getfixturevalue(request.param)
-
-
 def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
     """Generated tokens of each turn, and the memory after them, by `model.generate` on one cache."""
     cache = MemoryCache(exported.model, memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from chat.talking import make_engine
 from helpers.shared_folder import folder_once
 from helpers.tiny import randomise, tiny_model, tiny_tokenizer
 
@@ -27,6 +28,11 @@ def onnx_engine(granularity: str, tmp_path_factory: pytest.TempPathFactory) -> O
         export_onnx(engine.model, tiny_tokenizer(), folder / "onnx", base_model="someone/tiny")
 
     return OnnxModel(folder_once(tmp_path_factory, f"serve-{granularity}", export) / "onnx")
+
+
+@pytest.fixture(scope="module")
+def engine() -> TorchModel:
+    return make_engine(frozenset({40}))
 
 
 @pytest.fixture(scope="session", params=[("torch", g) for g in GRANULARITIES] + [("onnx", g) for g in GRANULARITIES])

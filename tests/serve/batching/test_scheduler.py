@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from chat.talking import OTHERS, TOLERANCE, TURNS, assert_same_memory, make_engine
+from chat.talking import OTHERS, TOLERANCE, TURNS, assert_same_memory
 
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.engine import empty_memory
@@ -15,11 +15,6 @@ from deltamem_tool.errors import ConfigError, DataError, MemoryStateError
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Cancelled, DeadlineExceeded, Job, QueueFull
 from deltamem_tool.serve.batching.scheduler import Scheduler
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return make_engine(frozenset({40}))
 
 
 def job_of(engine, content, tokens=8, tenant="a", memory=None, write=True, **options) -> Job:

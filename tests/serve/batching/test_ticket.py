@@ -8,18 +8,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from chat.talking import make_engine
 from serve.batching.test_scheduler import job_of
 
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.batching.ticket import LONGEST_PIECE_SECONDS, PIECE_SECONDS, Bell
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return make_engine(frozenset({40}))
 
 
 def test_an_answer_without_streaming_is_the_same_text(engine):

@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -20,6 +21,7 @@ from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.memory.file import memory_from_bytes
 from deltamem_tool.serve.keys import ONLY_TENANT
+from deltamem_tool.serve.store import MemoryStore
 
 FACTOR = float(os.environ.get("DELTAMEM_LOAD", "1"))  # of how many requests the tests send
 TOLERANCE = 1e-5  # of states in float32: a batch computes them in another order
@@ -208,3 +210,17 @@ def check_user(engine, store, user: User, unanswered: bool = False) -> None:
         found = memory_from_bytes(stored.data, user.name)
         for layer, state in memory.states.items():
             np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=TOLERANCE)
+
+
+def check_users(engine, url: str, users: Sequence[User]) -> None:
+    """Check that every turn of these users is answered, and each of them as `check_user` does.
+
+    Args:
+        engine: the model.
+        url: of the store.
+        users: the users whose turns were sent.
+    """
+    with closing(MemoryStore(url)) as store:
+        for user in users:
+            assert len(user.answered) == len(user.turns)
+            check_user(engine, store, user)

@@ -9,7 +9,7 @@ import time
 
 import httpx2
 import pytest
-from serve.faults.load import Load, check_user, new_user, times
+from serve.faults.load import Load, check_users, new_user, times
 from serve.faults.server_process import MODEL
 
 from deltamem_tool.serve.store import MemoryStore
@@ -26,10 +26,7 @@ def test_a_client_that_disconnects_gets_its_answer_later_and_is_written_once(sta
     load = Load([server.url], leaving=0.5)
     asyncio.run(load.run(users))
     assert load.outcomes["left"] > 0
-    store = MemoryStore(sqlite_url)
-    for user in users:
-        check_user(engine, store, user)
-    store.close()
+    check_users(engine, sqlite_url, users)
 
 
 def test_clients_rejected_by_a_full_queue_are_answered_later(start, sqlite_url, engine):
@@ -38,10 +35,7 @@ def test_clients_rejected_by_a_full_queue_are_answered_later(start, sqlite_url, 
     load = Load([server.url])
     asyncio.run(load.run(users))
     assert load.outcomes["429"] > 0
-    store = MemoryStore(sqlite_url)
-    for user in users:
-        check_user(engine, store, user)
-    store.close()
+    check_users(engine, sqlite_url, users)
 
 
 def send_head(server, path="/v1/chat/completions", length=None, body=b"", more=""):
@@ -79,9 +73,8 @@ def test_an_incomplete_request_writes_nothing_and_blocks_nobody(start, sqlite_ur
     server.wait()
     store = MemoryStore(sqlite_url)
     assert {memory.id for memory in store.list("default")} == {user.name for user in users}
-    for user in users:
-        check_user(engine, store, user)
     store.close()
+    check_users(engine, sqlite_url, users)
 
 
 def test_a_client_that_stops_reading_blocks_nobody(start, sqlite_url):

@@ -7,7 +7,7 @@ import signal
 
 import httpx2
 import pytest
-from serve.faults.load import Load, check_user, new_user, times
+from serve.faults.load import Load, check_users, new_user, times
 
 from deltamem_tool.serve.store import MemoryStore
 
@@ -41,11 +41,7 @@ def test_a_killed_server_has_stored_every_answered_turn(start, sqlite_url, engin
 
     asyncio.run(talk_and_kill())
     assert set(load.outcomes) & {"ReadError", "RemoteProtocolError", "cut"}  # who was answered when it was killed
-    store = MemoryStore(sqlite_url)
-    for user in users:
-        assert len(user.answered) == len(user.turns)
-        check_user(engine, store, user)
-    store.close()
+    check_users(engine, sqlite_url, users)
 
 
 def test_a_terminated_server_finishes_requests_in_flight(start, sqlite_url, engine):
@@ -64,7 +60,4 @@ def test_a_terminated_server_finishes_requests_in_flight(start, sqlite_url, engi
     assert server.wait() == 128 + signal.SIGTERM  # as a shell has it
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{server.url}/health")
-    store = MemoryStore(sqlite_url)
-    for user in users:
-        check_user(engine, store, user)
-    store.close()
+    check_users(engine, sqlite_url, users)

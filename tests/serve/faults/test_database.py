@@ -9,22 +9,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from serve.faults.load import Load, User, check_user, new_user, times
-
-from deltamem_tool.serve.store import MemoryStore
+from serve.faults.load import Load, User, check_users, new_user, times
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # with the export, on a busy machine
 
 USERS, TURNS = 16, 6
 DOWN_SECONDS = 1.0
-
-
-def everybody_was_answered(engine, url, users):
-    store = MemoryStore(url)
-    for user in users:
-        assert len(user.answered) == len(user.turns)
-        check_user(engine, store, user)
-    store.close()
 
 
 @pytest.mark.parametrize("way", ["stop", "kill"])
@@ -47,7 +37,7 @@ def test_users_are_served_across_a_restart_of_postgresql(way, start, postgres, e
 
     asyncio.run(talk_and_restart())
     assert load.outcomes["503"] + load.outcomes["store_unavailable"] > 0
-    everybody_was_answered(engine, url, users)
+    check_users(engine, url, users)
 
 
 def test_users_are_served_again_after_a_full_disk(start, sqlite_url, engine):
@@ -69,7 +59,7 @@ def test_users_are_served_again_after_a_full_disk(start, sqlite_url, engine):
             resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (most, most))
 
     asyncio.run(talk_and_fill())
-    everybody_was_answered(engine, sqlite_url, users)
+    check_users(engine, sqlite_url, users)
 
 
 def test_users_continue_on_the_other_server_when_one_is_killed(start, postgres, engine):
@@ -87,7 +77,7 @@ def test_users_continue_on_the_other_server_when_one_is_killed(start, postgres, 
 
     asyncio.run(talk_and_kill())
     assert load.outcomes["ConnectError"] > 0
-    everybody_was_answered(engine, url, users)
+    check_users(engine, url, users)
 
 
 def test_clients_of_one_memory_on_two_servers_lose_no_turn(start, postgres, engine):
@@ -103,4 +93,4 @@ def test_clients_of_one_memory_on_two_servers_lose_no_turn(start, postgres, engi
     turns = sorted((turn for client in clients for turn in client.turns), key=lambda turn: turn.version)
     assert [turn.version for turn in turns] == list(range(1, len(turns) + 1))
     assert {turn.written for turn in turns} == {1}
-    everybody_was_answered(engine, url, [User("shared", turns)])
+    check_users(engine, url, [User("shared", turns)])

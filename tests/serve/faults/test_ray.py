@@ -10,12 +10,11 @@ from dataclasses import replace
 
 import psycopg
 import pytest
-from serve.faults.load import PATIENCE, Load, User, check_user, new_user, times
+from serve.faults.load import PATIENCE, Load, User, check_users, new_user, times
 from serve.faults.server_process import MODEL
 from starlette.requests import Request
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.store.schema import memories
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'deltamem-tool[ray]'")
@@ -47,14 +46,6 @@ def cluster(folder, url, tmp_path_factory):
     cluster.end()
 
 
-def check_all(engine, url, users):
-    store = MemoryStore(url)
-    for user in users:
-        assert len(user.answered) == len(user.turns)
-        check_user(engine, store, user)
-    store.close()
-
-
 @contextmanager
 def nothing_committed(url):
     """Let no turn be stored during the block, and yield what says how many are ready for it."""
@@ -72,7 +63,7 @@ def test_requests_for_one_memory_go_to_one_replica(cluster, engine, url):
     asyncio.run(load.run(clients))
     assert load.outcomes == {"200": len(clients) * times(TURNS)}
     turns = sorted((turn for client in clients for turn in client.turns), key=lambda turn: turn.version)
-    check_all(engine, url, [User("shared", turns)])
+    check_users(engine, url, [User("shared", turns)])
 
 
 def test_users_are_divided_among_the_replicas(cluster):
@@ -102,7 +93,7 @@ def test_users_continue_when_one_replica_is_killed(cluster, engine, url):
     asyncio.run(talk_and_kill())
     assert set(load.outcomes) & {"503", "cut", "ReadError", "RemoteProtocolError"}, load.outcomes  # who was at that one
     assert not before[0].is_running() and before[1].is_running()
-    check_all(engine, url, users)
+    check_users(engine, url, users)
 
 
 @pytest.mark.parametrize(
