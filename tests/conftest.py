@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 gc.disable()  # until all is imported
-# What a shell starts in the background ignores Ctrl-C, and so would the processes that tests interrupt.
+# Background processes of a shell ignore Ctrl-C, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(
     OMP_WAIT_POLICY="passive",
@@ -24,7 +24,7 @@ from cli.command import deltamem  # noqa: E402, F401  (a fixture)
 from fake_hub.isolation import hub  # noqa: E402, F401  (a fixture)
 from helpers.shared_folder import folder_once  # noqa: E402
 
-# Nothing heavy here: pytest-xdist's first process imports this file, waits, and runs no test.
+# Import nothing heavy here: pytest-xdist's main process imports this file and runs no test.
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def punkt(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def quickstart_run(tmp_path_factory):
-    """A folder in which `deltamem quickstart --fast --out run` has run, and `stdout`, what it said; read only."""
+    """A folder in which `deltamem quickstart --fast --out run` has run, with its output in `stdout`; read only."""
 
     def run(folder):
         command = [sys.executable, "-m", "deltamem_tool.cli", "quickstart", "--fast", "--out", "run"]
@@ -92,7 +92,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def smollm2_gguf():
-    """The GGUF file that `smollm2` is made of; read only."""
+    """The GGUF file from which `smollm2` is made; read only."""
     from deltamem_tool.base_model.smollm2 import fetch_gguf
     from deltamem_tool.errors import HubError
 
@@ -119,7 +119,7 @@ def browser():
         yield browser
 
 
-# Made once for several tests, each of which is slow where it is the first: exports, a quickstart, processes.
+# Created once for several tests, of which the first is slow: exports, a quickstart, processes.
 SLOW_FIXTURES = {"export_again", "exported_with", "fixed", "float16", "growths", "llama", "portable", "quickstart_run"}
 
 
@@ -142,5 +142,5 @@ def pytest_collection_finish():
 
 
 def pytest_unconfigure():
-    """Some of it wants to be collected before the interpreter ends."""
+    """Make everything collectable again before the interpreter ends."""
     gc.unfreeze()

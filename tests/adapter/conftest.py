@@ -17,7 +17,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def adapter(base, tmp_path):
-    """The folder of an adapter that matters, on `base`."""
+    """The folder of an adapter with random weights, on `base`."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     randomise(attach(model, DeltaMemConfig(rank=4)))
     save_adapter(model, tmp_path / "adapter")

@@ -85,7 +85,7 @@ def test_the_revision_of_the_base_is_recorded(adapter, base, tmp_path, monkeypat
     monkeypatch.setattr("deltamem_tool.adapter.find_base.BaseCheckpoint", Watched)
     monkeypatch.setattr(
         "deltamem_tool.adapter.find_base.check_revision", lambda *_: None
-    )  # a folder stands for the Hub
+    )  # a folder takes the place of the Hub
     moved = shutil.copytree(base, tmp_path / "moved")
     places = {"HERE": str(base), "THERE": str(moved)}
     load(adapter, **{name: places.get(value, value) for name, value in options.items()})

@@ -18,7 +18,7 @@ from deltamem_tool import MemoryCache, MemoryState, load
 from deltamem_tool.memory.attach import adapter_of
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "adapter-format-1"
-TOLERANCE = 1e-5  # over logits and states of up to 4: other processors and versions of torch add in another order
+TOLERANCE = 1e-5  # for logits and states of up to 4: other processors and versions of torch add in another order
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def expected():
 
 @pytest.fixture
 def untouched():
-    """Nothing writes into the fixture."""
+    """Checks that nothing writes into the fixture."""
 
     def content():
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in FIXTURE.rglob("*") if path.is_file()}

@@ -20,7 +20,7 @@ ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE}
 
 @pytest.fixture
 def model(base):
-    """A model of a checkpoint, with a memory that matters."""
+    """A model of a checkpoint, with a memory of random weights."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     randomise(attach(model, DeltaMemConfig(rank=4)))
     return model
@@ -198,7 +198,7 @@ def test_ddp_averages_the_gradients_of_the_adapter(tmp_path):
 
 
 def share(shared, bucket):
-    """Note the parameters whose gradients are about to be shared."""
+    """Record the parameters whose gradients are about to be shared."""
     shared.extend(bucket.parameters())
     future = torch.futures.Future()
     future.set_result(bucket.buffer())

@@ -26,7 +26,7 @@ from deltamem_tool.errors import AdapterError, OtherBaseWarning
 from deltamem_tool.memory.attach import adapter_of
 
 BRANCHES = ("q_proj", "k_proj", "v_proj", "o_proj")
-SMALL = 1e-6  # of a quotient of sums of float32
+SMALL = 1e-6  # for a quotient of float32 sums
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def adapter(original, tmp_path):
 
 
 def whole_difference(model, other) -> float:
-    """The same, of models in memory, whose weights have fewer columns than are read."""
+    """The same for models in memory, whose weights have fewer columns than are read."""
     pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
     weights = [(a.double(), b.double()) for (name, a), b in pairs if name.split(".")[-2] in BRANCHES]
     return math.sqrt(sum((a - b).square().sum() for a, b in weights) / sum(b.square().sum() for _, b in weights))
@@ -75,7 +75,7 @@ def test_another_base_is_allowed_with_a_warning(original, adapter, tmp_path):
     expected = BaseCheckpoint(str(original)).load()
     attach(expected, read_adapter(adapter).config).load_state_dict(adapter_of(model).state_dict())
     assert torch.equal(logits(model), logits(expected))
-    save_adapter(model, tmp_path / "again")  # it is now for the model that it ran on
+    save_adapter(model, tmp_path / "again")  # it now belongs to the model that it ran on
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
@@ -101,7 +101,7 @@ def test_a_base_on_the_hub_is_fetched_only_if_the_user_asks(hub, original, adapt
     with pytest.warns(OtherBaseWarning, match="differ by"):
         load(adapter, base=str(original), allow_other_base=True)
     assert hub.fetched() == ["someone/tiny/tiny.gguf"]
-    assert "differ by" in refusal()  # it is in the cache now
+    assert "differ by" in refusal()  # now it is in the cache
     assert hub.fetched() == ["someone/tiny/tiny.gguf"]
 
 

@@ -68,7 +68,7 @@ def test_a_loaded_adapter_equals_the_saved_one(dtype, tmp_path):
     assert found.logits.dtype == dtype and torch.equal(found.logits, expected.logits)
     assert not loaded.training
     assert adapter_of(loaded).fingerprint == adapter_of(model).fingerprint
-    # so a memory written before goes on after
+    # so a memory that was written before can continue afterwards
     memory = cache_of(expected).memory
     MemoryCache(loaded, memory=memory)
     save_adapter(loaded, tmp_path / "again")
@@ -98,7 +98,7 @@ def test_a_sharded_base_gives_the_same_adapter(tmp_path):
 
 
 def test_a_model_never_saved_has_no_recorded_base(tmp_path, monkeypatch):
-    """The working directory must not be taken for its base."""
+    """Its base must not default to the working directory."""
     other = save_checkpoint(tmp_path / "other", seed=5)
     monkeypatch.chdir(other)
     model = patched_model()
@@ -156,7 +156,7 @@ def test_an_output_that_cannot_be_written_raises_before_the_work(tmp_path, monke
 
 
 def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
-    """Neither the new one takes its place nor does it come back: it is still on the disk."""
+    """If neither the new folder can take its place nor the old one return, the old one is still on the disk."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "notes.txt").write_text("mine")
     calls, real = [], os.rename
@@ -195,9 +195,9 @@ def test_a_full_disk_leaves_nothing_behind(base, adapter, tmp_path, monkeypatch,
     def full(*args, **options):
         calls.append(args)
         if fails == "rename" and len(calls) == 1 and overwrite:
-            return real(*args)  # the old folder steps aside; taking its place fails
+            return real(*args)  # the old folder is moved away; moving the new one in fails
         if fails == "rename" and len(calls) == 3:
-            return real(*args)  # and it comes back
+            return real(*args)  # and the old one is moved back
         raise OSError(28, "No space left on device")
 
     owner, name = {"fsync": (os, "fsync"), "write": (Path, "write_bytes"), "rename": (os, "rename")}[fails]

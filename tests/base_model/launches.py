@@ -11,13 +11,13 @@ from deltamem_tool.errors import DeltaMemError
 
 
 def waits(late: int, port: int | None, within: timedelta, report: Path) -> None:
-    """Join, but for the process that never does; write what became of that.
+    """Join the launch, except in the process that never does, and write the error that follows.
 
     Args:
-        late: that process.
-        port: where the first one is to be found, as without torchrun; None is where torchrun is.
-        within: how long is waited for it.
-        said: the name of the files; each process adds its number.
+        late: the rank of the process that never joins.
+        port: the port of the first process without a launcher; None under torchrun.
+        within: how long the others wait for it.
+        report: the file for the error; each process adds its rank to the name.
     """
     if launch_rank() == late:
         return

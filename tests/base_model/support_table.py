@@ -40,7 +40,7 @@ def support(model_type: str) -> Support:
     reasons = list(dict.fromkeys(layer.note for layer in layers if layer.note))
     assert bool(reasons) == (len(branches) < len(BRANCHES)), f"{model_type} lacks branches, and no layer says why"
     if getattr(config, "is_decoder", False):
-        config.is_decoder = False  # as most of its checkpoints are
+        config.is_decoder = False  # like most of its checkpoints
         try:
             layers_of(config)
         except ArchitectureError:

@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def refused(tmp_path, deltamem):
-    """`refused(base, *words)`: patching `base` is refused in these words."""
+    """`refused(base, *words)` checks that patching `base` fails with these words and writes nothing."""
 
     def check(base: Path, *words: str) -> None:
         before = listing(tmp_path)
@@ -115,7 +115,7 @@ def test_a_truncated_file_is_rejected(refused, base, keeps):
 @pytest.mark.parametrize("keeps", [None, 100, -1])
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_truncated_or_missing_shard_is_rejected(refused, pieces, keeps, which):
-    """Whichever it is, and whether or not the patch has to look into it."""
+    """Covers each shard, whether or not `patch` has to read it."""
     piece = sorted(pieces.glob("model-*.safetensors"))[which]
     content = piece.read_bytes()
     piece.unlink()
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_weights_is_rejected(refused, base):
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"])
 def test_missing_weights_are_not_initialised_randomly(refused, base, tmp_path, lost):
-    """transformers would fill them with random numbers, and say so in a warning."""
+    """transformers would fill them with random numbers and only warn."""
     model = patched_model()
     save_adapter(model, tmp_path / "patched")
     weights = load_file(base / "model.safetensors")

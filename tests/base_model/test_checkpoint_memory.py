@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 CHECKPOINT_BYTES = 290 * 2**20
-ALLOWED_GROWTH = 50 * 2**20  # a sixth of the checkpoint; what was measured is far less
+ALLOWED_GROWTH = 50 * 2**20  # a sixth of the checkpoint; the measured growth is far less
 FORMATS = ("safetensors", "torch")
-# Each checkpoint is patched and loaded by a fork, which begins with a peak of its own.
+# Each checkpoint is patched and loaded by a fork, which has its own peak.
 _MEASURE = """
 import json, os, re, sys
 from pathlib import Path
@@ -46,7 +46,7 @@ for folder in sys.argv[1:]:
 
 
 def write_safetensors(folder: Path) -> None:
-    """Half of it is attention, whose columns are all over it."""
+    """Half of it is attention, whose columns are spread over the whole file."""
     sizes = {"vocab_size": 20_000, "hidden_size": 1024, "intermediate_size": 16, "head_dim": 256}
     config = {**sizes, "num_attention_heads": 16, "num_key_value_heads": 1}
     with torch.device("meta"):

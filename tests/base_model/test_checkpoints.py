@@ -41,7 +41,7 @@ FORMS = {
 
 
 def assert_patched_is_attached(model, base: Path, out: Path, **options) -> None:
-    """`deltamem patch` and `load` give what `attach` gives on `model`, bit by bit, and what `save_adapter` saves."""
+    """`deltamem patch` and `load` equal `attach` on `model` and its `save_adapter`, bit for bit."""
     torch.manual_seed(7)
     folder = create_adapter(str(base), CONFIG, out, **options)
     torch.manual_seed(7)
@@ -54,14 +54,14 @@ def assert_patched_is_attached(model, base: Path, out: Path, **options) -> None:
     for each in (model, loaded):
         randomise(adapter_of(each))
     assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(model), plain)
-    save_adapter(model, out, overwrite=True)  # its base is in memory alone
+    save_adapter(model, out, overwrite=True)  # its base exists only in memory
     assert torch.equal(logits(load(out, base=str(base), **options)), logits(model))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_checkpoint_layout_and_dtype(form, dtype, tmp_path):
-    # Made in that dtype: `.to(dtype)` would round the rotary frequencies too, which no checkpoint does.
+    # Created in that dtype: `.to(dtype)` would also round the rotary frequencies, which no checkpoint does.
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype).eval()
     assert_patched_is_attached(model, FORMS[form](model, tmp_path / "base"), tmp_path / "adapter")
@@ -117,7 +117,7 @@ class OwnForCausalLM(Qwen3ForCausalLM):
 
 @pytest.fixture
 def with_code(tmp_path, monkeypatch):
-    """A checkpoint whose architecture is a Python file of its own; and the file that appears when that file runs."""
+    """A checkpoint with its architecture in its own Python file, and the file that appears when that code runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     base = save_checkpoint(tmp_path / "base")
     (base / "own_code.py").write_text(_CODE.format(marker=str(tmp_path / "ran")))
@@ -146,7 +146,7 @@ def test_remote_code_runs_only_with_trust_remote_code(with_code, tmp_path, delta
     model = load(tmp_path / "adapter", trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     randomise(adapter_of(model))
-    save_adapter(model, tmp_path / "again")  # its code has been trusted already
+    save_adapter(model, tmp_path / "again")  # its code is trusted already
     assert read_adapter(tmp_path / "again").base == read_adapter(tmp_path / "adapter").base
 
 

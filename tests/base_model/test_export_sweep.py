@@ -33,7 +33,7 @@ TOLERANCE = 1e-3
 CALLS = (5, 1, 4)  # tokens of each
 PADDING = 2  # tokens on the left of the second row
 DEPTH = 2  # layers: tracing takes seconds for each
-# Their layers are not all of one kind: two are made, and the memory is in the one with what they alone have.
+# Types with layers of several kinds: two layers are made, and the memory is in the one of the type's own kind.
 UNLIKE = {"deepseek_v3": [1], "gemma3_text": [0]}
 
 # What one has that the others have not. Layers of convolutions or linear attention, and indexers, are in
@@ -77,7 +77,7 @@ def patched(
     model = kind.from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1 and not weight.any():  # a router's: which of its equal experts are best is undefined
+            if weight.ndim > 1 and not weight.any():  # a router's: the choice among equal experts is undefined
                 weight.normal_(std=0.2)
     randomise(deltamem.attach(model, DeltaMemConfig(rank=4, branches=("q", "o"), layers=layers)))
     return model
@@ -119,7 +119,7 @@ def exported_difference(
     found = []
     for row, padding in ((0, 0), (1, PADDING)):
         cache = MemoryCache(model)
-        with torch.no_grad(), StableTopK():  # PyTorch leaves open which of equal scores it takes
+        with torch.no_grad(), StableTopK():  # PyTorch does not define which of several equal scores it takes
             expected = model(input_ids=ids[row : row + 1, padding:], cache=cache).logits[0]
         differences = [logits[row, padding:] - expected]
         differences += [torch.from_numpy(state[row]) - cache.memory.layers[i][0] for i, state in states.items()]
@@ -139,7 +139,7 @@ def test_the_graph_matches_pytorch(model_type: str, tmp_path: Path):
 
 
 def test_a_model_that_cannot_be_traced_raises_and_leaves_nothing(tmp_path: Path):
-    model = patched("doge", changes={"keep_window_size": 8})  # it drops keys from there on: another graph
+    model = patched("doge", changes={"keep_window_size": 8})  # it drops keys from there on, which needs another graph
     with pytest.raises(ExportError, match="cannot trace DogeForCausalLM"):
         export_onnx(model, tokenizer(), tmp_path / "onnx")
     assert not list(tmp_path.iterdir())

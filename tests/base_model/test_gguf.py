@@ -1,4 +1,4 @@
-"""A GGUF file as a base: we read what transformers loads, and the model computes what was written."""
+"""A GGUF file as a base: it is read as transformers loads it, and the model equals the one that was written."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from deltamem_tool.memory.attach import adapter_of
 
 CONFIG = DeltaMemConfig(rank=4, branches=("q", "k", "v", "o"), delta_init="base_slice")
 UNTRAINED = DeltaMemConfig(rank=4)  # which changes nothing
-ROUNDING = 1e-5  # of logits: the order of additions
-# transformers takes the width of Qwen3's heads for that of all published models.
+ROUNDING = 1e-5  # for logits: the order of additions differs
+# transformers assumes that Qwen3's heads have the width of those of the published models.
 OPTIONS = {"llama": {}, "qwen3": {"head_dim": 128}, "gpt2": {}, "lfm2": {"block_auto_adjust_ff_dim": False}}
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_1")
 
 
 @pytest.fixture
 def gguf(tmp_path):
-    """A tiny Llama in a GGUF file of its own folder."""
+    """A tiny Llama in a GGUF file, in its own folder."""
     (tmp_path / "base").mkdir()
     tiny_gguf(tmp_path / "base" / "tiny.gguf")
     return tmp_path / "base" / "tiny.gguf"
@@ -40,7 +40,7 @@ def gguf(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_loaded_file_computes_what_the_original_does(name, tied, tmp_path):
-    """Rows that llama.cpp has in another order are where they were, and a tied embedding is tied again."""
+    """Rows that llama.cpp stores in another order are restored, and a tied embedding is tied again."""
     file = tmp_path / "tiny.gguf"
     original = tiny_gguf(file, name, tie_word_embeddings=tied, **OPTIONS[name])
     loaded = BaseCheckpoint(str(file)).load()
@@ -51,7 +51,7 @@ def test_a_loaded_file_computes_what_the_original_does(name, tied, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_create_adapter_equals_attach_on_the_loaded_model(name, kind, tmp_path):
-    """On the model that transformers itself loads; bit for bit, in every format."""
+    """Compared on the model that transformers itself loads, bit for bit, in every format."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, name, kind=kind, **OPTIONS[name])
     torch.manual_seed(7)
@@ -83,7 +83,7 @@ def test_only_the_needed_columns_are_read(gguf, monkeypatch):
 
 
 def test_the_loaded_model_can_be_saved_as_a_checkpoint(gguf, tmp_path):
-    """It can be saved, as a folder that is the same base, and has the end token and the tokenizer of the file."""
+    """The saved folder is the same base, with the end token and the tokenizer of the file."""
     model = BaseCheckpoint(str(gguf)).load()
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 1
     model.save_pretrained(tmp_path / "folder")
@@ -106,7 +106,7 @@ def test_the_tokenizer_comes_from_the_file(gguf):
 
 
 def test_a_folder_with_one_file_stands_for_the_file(gguf, tmp_path):
-    """It is bound to the file: another beside it changes nothing. A folder with other weights is what it was."""
+    """The adapter stays bound to the file if another one is added. A GGUF file in a checkpoint's folder is ignored."""
     create_adapter(str(gguf.parent), UNTRAINED, tmp_path / "adapter")
     assert read_adapter(tmp_path / "adapter").base.name == str(gguf)
     tiny_gguf(gguf.with_name("other.gguf"), seed=1)
@@ -151,7 +151,7 @@ def test_progress_is_shown_where_transformers_shows_its_own(gguf, capfd):
 
 @pytest.fixture
 def refused(tmp_path, deltamem):
-    """`refused(base, *words)`: patching `base` is refused in these words, and nothing is written."""
+    """`refused(base, *words)` checks that patching `base` fails with these words and writes nothing."""
 
     def check(base, *words: str) -> None:
         before = listing(tmp_path)
@@ -184,7 +184,7 @@ def test_a_split_file_is_rejected(gguf, refused):
     refused(part, "one of 2 parts", "llama-gguf-split --merge")
     shutil.copy(part, part.with_name("tiny-00002-of-00002.gguf"))
     refused(part.parent, "one of 2 parts", "llama-gguf-split --merge")
-    refused("someone/tiny:tiny-00001-of-00002.gguf", "one of 2 parts")  # before anything is fetched
+    refused("someone/tiny:tiny-00001-of-00002.gguf", "one of 2 parts")  # before anything is downloaded
 
 
 def test_a_folder_with_several_files_is_rejected(gguf, refused):
@@ -197,7 +197,7 @@ def test_a_missing_file_is_rejected(gguf, refused):
 
 
 def test_an_unknown_tensor_format_is_rejected(gguf, refused):
-    """Integers in place of float32: the number after a tensor's name and sizes says so."""
+    """Integers instead of float32, by the number after the tensor's name and sizes."""
     content, name = bytearray(gguf.read_bytes()), b"blk.0.attn_q.weight"
     place = content.index(name) + len(name) + 4 + 2 * 8
     assert content[place] == GGMLQuantizationType.F32
@@ -222,14 +222,14 @@ def test_a_file_without_a_chat_template(tmp_path, deltamem):
 
 
 def test_an_invalid_tokenizer_raises(gguf):
-    """Merges make a token that the vocabulary does not have."""
+    """Its merges build a token that the vocabulary lacks."""
     gguf.write_bytes(gguf.read_bytes().replace("Ġmy".encode(), "Ġmz".encode()))
     with pytest.raises(ArchitectureError, match=r"tiny\.gguf has no tokenizer(.|\n)*Ġmy"):
         read_tokenizer(gguf)
 
 
 def test_metadata_that_contradicts_the_weights_is_rejected(tmp_path, refused):
-    """The width of Qwen3's heads, which transformers does not read."""
+    """The metadata give the width of Qwen3's heads, which transformers does not read."""
     tiny_gguf(tmp_path / "tiny.gguf", "qwen3", head_dim=16)
     refused(tmp_path / "tiny.gguf", "blk.0.attn_q.weight is [64, 32]", "[512, 32]", "original checkpoint")
 

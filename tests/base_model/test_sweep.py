@@ -29,9 +29,9 @@ pytestmark = pytest.mark.sweep
 
 CUT_TOLERANCE = 1e-4  # float32 against float32, the same sums in another order
 LENGTH, CUT = 12, 7
-DEPTH = 2  # layers, where all are alike: a first and a last one
+DEPTH = 2  # layers, if all are alike: a first and a last one
 
-# Where the model itself, without a memory, does not give the same answer for every way to cut a text.
+# Models whose output depends on how a text is split, even without a memory.
 CUTS_APART = {
     "jamba": "a scan of more than one token starts from zeros",
     "zamba": "a scan of more than one token starts from zeros",
@@ -42,7 +42,7 @@ NEEDS_POSITIONS = {"bamba"}  # counts from zero in every call otherwise
 NOT_LOADED = {"emu3", "mllama"}
 
 TEXT = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(UNSUPPORTED) - set(UNBUILT))
-# Vision-language models, of which the mapping knows nothing, or only the text decoder: here with their towers, on text.
+# Vision-language models that the mapping lacks or knows only as a text decoder: tested whole, on text.
 VISION = (
     "aria aya_vision cohere2_vision glm4v idefics2 idefics3 internvl janus llava llava_next llava_onevision mistral3 "
     "ovis2 paligemma qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm"

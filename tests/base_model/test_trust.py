@@ -1,4 +1,4 @@
-"""Folders from untrusted sources: rejected before anything is loaded, whatever is wrong with them."""
+"""Invalid folders from untrusted sources are rejected before anything is loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MUTATIONS = 300
 
 @pytest.fixture
 def folder(tmp_path):
-    """A good adapter, to be made a bad one."""
+    """A valid adapter for the tests to damage."""
     return shutil.copytree(FIXTURE / "adapter", tmp_path / "adapter")
 
 
@@ -46,7 +46,7 @@ def memory(tmp_path):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """By which functions something has been loaded: weights of adapters and memories, and base models."""
+    """The names of the functions that have loaded weights of adapters or memories, or base models."""
     seen = []
     for owner, name in ((adapter_folder, "deserialize"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
         real = getattr(owner, name)
@@ -61,7 +61,7 @@ def load_it(folder):
 
 
 def change(folder, path, value):
-    """Set one entry of the config, by its path."""
+    """Set one entry of the config, given its path."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     *places, last = path.split(".")
     part = config
@@ -235,7 +235,7 @@ def test_an_oversized_header_is_not_read(folder, loaded, monkeypatch):
 
 
 def test_an_adapter_for_wider_layers_raises_before_the_base_is_loaded(folder, loaded):
-    """The config and the weights agree; the base model, by its fingerprint the right one, has other widths."""
+    """The config and the weights agree, and the base model's fingerprint matches, but its widths differ."""
     tensors = load_file(folder / WEIGHTS_FILE)
     for name, tensor in tensors.items():
         if name.endswith(("query.weight", "key.weight", "value.weight")):
@@ -320,7 +320,7 @@ def test_memories_with_invalid_headers_raise(memory, loaded, damage, says):
 
 
 def mutated(content, chance):
-    """`content` with some bytes changed, put in or taken out."""
+    """`content` with some bytes changed, inserted or removed."""
     found = bytearray(content)
     for _ in range(chance.choice((1, 1, 2, 5))):
         at = chance.randrange(len(found))

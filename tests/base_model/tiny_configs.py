@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-LAYERS = 4  # two rounds of a hybrid with two kinds of layer
+LAYERS = 4  # a hybrid with two kinds of layer, twice
 HIDDEN = 32
 HEADS = 4
 HEAD = 8
@@ -21,7 +21,7 @@ POSITIONS = 128
 WINDOW = 8
 PAD, END, START = 0, 1, 2
 
-# Ids of markers that a text must not hold are taken from the end of the vocabulary: prompts drawn below this are text.
+# Ids of markers that a text must not contain are at the end of the vocabulary: ids below this one are text.
 TEXT_IDS = range(3, 80)
 
 
@@ -29,10 +29,10 @@ def _each(names: str, value: Any) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
 
 
-# What a field becomes, by its name alone, in whichever config it occurs.
+# The value of a field, by its name, in every config that has it.
 SMALL: dict[str, Any] = {
     **_each("num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks", LAYERS),
-    # of the decoder as well: what a cache takes for the number of its layers
+    # also that of the decoder, which a cache takes as the number of layers
     **_each("encoder_layers num_encoder_layers", LAYERS),
     **_each("depth conf_num_hidden_layers", 2),
     **_each("hidden_size n_embd d_model emb_dim embedding_dim embedding_size word_embed_proj_dim", HIDDEN),
@@ -77,22 +77,22 @@ SMALL: dict[str, Any] = {
     **_each("hidden_size_per_layer_input laurel_rank router_hidden_size hc_lowrank zero_expert_num", HEAD),
     **_each("mamba_d_ssm", 2 * HIDDEN),
     **_each("nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel", HIDDEN),
-    # a draw of 0.02 leaves the logits of so small a model all but equal
+    # with 0.02, the logits of so small a model would be almost equal
     **_each("initializer_range init_std", 0.2),
 }
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 DEEPSEEK_V4 = ["sliding", "compressed_sparse", "heavily_compressed", "compressed_sparse"]
-# Of half a head's width: time, height, width.
+# Parts of half a head's width: time, height, width.
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 DROPOUT = ("dropout", "pdrop", "layerdrop", "drop_rate")
 
-# What some types need beyond that, as a config of their own or as a part of another one. A dotted name is a field of a
-# sub-config. A row without a comment turns on kinds of layer that published models have and the default has not.
+# What some types need in addition, in their own config or as a part of another one. A dotted name is a field of a
+# sub-config. A row without a comment enables kinds of layer that published models have and the default lacks.
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
         "encoder_hash_byte_group_vocab": VOCABULARY,
-        "num_hidden_layers": LAYERS,  # not a field of it, but its cache asks for it
+        "num_hidden_layers": LAYERS,  # not one of its fields, but its cache needs it
     },
     "cohere_compass_text": {
         "layer_types": SLIDING,
@@ -102,15 +102,15 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "dbrx": {
-        "attn_config.rope_theta": 10000.0,  # not a field of it, but its attention asks for it
-        "attn_config.clip_qkv": 8,  # None by default, which it cannot clip to
+        "attn_config.rope_theta": 10000.0,  # not one of its fields, but its attention needs it
+        "attn_config.clip_qkv": 8,  # None by default, to which it cannot clip
     },
     "deepseek_v2": {"num_experts_per_tok": 2},  # None by default
     "deepseek_v4": {
         "layer_types": [f"{kind}_attention" for kind in DEEPSEEK_V4],
-        "num_key_value_heads": 1,  # the only number it knows
+        "num_key_value_heads": 1,  # the only number that it supports
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
-        "hc_sinkhorn_iters": 2,  # one after the other in the graph
+        "hc_sinkhorn_iters": 2,  # sequential in the graph
         "partial_rotary_factor": 0.5,
         "o_groups": 2,
     },
@@ -137,9 +137,9 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "inkling_text": {"logits_mup_width_multiplier": 1.0},  # all but equal logits otherwise
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},  # otherwise the logits are almost equal
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    # two towers of a hundred million weights otherwise
+    # otherwise two towers of a hundred million weights
     "janus_vision_model": {"projection_dim": HIDDEN},
     "janus_vqgan": {
         **_each("base_channels latent_channels projection_dim image_token_embed_dim", HIDDEN),
@@ -148,7 +148,7 @@ OWN: dict[str, dict[str, Any]] = {
     "laguna": {"layer_types": SLIDING, "num_attention_heads_per_layer": [2, HEADS] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "mamba2": {"num_heads": 8},  # heads times their size is twice the hidden size
+    "mamba2": {"num_heads": 8},  # the heads together are twice as wide as the hidden size
     "mellum": {"layer_types": SLIDING},
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
@@ -157,14 +157,14 @@ OWN: dict[str, dict[str, Any]] = {
         "index_topk_blocks": 2,
     },
     "ministral": {"layer_types": SLIDING},
-    "nemotron": {"num_key_value_heads": HEADS // 2},  # None by default, which its attention does not take
+    "nemotron": {"num_key_value_heads": HEADS // 2},  # None by default, which its attention does not accept
     "nemotron_h": {
-        "time_step_min": 1e-8,  # the scan keeps to it and the single step does not: a text and its tokens would differ
+        "time_step_min": 1e-8,  # the scan respects it, the single step does not: they would differ
         "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp", "full_attention"],
         "num_hidden_layers": 5,
     },
     "qwen2_5_vl_text": {"rope_parameters": MROPE},
-    "qwen2_vl_vision": {"embed_dim": HIDDEN},  # its width, 1280; the hidden size is that of what it gives
+    "qwen2_vl_vision": {"embed_dim": HIDDEN},  # its width, 1280; the hidden size is that of its output
     "qwen2_vl_text": {"rope_parameters": MROPE},
     "qwen4_exp_text": {
         "ple_layer_ids": [1],
@@ -181,10 +181,10 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"] * 2,
         "axial_pos_shape": [8, 16],
         "axial_pos_embds_dim": [8, 24],
-        "hash_seed": 0,  # a fresh random hash in every call otherwise
+        "hash_seed": 0,  # otherwise every call draws a new random hash
         "num_buckets": 2,
     },
-    "xlm": {"causal": True},  # in both directions otherwise
+    "xlm": {"causal": True},  # bidirectional otherwise
     "xlnet": {"attn_type": "uni"},  # the same
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # rounds the widths of its heads up to a multiple of 64
     "xmod": {"default_language": "en_XX"},
@@ -195,10 +195,10 @@ for _type in (
     "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
     "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
 ).split():
-    OWN.setdefault(_type, {})["is_decoder"] = True  # they attend in both directions otherwise
+    OWN.setdefault(_type, {})["is_decoder"] = True  # otherwise they attend in both directions
 
 
-# Types of the mapping that a config alone makes no language model of.
+# Types of the mapping that cannot be built as a language model from a config alone.
 UNBUILT = {
     "gemma3n": "its vision tower is timm's, which need not be installed (gemma3n_text is its decoder)",
     "gemma4_assistant": "all its layers read the keys of another model, which their config refuses",
@@ -218,7 +218,7 @@ _DEPTHS = "num_hidden_layers decoder_layers num_decoder_layers encoder_layers nu
 
 
 def with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
-    """The same with only the first so many of its decoder's layers, unless the last ones read the keys of others."""
+    """The config with only the first `depth` layers of its decoder, unless the last ones read the keys of others."""
     text = _decoder(config)
     if not getattr(text, "num_kv_shared_layers", 0):
         for name in _by_layer(text):
@@ -230,13 +230,13 @@ def with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
 
 
 def layers_are_alike(config: PretrainedConfig) -> bool:
-    """Whether nothing in it tells one layer of the decoder from another."""
+    """Whether all layers of the decoder are configured alike."""
     alike = all(value == value[:1] * LAYERS for value in _by_layer(_decoder(config)).values())
     return alike and config.model_type not in UNLIKE
 
 
 def _decoder(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of it that says what the decoder is like; of an encoder with a decoder transformers gives a copy."""
+    """The decoder's part of the config; for an encoder with a decoder, transformers returns a copy."""
     text = config.get_text_config(decoder=True)
     return text if any(text is part for part in vars(config).values()) else config
 
@@ -246,13 +246,13 @@ def _by_layer(text: PretrainedConfig) -> dict[str, list[Any]]:
 
 
 def _shrunk(config: PretrainedConfig, own: dict[str, Any] | None = None) -> PretrainedConfig:
-    """A new config of the same class, so that whatever it derives from its fields it derives from the small ones."""
+    """A new config of the same class, so that its derived fields follow from the small ones."""
     own = {**OWN.get(config.model_type, {}), **(own or {})}
     names = {field.name for field in fields(config)}
     markers = iter(range(VOCABULARY - 1, TEXT_IDS.stop - 1, -1))
     changes: dict[str, Any] = {}
     for name in sorted(names):
-        # not getattr, which refuses a field that the layers of a heterogeneous model have their own values of
+        # not getattr, which raises for a field that has a value per layer in a heterogeneous model
         value = vars(config).get(config.attribute_map.get(name, name))
         if isinstance(value, PretrainedConfig):
             inner = {key.partition(".")[2]: own.pop(key) for key in list(own) if key.startswith(f"{name}.")}
@@ -269,9 +269,9 @@ def _shrunk(config: PretrainedConfig, own: dict[str, Any] | None = None) -> Pret
         elif name.endswith(("_token_id", "_token_index")) and value is not None:
             changes[name] = next(markers)
     if "head_dim" in names:
-        changes["head_dim"] = HEAD  # not every model that takes None works it out itself
+        changes["head_dim"] = HEAD  # not every model that accepts None derives it
     if "kv_lora_rank" in names:
-        changes["num_key_value_heads"] = HEADS  # every head gets its own keys from the latent
+        changes["num_key_value_heads"] = HEADS  # every head gets its own keys from the latent vector
     changes.update(pad_token_id=PAD, eos_token_id=END, bos_token_id=START)
     if "decoder_start_token_id" in names:
         changes["decoder_start_token_id"] = START
@@ -279,6 +279,6 @@ def _shrunk(config: PretrainedConfig, own: dict[str, Any] | None = None) -> Pret
 
 
 def _rounds(kinds: Iterable[str]) -> list[str]:
-    """Every kind of layer of a hybrid, in the order of their first appearance, again and again."""
+    """All kinds of layers of a hybrid in the order in which they first appear, repeated."""
     kinds = list(dict.fromkeys(kinds))
     return (kinds * LAYERS)[: max(LAYERS, len(kinds))]

@@ -10,7 +10,7 @@ from deltamem_tool.recipe.load import LoraOptions
 
 
 def make_lora(base, folder, seed=0, name=None):
-    """A LoRA that matters, as `deltamem train` saves it."""
+    """A LoRA with random weights, as `deltamem train` saves it."""
     torch.manual_seed(seed)
     tuned = new_lora(AutoModelForCausalLM.from_pretrained(base), LoraOptions(rank=2), str(name or base))
     for weight in (p for p in tuned.parameters() if p.requires_grad):

@@ -18,7 +18,7 @@ def shaken(adapter, seed=0):
 
 
 def make_static(model, config, folder, seed=0):
-    """One for a model with a memory, as `deltamem train` saves it."""
+    """A static adapter for a model with a memory, as `deltamem train` saves it."""
     adapter = shaken(StaticAdapter(config, attention_layers(model)), seed)
     adapter.save(folder, base_of_model(model), False, {})
     return folder

@@ -65,7 +65,7 @@ def test_a_lora_answers_as_in_peft(model, tokenizer, checkpoint, folder):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_base_is_unchanged_after_evaluating_a_lora(model, tokenizer, folder, fails, monkeypatch):
-    """Bit for bit, the base and the memory on it; also where an answer fails."""
+    """The base and the memory on it are bit-identical, even after an answer that fails."""
     adapter = adapter_of(model)
     detach(model)
     base, names = logits(model), list(model.state_dict())
@@ -103,7 +103,7 @@ def test_a_lora_of_another_base_raises(model, checkpoint, folder, tmp_path):
         with pytest.raises(AdapterError, match=says):
             Lora.read(changed).check_base(model)
     Lora.read(folder).check_base(model)
-    (tmp_path / "same").symlink_to(checkpoint)  # by another name
+    (tmp_path / "same").symlink_to(checkpoint)  # under another name
     moved = copied(folder, tmp_path / "moved", base_model_name_or_path=str(tmp_path / "same"))
     Lora.read(moved).check_base(model)
 

@@ -31,7 +31,7 @@ from deltamem_tool.training.baseline_steps import StaticStepModel
 MEMORY = EvalProtocol.parse("memory")
 TASK = Asked([item(number) for number in range(3)])
 CONFIG = DeltaMemConfig(rank=4, state_heads=2, branches=["q", "v", "o"])
-TOLERANCE = 1e-5  # logits in float32, of a sum that is taken in another order
+TOLERANCE = 1e-5  # logits in float32, whose sums are taken in another order
 OPTIONS = [
     {},
     {"delta_scale": "branch", "delta_scale_init": 0.5},
@@ -54,7 +54,7 @@ def folder(model, tmp_path_factory):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt_neox"])  # the second has q, k and v in one linear layer
 def test_a_static_adapter_adds_the_same_to_every_token(options, model_type):
-    """Δ times the constant, by hand."""
+    """Compared with Δ times the constant."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
     config = dataclasses.replace(CONFIG, **options)
@@ -87,7 +87,7 @@ def test_a_static_adapter_adds_the_same_to_every_token(options, model_type):
 
 
 def test_answers_do_not_depend_on_the_history(model, tokenizer, checkpoint, folder):
-    """Equal to the answers of a model that sees only the question."""
+    """They equal the answers of a model that sees only the question."""
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=Static.read(folder))
     alone = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     Static.read(folder).adapter_for(alone).attach_to(alone)
@@ -182,7 +182,7 @@ def recipe(checkpoint, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"eval_every": 8}], ids=str)
 def test_training_reduces_the_loss(recipe, options):
-    """And again from where it was, as a memory does."""
+    """Training can be resumed, as with a memory."""
     result = train(changed(recipe, **{"steps": 16, "eval_every": None, **options}))
     losses = [loss for _, loss in result.losses]
     assert losses[-1] < 0.95 * losses[0]
@@ -200,7 +200,7 @@ def test_training_reduces_the_loss(recipe, options):
 
 
 def test_a_new_static_adapter_equals_the_base_and_gets_gradients(checkpoint):
-    """Δ is zero, as in a new memory; the constant is not, or nothing would ever change."""
+    """Δ is zero, as in a new memory. The constant is not, or the gradients would be zero."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     before = logits(model)
     adapter = new_static(CONFIG, attention_layers(model), lambda projection, count: projection.weight[:, :count])
@@ -216,7 +216,7 @@ def test_a_new_static_adapter_equals_the_base_and_gets_gradients(checkpoint):
 
 
 def test_the_teacher_runs_without_the_static_adapter(checkpoint):
-    """The divergence is from the base with the history in view, and the next step has the adapter on again."""
+    """The divergence is from the base with the history in view. The next step uses the adapter again."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     before = logits(model)
     adapter = shaken(StaticAdapter(CONFIG, attention_layers(model)))

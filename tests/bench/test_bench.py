@@ -134,7 +134,7 @@ def test_figures_counts_and_sizes_are_reported(adapter, checkpoint, deltamem, tm
 
 
 def test_the_measuring_process_creates_the_same_models(adapter):
-    """The process itself is in tests/onnx, where it need not import PyTorch."""
+    """The process itself is tested in tests/onnx, where it does not import PyTorch."""
     ids, setting = tokens(1, 9).numpy(), Setting(str(adapter), prompts=(9,))
     model, memory = load_apart(setting, None)
     for name, side in torch_sides(model, memory, setting).items():

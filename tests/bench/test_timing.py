@@ -22,7 +22,7 @@ class Slow:
 
     def __init__(self, time, prefill=3.0, step=0.5, choice=0.25):
         self.time, self.prefill, self.step, self.choice = time, prefill, step, choice
-        self.calls = []  # (tokens of the call, past)
+        self.calls = []  # (tokens in the call, past)
 
     def call(self, ids, past=None):
         first_of_all = not self.calls
@@ -59,7 +59,7 @@ def test_every_side_is_visited_once_in_every_repeat_and_warmed_up_before():
     rounds = [begun[start : start + 3] for start in range(0, len(begun), 3)]
     assert len(rounds) == 5 and all(sorted(names) == sorted(NAMES) for names in rounds)
     assert measured.order == rounds[1:]
-    for i, name in enumerate(NAMES):  # the 100 seconds of the first conversation are in none
+    for i, name in enumerate(NAMES):  # the 100 seconds of the first conversation are not counted
         assert measured.values[name] == [Seconds(1.0 + i, 1.25 + i, 1.5)] * 4
 
 
@@ -71,7 +71,7 @@ def test_the_order_of_each_repeat_is_drawn_from_the_seed():
 
 @pytest.fixture
 def result():
-    """Two conversations at once, of which the machine was twice as slow in the second repeat."""
+    """Two conversations at once, on a machine that is half as fast in the second repeat."""
     setting = Setting("adapter", models=(BASE, MEMORY), prompts=(100,), decode=10, batch_size=2, repeats=3)
     base = [Seconds(1, 1, 2), Seconds(2, 2, 4), Seconds(1, 1, 2)]
     memory = [Seconds(2, 3, 2), Seconds(4, 6, 8), Seconds(3, 3, 2)]
@@ -93,7 +93,7 @@ def test_figures_are_medians_and_ratios_are_taken_within_each_repeat(result):
     assert all(figure.ratio is None for figure in base.values())
     assert memory[FIRST].value == Spread(3, 3, 4.5)
     assert memory[PREFILL].ratio == Spread(0.5, pytest.approx(1 / 3), 0.5)
-    assert memory[FIRST].ratio == Spread(3, 3, 3)  # of the medians it would be 3 as well, of the means not
+    assert memory[FIRST].ratio == Spread(3, 3, 3)  # the same ratio for the medians, but not for the means
     assert memory[DECODE].ratio == Spread(1, 0.5, 1)
     assert memory[PEAK].value.median == 15_000_000 and memory[PEAK].ratio.median == 1.5
 

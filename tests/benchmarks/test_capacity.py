@@ -54,7 +54,7 @@ def test_recordings_match_what_was_written_and_read(tokenizer, options):
 
 
 def _tokens(tokenizer, item, recorded, row, lengths):
-    """The tokens of a row, session by session, that are the fact's."""
+    """The tokens of a row that belong to the fact, session by session."""
     start = 0
     for session, length in zip(item.history, lengths, strict=True):
         ids = encode_chat(tokenizer, [session], "token").input_ids[0]

@@ -16,5 +16,5 @@ def engine():
 
 @pytest.fixture(scope="module")
 def stopping(engine):
-    """Nearly every other token ends an answer, so that hardly one ends by its length."""
+    """Almost every second token ends an answer, so that hardly any answer reaches its maximum length."""
     return make_engine(frozenset(range(2, len(tiny_tokenizer()), 2)))

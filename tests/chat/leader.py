@@ -24,7 +24,7 @@ UNKNOWN = 10**6  # the id of no token
 
 
 class Watched(TorchModel):
-    """A model that notes what it has remembered last, and how many pasts were there at once at most."""
+    """A model that records its last memory, and the largest number of pasts that existed at once."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -41,7 +41,7 @@ class Watched(TorchModel):
 
 
 def answers_and_memories(engine: Engine) -> tuple[Any, list[StoredMemory]]:
-    """The answers of two conversations, with all that can happen to one, and their memories after it."""
+    """The answers and final memories of two conversations that go through everything that can happen to one."""
     first, second = Conversation(engine, window=48), Conversation(engine)
     texts = [first.generate("My dog is Rex.", SAMPLING).text]
     memory = first.memory
@@ -65,7 +65,7 @@ def answers_and_memories(engine: Engine) -> tuple[Any, list[StoredMemory]]:
 
 
 def likeliest(engine: Engine, memory: StoredMemory) -> int:
-    """The next token of a row of two, once the other has left."""
+    """The next token of one of two rows, after the other has left."""
     ids, ones = np.array([[7, 8, 9], [9, 8, 7]]), np.ones((2, 3), np.int64)
     end = np.zeros((2, 3), bool) if engine.memory_shape.segment_width else None
     both = engine.join([engine.start(memory)] * 2)
@@ -78,7 +78,7 @@ def likeliest(engine: Engine, memory: StoredMemory) -> int:
 
 
 def talk(folder: Path) -> None:
-    """Lead or follow, and write what has come of it."""
+    """Lead or follow, and write the result."""
     torch.set_num_threads(1)
     model, number = _model(folder), launch_rank()
     words, memories = None, []
@@ -93,7 +93,7 @@ def talk(folder: Path) -> None:
 
 
 def lose(folder: Path, ready: Path, go: Path) -> None:
-    """Lead or follow, and write how that ends; the first process waits for `go` in between."""
+    """Lead or follow, and write how it ends. The first process waits for `go` in between."""
     torch.set_num_threads(1)
     model, number = _model(folder), launch_rank()
     errors = []

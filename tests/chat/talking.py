@@ -60,7 +60,7 @@ def in_generate(engine: TorchModel, turns, new_tokens: int):
 
 
 def plain(engine: TorchModel) -> TorchModel:
-    """Without a chat template, so that an empty text has no tokens."""
+    """An engine without a chat template, so that an empty text has no tokens."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     model = TorchModel(engine.model, tokenizer)

@@ -30,7 +30,7 @@ from deltamem_tool.evaluation.memories import take_rows
 
 
 def test_a_full_window_drops_the_oldest_turns(stopping):
-    """The turns that stay are read again, in an empty context and without writing, from the memory as it was."""
+    """The remaining turns are read again into an empty context, without writing, from the memory before the call."""
     window = 110
     conversation = Conversation(stopping, window=window)
     first = [SYSTEM, {"role": "user", "content": TURNS[0]}]
@@ -44,7 +44,7 @@ def test_a_full_window_drops_the_oldest_turns(stopping):
         assert conversation.context.tokens <= window
         if conversation.context.dropped:
             break
-        assert answer.why == "stop token"  # or what comes after it would still have to be written
+        assert answer.why == "stop token"  # or the text after it would still have to be written
         answers.append(conversation.messages[-1])
         tokens.append(answer.tokens[:-1])
     del stopping.step
@@ -94,7 +94,7 @@ def stored(memory: MemoryState):
 
 
 def test_the_last_token_is_written_before_its_turn_is_dropped(engine):
-    """The last token of an answer that ran out of room has not been fed when the next turn comes."""
+    """When an answer reaches the end of the window, its last token is fed only with the next turn."""
     conversation, twin = Conversation(engine, window=44), Conversation(engine)
     say(conversation, TURNS[0])
     say(twin, TURNS[0])
@@ -157,7 +157,7 @@ def test_plain_text_is_dropped_from_the_window_too(engine):
 
 
 def learned(positions: int) -> TorchModel:
-    """A GPT-2: its positions are a table that ends."""
+    """A GPT-2, whose positions are a table of limited length."""
     tokenizer = tiny_tokenizer()
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": len(tokenizer), "n_positions": positions}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=1, pad_token_id=0)).eval()

@@ -81,7 +81,7 @@ def test_undo_removes_turns_one_by_one(engine):
         answer = conversation.messages[-1]
         assert conversation.undo()
         assert_unchanged(conversation, place)
-        say(conversation, turn)  # the same again, from the same place
+        say(conversation, turn)  # the same again, from the same state
         assert conversation.messages[-1] == answer
         assert conversation.undo()
     assert not conversation.undo()
@@ -116,7 +116,7 @@ def test_loading_a_memory_keeps_the_context(engine, tmp_path):
     assert (conversation.context, conversation.messages) == (context, messages)
     assert_same_memory(conversation.memory, other.memory)
 
-    # A memory that is not this adapter's, or not there: nothing changes.
+    # A memory of another adapter, or a missing file, changes nothing.
     before = state_of(conversation)
     MemoryState({i: torch.zeros(1, 2, 4, 4) for i in (0, 1)}, "another").save(tmp_path / "another")
     with pytest.raises(MemoryStateError, match="another adapter"):
@@ -124,7 +124,7 @@ def test_loading_a_memory_keeps_the_context(engine, tmp_path):
     with pytest.raises(MemoryStateError, match=r"memory file .*nowhere does not exist"):
         conversation.load_memory(tmp_path / "nowhere")
     assert_unchanged(conversation, before)
-    # What was loaded is taken back by itself, and then the turn before.
+    # The loaded memory is undone first, and then the turn before it.
     assert conversation.undo()
     assert_unchanged(conversation, (context, messages, memory))
     assert conversation.undo()
@@ -132,7 +132,7 @@ def test_loading_a_memory_keeps_the_context(engine, tmp_path):
 
 
 def test_a_loaded_file_is_saved_unless_another_program_changed_it(engine, tmp_path):
-    """Two programs load a file, talk, and save it: what the first has saved stays."""
+    """Two programs load a file, continue the conversation and save it: what the first one saved stays."""
     one, two, file = Conversation(engine), Conversation(engine), tmp_path / "me"
     one.save_memory(file)
     for conversation, turn in ((one, TURNS[0]), (two, OTHERS[0])):
@@ -144,7 +144,7 @@ def test_a_loaded_file_is_saved_unless_another_program_changed_it(engine, tmp_pa
     assert_same_memory(read_memory(file), one.memory)
     assert_same_memory(read_memory(tmp_path / "me-2"), two.memory)
     say(one, TURNS[1])
-    one.save_memory(file)  # its own save is no change
+    one.save_memory(file)  # its own save does not count as a change
     assert_same_memory(read_memory(file), one.memory)
 
 
@@ -160,7 +160,7 @@ def test_ctrl_c_while_text_is_shown_keeps_the_answer_so_far(engine):
     answer = conversation.generate(TURNS[1], Sampling(12), show)
     assert answer.why == "interrupted" and not answer.stopped and 3 <= len(answer.tokens) < 12
     assert answer.text == "".join(pieces) and conversation.messages[-1]["content"] == answer.text
-    # It goes on as one whose answer had to be that long does.
+    # It continues like one whose answer was limited to that length.
     twin = Conversation(engine)
     assert say(twin, TURNS[0], TURNS[1], tokens=6)[0] and twin.undo()
     say(twin, TURNS[1], tokens=len(answer.tokens))
@@ -171,7 +171,7 @@ def test_ctrl_c_while_text_is_shown_keeps_the_answer_so_far(engine):
 @pytest.mark.parametrize("call", [1, 2, 4])
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
 def test_a_conversation_continues_after_ctrl_c_between_tokens(call, after):
-    """In the call over the prompt, too: then nothing was said, and nothing has changed."""
+    """Also in the call over the prompt, in which case nothing changes."""
     engine, twin_engine = make_engine(), make_engine()
     step, calls = engine.step, []
 
@@ -249,15 +249,15 @@ def test_text_that_may_become_a_stop_string_is_held_back(engine):
         return pieces, stopped
 
     assert streamed("xSTxSTOPy", "STOP") == (["x", "STx"], True)
-    assert streamed("xST", "STOP") == (["x", "ST"], False)  # it never came
-    assert streamed("aab", "ab") == (["a"], True)  # one that starts within the beginning of another
+    assert streamed("xST", "STOP") == (["x", "ST"], False)  # it does not occur
+    assert streamed("aab", "ab") == (["a"], True)  # one starts inside another
     assert streamed("abc", "zzz") == (["a", "b", "c"], False)
-    assert streamed("oneEND", "END", "neE") == (["o"], True)  # the first to be complete
+    assert streamed("oneEND", "END", "neE") == (["o"], True)  # the first to be completed
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"temperature": 50.0, "seed": 0}], ids=str)
 def test_logits_without_a_token_are_never_chosen(options):
-    """More logits than tokens, and than the configuration says: likelier than any token's."""
+    """There are more logits than tokens and than the config says, and the extra ones are the largest."""
     engine = make_engine()
     step, tokens = engine.step, len(tiny_tokenizer())
 
@@ -269,7 +269,7 @@ def test_logits_without_a_token_are_never_chosen(options):
     engine.step = wider
     answer = Conversation(engine).generate(TURNS[0], Sampling(12, **options))
     assert max(answer.tokens) < tokens
-    if "seed" not in options:  # which draws from as many numbers as there are logits
+    if "seed" not in options:  # which draws as many random numbers as there are logits
         assert answer == expected
     engine.stop_tokens = frozenset({tokens + 4})
     assert Conversation(engine).generate(TURNS[0], Sampling(12, **options)).tokens == (tokens + 4,)
@@ -278,7 +278,7 @@ def test_logits_without_a_token_are_never_chosen(options):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
 @pytest.mark.parametrize("fed", [1, 3])
 def test_nan_logits_raise_and_change_nothing(options, fed):
-    """At once, or in the middle of an answer."""
+    """Covers the first token and the middle of an answer."""
     engine = make_engine()
     conversation = Conversation(engine)
     say(conversation, TURNS[0])

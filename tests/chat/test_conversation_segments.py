@@ -121,7 +121,7 @@ def test_an_open_segment_of_another_conversation_is_written_first(by_message, tm
 
 @pytest.mark.parametrize("window", [None, 48], ids=["", "turns leave"])
 def test_a_loaded_open_segment_is_never_mixed_with_new_messages(window, tmp_path):
-    """Whatever was said before and whether turns leave the context: it is written before the next token is fed."""
+    """It is written before the next token is fed, whatever was said before and even if turns leave the context."""
     engine = make_engine()
     other = Conversation(engine)
     talk(other, [[user(TURNS[0])]])
@@ -197,7 +197,7 @@ def test_turns_are_written_before_they_leave_the_window(by_message, stays):
     talk(conversation, [[user(TURNS[2])]])
     assert conversation.context.dropped == 2 and conversation.context.messages == (4 if stays else 2)
 
-    # The last token joins the open segment in the context that it was said in.
+    # The last token joins the open segment in the context in which it was generated.
     on, mask = np.ones((1, 1), bool), np.ones((1, context), np.int64)
     _, past = by_message.step(before.past, np.array([[last[-1]]]), mask, on, ~on)
     cache = MemoryCache(by_message.model, past.memory, write=False)

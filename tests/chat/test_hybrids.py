@@ -13,7 +13,7 @@ from deltamem_tool.chat.conversation import Conversation, Sampling, generate_tog
 from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.chat.torch_engine import TorchModel
 
-TOLERANCE = 1e-4  # of logits and states: transformers computes several tokens in another way than one
+TOLERANCE = 1e-4  # for logits and states: transformers computes several tokens at once differently from single ones
 ROUNDS = (TURNS, OTHERS)
 
 
@@ -34,7 +34,7 @@ def test_greedy_turns_match_generate(engine):
 
 
 def test_conversations_in_a_batch_match_each_alone(engine):
-    """Prompts of several lengths and answers that end at several times: padding on both sides of texts."""
+    """Prompts have different lengths and answers end at different times, so that texts have padding on both sides."""
     together, alone = ([Conversation(engine) for _ in TURNS] for _ in range(2))
     engine.stop_tokens = frozenset(range(0, len(engine.text.ids), 9))
     try:
@@ -76,7 +76,7 @@ def test_dropped_turns_are_not_in_the_base_states(engine):
 
 @pytest.mark.parametrize("name", ["jamba", "zamba"])
 def test_several_tokens_continue_from_the_states(name):
-    """Not from zeros, as transformers' Mamba does where it is given several tokens."""
+    """transformers' Mamba starts from zeros if it gets several tokens."""
     tokenizer = tiny_tokenizer()
     engine = TorchModel(hybrid(name, tokenizer), tokenizer)
     ids = np.arange(10, 19)[None]

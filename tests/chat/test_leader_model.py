@@ -16,12 +16,12 @@ from deltamem_tool.cli.engines import load_on
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 60  # seconds in which a process has to notice that another one has ended
+LIMIT = 60  # seconds in which a process must notice that another one has ended
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_answer_and_remember_like_one(name, tmp_path):
-    """After a call that was refused, an interruption, an undone turn and others that have left the window."""
+    """Covers a rejected call, an interruption, an undone turn and turns that have left the window."""
     folder = make(tmp_path, name)
     together(PROCESSES, talk, folder)
     alone = Watched(load_on("cpu", str(folder / "adapter"), {}), tiny_tokenizer())
@@ -33,12 +33,12 @@ def test_two_processes_answer_and_remember_like_one(name, tmp_path):
             np.testing.assert_allclose(found.states[layer], state, atol=TOLERANCE, rtol=0)
     for layer, state in other["last"].states.items():
         assert np.array_equal(state, first["last"].states[layer])
-    assert other["most"] <= alone.most + 1  # a past is let go with the next call
+    assert other["most"] <= alone.most + 1  # a past is released with the next call
 
 
 @pytest.mark.parametrize("lost", range(PROCESSES))
 def test_the_end_of_a_process_is_reported(lost, tmp_path):
-    """The other one says which, and the first takes no further call: it would be out of step."""
+    """The other process names it, and the first accepts no further call, since the two would be out of step."""
     folder, ready, go = make(tmp_path / "model", "qwen3"), tmp_path / "ready", tmp_path / "go"
     with started(PROCESSES, lose, folder, ready, go) as processes:
         while not ready.exists():

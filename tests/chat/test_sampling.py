@@ -55,7 +55,7 @@ def of_the_package(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Its own processors, in the order in which `generate` has them."""
+    """The probabilities by transformers' own processors, in the order of `generate`."""
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -121,7 +121,7 @@ def test_greedy_takes_the_likeliest_and_the_penalty_counts_generated_tokens():
 
 
 def test_only_valid_tokens_are_chosen():
-    """Logits for less than the context's tokens, and for more than there are tokens."""
+    """There are fewer logits than token ids in the context, or more logits than tokens."""
     for length in (90, 600):
         sampler = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, token_mask([3, 50, 400]))
         scores = np.zeros(length, np.float32)
@@ -146,7 +146,7 @@ def test_nan_logits_raise(options, damage):
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_minus_infinity_logits_are_allowed(options):
-    """Some models give minus infinity to what they never say; and what is no token means nothing."""
+    """Some models give minus infinity to tokens that they never generate. Logits without a token are ignored."""
     scores = np.full(VOCABULARY, -np.inf, np.float32)
     scores[[10, 20]] = 1.0, np.nan
     assert Sampler(Sampling(**options), CONTEXT, token_mask([5, 10, 30])).pick(scores) == 10
@@ -194,7 +194,7 @@ def test_an_option_out_of_range_raises(options):
 
 
 def test_a_batch_of_greedy_samplers_matches_each_alone():
-    """Whatever the logits of tokens that may be chosen, and of those that may not."""
+    """Holds for any logits of valid and of invalid tokens."""
     random = np.random.default_rng(0)
     ids = {7, 11, 300, *random.choice(400, 40).tolist()}
     rows = random.normal(size=(400, VOCABULARY)).astype(np.float32)

@@ -16,11 +16,11 @@ BETWEEN = (  # no end after the last message
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{% if not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
 )
-PARTS = (  # contents are lists alone
+PARTS = (  # contents are lists only
     "{% for message in messages %}{% if message.content is string %}{{ raise_exception('parts') }}{% endif %}"
     "<|im_start|>{% for part in message.content %}{{ part.text }}{% endfor %}\n<|im_end|>{% endfor %}"
 )
-# As gpt-oss: an answer's last message ends otherwise than one that another follows.
+# Like gpt-oss: the last message of an answer ends differently from the ones before it.
 RETURNING = (
     "{% for message in messages %}{{ message.content }}{{ '[/INST]' if loop.last else '<|im_end|>' }}{% endfor %}"
 )
@@ -58,7 +58,7 @@ def test_the_end_of_message_token_is_found_in_the_template(template, end, specia
 
 
 def test_an_answer_ends_at_the_end_token_of_the_template():
-    """The generation config knows another token, and the tokenizer none."""
+    """The generation config has another token, and the tokenizer has none."""
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     engine = make_engine()

@@ -49,7 +49,7 @@ def test_earlier_truncation_and_padding_settings_are_ignored(engine, spoil):
     episodes = [Episode(TALK, [TALK])]
     assert Encoder(spoilt, 1000, 1000)(episodes) == Encoder(clean, 1000, 1000)(episodes)
 
-    # Also where it is told so once the conversation has begun.
+    # Also if the setting is changed after the conversation has begun.
     later = tiny_tokenizer()
     other = TorchModel(engine.model, later)
     other.stop_tokens = engine.stop_tokens

@@ -23,7 +23,7 @@ from deltamem_tool.errors import ConfigError, ExportError
 
 
 def test_ctrl_c_in_one_prompt_of_a_batch_changes_no_conversation():
-    """Prompts go in one by one after contexts of their own: the second one's call is interrupted."""
+    """Each prompt is fed separately after its own context. The second prompt's call is interrupted."""
     engine = make_engine()
     conversations = [Conversation(engine) for _ in range(2)]
     for conversation, other in zip(conversations, OTHERS, strict=False):
@@ -44,7 +44,7 @@ def test_ctrl_c_in_one_prompt_of_a_batch_changes_no_conversation():
 
 
 def test_a_batch_uses_the_whole_room_for_each_row():
-    """An engine with room for so many columns and no more: padding and ended rows make way for those still going."""
+    """The engine has room for a fixed number of columns. Padding and finished rows make room for the others."""
     engine = make_engine()
     contents = ("hi", " ".join(TURNS * 3))
     lengths = [len(engine.text.encode(f"<|user|>{content}<|end|><|assistant|>")) for content in contents]
@@ -66,7 +66,7 @@ def test_a_batch_uses_the_whole_room_for_each_row():
 
 
 def test_answers_in_a_batch_match_answers_alone(engine):
-    """Different prompts, contexts of different lengths, and none of them is disturbed by another's end."""
+    """Prompts differ, contexts have different lengths, and no answer depends on when another one ends."""
     stop = make_engine(frozenset(range(0, len(tiny_tokenizer()), 5)))
     for model in (engine, stop):
         together, alone = ([Conversation(model) for _ in OTHERS] for _ in range(2))
@@ -87,7 +87,7 @@ def test_answers_in_a_batch_match_answers_alone(engine):
         assert [say(one, "and now?") for one in together] == [say(one, "and now?") for one in alone]
         assert together[1].undo() and together[1].undo() and together[1].undo()
         assert together[1].context.tokens == 0
-    assert len({len(answer.tokens) for answer in found}) > 1  # they did end at different times
+    assert len({len(answer.tokens) for answer in found}) > 1  # they ended at different times
 
 
 def test_a_batch_in_a_model_with_sliding_windows_matches_answers_alone():
@@ -127,7 +127,7 @@ def failing_callback(engine, conversations, monkeypatch):
 
 
 def failing_memory(engine, conversations, monkeypatch):
-    """The second conversation's, which is kept for `undo`."""
+    """Make the engine fail when it reads the second conversation's memory, which is kept for `undo`."""
     whole = engine.memory
     second = conversations[1]._place.past
 
@@ -140,7 +140,7 @@ def failing_memory(engine, conversations, monkeypatch):
 
 
 def failing_change(engine, conversations, monkeypatch):
-    """When the first conversation has gone on already."""
+    """Make the change of the second conversation fail, after the first one has changed."""
 
     class Interrupted(Conversation):
         interrupted = False

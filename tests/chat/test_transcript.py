@@ -1,6 +1,6 @@
 """Templates that render earlier turns differently later: a conversation continues as it was first fed.
 
-What it must be is what a template says that writes the same text from the beginning, and only appends.
+The reference is a template that writes the same text from the beginning and only appends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ APPENDING = (
     "{% for message in messages %}<|{{ message.role }}|>{{ '<think>' if message.role == 'assistant' }}"
     "{{ message.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
 )
-# Of each template its twin: what it writes at the first turn, for good.
+# For each template, its reference, which keeps what the template writes at the first turn.
 REWRITING = {
     "thinking that is opened and then dropped": (THINKING, APPENDING),
     "a date": ("{{ strftime_now('%d %B') }}" + CHAT_TEMPLATE, "29 November" + CHAT_TEMPLATE),
@@ -35,7 +35,7 @@ REWRITING = {
     ("name", "granularity"),
     [
         *((name, "token") for name in REWRITING),
-        # Not the count: where messages end cannot be told then.
+        # Not the count, or the ends of the messages would be unknown.
         *((name, granularity) for name in list(REWRITING)[:2] for granularity in ("message", "sentence")),
     ],
 )

@@ -15,7 +15,7 @@ from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.memory.shared_file import SharedMemoryFile
 
 TOLD, ASKED, ANSWER = "By the way, my dog is Bella.", "What is the name of my dog?", "Your dog is Bella."
-# At this temperature every token is as likely as any other: an answer is long, and goes on for some seconds.
+# At this temperature, all tokens are equally likely, so that an answer is long and takes some seconds.
 ENDLESS = {"temperature": 1e6, "max_new_tokens": 100_000, "seed": 7}
 
 
@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
 
 
 class Talk:
-    """A chat, and what it says."""
+    """A chat with its outputs."""
 
     def __init__(self, engine, memory=None, window=None, system=None, memory_file=None, **sampling):
         self.conversation = Conversation(engine, memory, window=window)

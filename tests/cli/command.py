@@ -11,7 +11,7 @@ import pytest
 
 from deltamem_tool import cli
 
-# What the console script does; coverage of the script itself is the one test that calls it by name.
+# What the console script does. One test calls the script itself by its name.
 START = [sys.executable, "-c", "from deltamem_tool.cli import main; main()"]
 
 
@@ -22,7 +22,7 @@ class Done:
     err: str
 
     def assert_short_error(self, *words: str, code: int | tuple[int, ...] = (1, 2)) -> None:
-        """A few lines on stderr that say `words`, no traceback, nothing on stdout."""
+        """Check for a few lines on stderr that contain `words`, no traceback, and nothing on stdout."""
         codes = (code,) if isinstance(code, int) else code
         assert self.code in codes, f"exit code {self.code}\n{self.err}"
         assert "Traceback" not in self.err

@@ -18,7 +18,7 @@ from helpers.tiny import save_checkpoint, tiny_tokenizer, write_jsonl
 
 from deltamem_tool import cli
 
-# Each gets through to its work, on the files of `right_files`.
+# Each starts its work, on the files of `right_files`.
 SOUND = """
 architectures qwen --json
 architectures
@@ -75,7 +75,7 @@ STDINS = [
     b"a\0b\r\n\x1b[2J\n/load \0\n/save new/\xc3\xa9\n/load ~nobody/x\n\xed\xa0\x80\n",
     "🦜 ".encode() * 300,
 ]
-# Where something may be written, or looked for in vain.
+# Paths to write to, or that do not exist.
 PLACES = ["new", "new.json", "new.png", "new.pdf", "new.xyz", "new.safetensors", "new/x", "text.txt/x", "folder-empty/"]
 PLACES += ["", ".", "..", "~", "~/x", "~nobody/x", "n\new", "ü" * 300, "-x", "[b]x[/b]", "[/x]", "$x$", "\udcff.json"]
 PLACES += ["a" * 5000, "onnx/model.onnx", "evaluated-a/records.jsonl", "builtin:adapter", "builtin:nothing", "a/b/c"]
@@ -142,7 +142,7 @@ def special_files(folder: Path) -> None:
 
 
 def right_files(folder: Path) -> None:
-    """A base model with all that can be made of it, each by a command of its own."""
+    """A base model and everything that commands can make from it, each by its own command."""
     talk = [{"role": "user", "content": "My dog is Rex."}, {"role": "assistant", "content": "Noted."}]
     talk += [{"role": "user", "content": "Who is my dog?"}, {"role": "assistant", "content": "Rex."}]
     save_checkpoint(folder / "base", tiny_tokenizer())
@@ -171,7 +171,7 @@ def right_files(folder: Path) -> None:
 
 
 def cut_copies(folder: Path) -> None:
-    """Copies of right folders with one file cut in the middle, or without it."""
+    """Copies of valid folders with one file truncated or missing."""
     for whole in ("adapter", "onnx", "base", "evaluated-a"):
         for file in sorted(path for path in (folder / whole).iterdir() if path.is_file() and path.suffix != ".html"):
             for kind in ("cut", "without"):

@@ -14,7 +14,7 @@ from deltamem_tool.cli.termination import interrupt_on_signals
 
 
 def invoked(arguments: list[str], lines: str, output: Path) -> None:
-    """Run `deltamem` with `lines` as its input; each process writes what it prints on stdout, beside `said`."""
+    """Run `deltamem` with `lines` as its input. Each process writes its stdout to a file."""
     torch.set_num_threads(1)
     with interrupt_on_signals():
         result = CliRunner().invoke(cli, arguments, input=lines, prog_name="deltamem")

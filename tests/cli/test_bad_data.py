@@ -14,7 +14,7 @@ from deltamem_tool.adapter.create import create_adapter
 
 @pytest.fixture
 def evaluated(here, deltamem, tokenizer):
-    """`deltamem eval` of a model with 512 positions; whatever it may write is asked for."""
+    """Runs `deltamem eval` on a model with 512 positions, with an option for every file that it can write."""
     base = save_checkpoint(here / "base", tokenizer)
     create_adapter(str(base), DeltaMemConfig(rank=4), "adapter")
 
@@ -27,7 +27,7 @@ def evaluated(here, deltamem, tokenizer):
 
 def refused(here, result, *words):
     result.assert_short_error(*words, code=1)
-    assert len(result.err[result.err.index("Error: ") :].splitlines()) == 3  # below what showed the progress
+    assert len(result.err[result.err.index("Error: ") :].splitlines()) == 3  # below the progress bar
     assert not {"records/", "found.json", "found.png"} & listing(here).keys()
 
 
@@ -54,7 +54,7 @@ def test_histories_that_are_too_long_give_a_short_error(here, evaluated, punkt):
     texts = [" ".join(f"{number}. Ann lives in {place}." for number in range(60)) for place in ("Oslo", "Rome")]
     rows = [row("factconsolidation_sh_6k", text, ("Where does Ann live?", ["Oslo"])) for text in texts]
     write(here / "facts.json", [{**rows[0], "context": FACTS}, rows[1]])
-    # In chunks of 512 tokens and what is said around them, the second text is beyond 512 positions.
+    # A chunk of 512 tokens with the text around it exceeds 512 positions, for the second text.
     result = evaluated("memoryagentbench", "facts.json", *counted, "--conditions", "zero_state")
     refused(here, result, "facts.json row 2 question 1: session 1 of its history is too long", "512 positions")
     result = evaluated("memoryagentbench", "facts.json", *counted, "--set", "chunk=100")

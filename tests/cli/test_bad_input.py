@@ -25,7 +25,7 @@ TALK = [user("My dog is called Rex."), assistant("Noted."), user("What is my dog
 
 
 def config_only(folder: Path, model_type: str, architecture: str | None, **changes) -> Path:
-    """A checkpoint of which nothing but the config is there: enough to refuse it."""
+    """A checkpoint that consists only of its config, which is enough to reject it."""
     configs = {"t5": T5Config, "bert": BertConfig}
     config = configs[model_type]().to_dict() if model_type in configs else {}
     config |= {"model_type": model_type, "architectures": [architecture] if architecture else None, **changes}
@@ -118,7 +118,7 @@ def test_an_encoder_with_weights_is_rejected(here, deltamem):
     BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(here / "base")
     before = listing(here)
     deltamem("patch", "base", "--out", "adapter").assert_short_error("BertModel", "such as Qwen3", code=1)
-    # and one whose config does not say what it is
+    # and one whose config does not name its type
     config = json.loads((here / "base" / "config.json").read_text())
     (here / "base" / "config.json").write_text(json.dumps({**config, "architectures": None}))
     deltamem("patch", "base", "--out", "adapter").assert_short_error("is an encoder", "is_decoder", code=1)
@@ -216,7 +216,7 @@ def test_an_invalid_memory_path_is_rejected(here, deltamem):
         result = deltamem("run", "nowhere", "--prompt", "Hi", option, "folder")
         assert result.code == 2 and "'folder' is a directory" in result.err and "Traceback" not in result.err
     result = deltamem("run", "nowhere", "--prompt", "Hi", "--save-memory", "file/memory")
-    result.assert_short_error("is not a folder", "Choose another place", code=1)  # before the model is looked for
+    result.assert_short_error("is not a folder", "Choose another place", code=1)  # before the model is searched for
 
 
 def test_a_missing_device_is_rejected(here, deltamem):
@@ -334,7 +334,7 @@ def test_a_full_disk_is_reported_as_such(here, deltamem, checkpoint, monkeypatch
     assert listing(here) == {}
     monkeypatch.setattr(save_module, "save", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["deltamem", "patch", str(checkpoint), "--out", "adapter"])
-    with pytest.raises(ZeroDivisionError):  # what nobody expected keeps its traceback
+    with pytest.raises(ZeroDivisionError):  # an unexpected error keeps its traceback
         cli.main()
     assert listing(here) == {}
 
@@ -347,7 +347,7 @@ STEPS = 50  # enough of them for a Ctrl-C to come in time
 
 @pytest.mark.slow
 def test_ctrl_c_in_training_keeps_the_adapter_and_says_how_to_resume(here, deltamem, checkpoint):
-    """The adapter so far is kept, the message says how to resume, and what it says works."""
+    """The adapter so far is kept, and the command in the message resumes the run."""
     facts = [dialogues.Fact("dog", "Rex"), dialogues.Fact("house", "Oslo")]
     conversations = [[user(fact.answer), assistant("Okay."), user("And?"), assistant(fact.answer)] for fact in facts]
     chats = write_jsonl(here / "chats.jsonl", conversations)

@@ -36,7 +36,7 @@ def test_forget_clears_memory_and_context(talk, here):
     assert not any(state.any() for state in read_memory("me").states.values())
     assert chat.conversation.context.tokens == chat.conversation.context.messages == 0
     assert ANSWER not in chat(ASKED)[0]
-    assert chat.conversation.messages[0] == {"role": "system", "content": "Be kind."}  # which begins every context
+    assert chat.conversation.messages[0] == {"role": "system", "content": "Be kind."}  # which every context starts with
     assert [message["role"] for message in chat.conversation.messages] == ["system", "user", "assistant"]
 
 
@@ -75,7 +75,7 @@ def test_files_that_are_not_memories_are_not_overwritten(talk, here):
     assert (here / "notes.txt").read_text() == "mine"
     chat("/save me")
     chat(TOLD)
-    chat("/save me")  # a memory may be
+    chat("/save me")  # an existing memory file may be overwritten
     assert same(read_memory("me"), chat.conversation.memory)
 
 
@@ -119,7 +119,7 @@ def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
     monkeypatch.setattr(SharedMemoryFile, "write", interrupted)
     chat(TOLD)
     assert pressed and same(read_memory("me"), chat.conversation.memory)
-    assert chat.chat.interrupted  # for a chat without a terminal, which ends
+    assert chat.chat.interrupted  # ends a chat without a terminal
 
 
 # Another memory than the file's
@@ -140,7 +140,7 @@ def test_a_loaded_memory_is_saved_to_a_new_file(talk, here):
     chat("/load bob.safetensors")
     chat(ASKED)
     assert set(listing(here)) == {"alice.safetensors", "alice-2.safetensors", "alice-3.safetensors", "bob.safetensors"}
-    chat("/load alice.safetensors")  # whose file is written again then
+    chat("/load alice.safetensors")  # whose file is then written again
     assert same(chat.conversation.memory, alice)
     chat(ASKED)
     assert same(read_memory("alice.safetensors"), chat.conversation.memory) and len(listing(here)) == 4
@@ -197,7 +197,7 @@ def test_the_second_writer_is_warned_and_saves_to_another_file(talk, here):
     assert two.chat.failures == 1
     assert same(read_memory("me.safetensors"), one.conversation.memory)
     assert same(read_memory("me-2.safetensors"), two.conversation.memory)
-    for chat in (one, two):  # each goes on in its own file
+    for chat in (one, two):  # each continues in its own file
         assert "changed" not in chat(ASKED)[1]
     assert same(read_memory("me.safetensors"), one.conversation.memory)
     assert same(read_memory("me-2.safetensors"), two.conversation.memory)
@@ -222,7 +222,7 @@ def test_a_loaded_file_is_saved_unless_another_program_changed_it(talk, here):
     for line in ("/load bob", ASKED):
         chat(line)
     assert "Saved" in chat("/save bob")[1] and same(read_memory("bob"), chat.conversation.memory)
-    write_memory("bob", bob.conversation.memory)  # as bob's next turn would
+    write_memory("bob", bob.conversation.memory)  # like bob's next turn
     assert "bob was changed by another program" in chat("/save bob")[1]
     assert same(read_memory("bob"), bob.conversation.memory) and same(read_memory("bob-2"), chat.conversation.memory)
 
@@ -233,7 +233,7 @@ def test_a_deleted_or_unchanged_file_is_not_a_conflict(talk, here):
     (here / "me").unlink()
     chat(ASKED)
     assert same(read_memory("me"), chat.conversation.memory)
-    write_memory("me", chat.conversation.memory)  # other bytes, perhaps, and the same memory
+    write_memory("me", chat.conversation.memory)  # perhaps other bytes, but the same memory
     chat("Thank you.")
     assert same(read_memory("me"), chat.conversation.memory) and set(listing(here)) == {"me"}
 

@@ -25,7 +25,7 @@ TALK = {"messages": [{"role": role, "content": "a"} for role in ("user", "assist
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home folder, and an empty folder to be in."""
+    """A home folder, and an empty working folder."""
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

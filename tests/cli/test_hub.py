@@ -31,7 +31,7 @@ TOKENS = {"hf_of_someone": Account("someone")}
 
 @pytest.fixture
 def run(hub, deltamem, tmp_path, monkeypatch):
-    """A command that is to succeed, where `BASE` is the shipped backbone, and `ADAPTER` the shipped adapter on it."""
+    """Runs a command that must succeed, on a Hub with the shipped backbone as `BASE` and its adapter as `ADAPTER`."""
     monkeypatch.chdir(tmp_path)
     hub.add_repo(BASE, ASSETS / "backbone")
     hub.add_repo(ADAPTER, adapter_folder(tmp_path / "source", BASE, hub.head(BASE)))
@@ -152,7 +152,7 @@ def test_the_saved_token_is_used_and_cached_files_work_offline(server, adapter, 
     variables = environment(server, home)
     del variables["HF_HUB_DISABLE_PROGRESS_BARS"]
     pushed = in_a_process("push", adapter, ADAPTER, "--private", "--json", cwd=tmp_path, env=variables)
-    # Nobody is there to be asked, or to look at bars.
+    # No terminal: no prompt and no progress bars.
     assert pushed.code == 0 and "Licence" not in pushed.err and "%" not in pushed.err, pushed.err
     report = json.loads(pushed.out)
     assert report["commit"] == server.head(ADAPTER) and "names no licence" in report["notes"][0]

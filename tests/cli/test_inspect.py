@@ -47,7 +47,7 @@ def norms(states):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved."""
+    """The figures that a command saves."""
     figures, write = [], memory_picture.write_picture
 
     def keep(figure, path, dpi):
@@ -203,17 +203,17 @@ def test_memories_that_cannot_be_compared_are_rejected(here, deltamem, change, s
 
 
 def test_an_adapter_is_printed_as_text(here, deltamem):
-    """By the names of the options of `deltamem patch`, and without what is not known."""
+    """Options have the names that `deltamem patch` gives them, and unknown values are left out."""
     shown = deltamem("inspect", "builtin:adapter").out
     assert "mechanism.branches" in shown and "q, o" in shown and "mechanism.heads" not in shown and "None" not in shown
     document = json.loads(deltamem("inspect", "builtin:adapter", "--json").out)
     assert document["mechanism"]["heads"] == ["q", "o"]
-    fingerprint = read_adapter("builtin:adapter").fingerprint  # to be held against a memory's
+    fingerprint = read_adapter("builtin:adapter").fingerprint  # to compare with a memory's
     assert document["fingerprint"] == fingerprint and fingerprint[:32] in shown
 
 
 def test_an_onnx_folder_fits_a_narrow_terminal(here, deltamem, monkeypatch):
-    """No name, size or word of the graph's tensors is cut or broken in its middle."""
+    """No name, size or word of the graph's tensors is cut or wrapped in its middle."""
     monkeypatch.setenv("COLUMNS", "80")
     interface = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 8, 8)),) * 36)
     manifest = Manifest(ADAPTER, {}, "base", "qwen3", "cpu", "none", None, interface, 1e-5, None, {})

@@ -40,7 +40,7 @@ class Stream(io.TextIOWrapper):
 
     def text(self):
         self.flush()
-        # click takes ASCII for a locale that nobody has set, and prints UTF-8 there.
+        # click treats ASCII as an unset locale, and prints UTF-8.
         return self.buffer.getvalue().decode("utf-8" if self.encoding == "ascii" else self.encoding)
 
 
@@ -81,7 +81,7 @@ def test_characters_missing_in_the_encoding_are_spelt_out(printed, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     replace_unencodable()
     print("−0.5 … 你 \udce9", flush=True)
-    assert stream.buffer.getvalue() == b"-0.5 ... \\u4f60 \xe9\n"  # a file's name that is not UTF-8 stays what it is
+    assert stream.buffer.getvalue() == b"-0.5 ... \\u4f60 \xe9\n"  # a file name that is not UTF-8 is unchanged
 
 
 def test_the_users_error_handler_is_kept(monkeypatch):
@@ -104,7 +104,7 @@ def test_a_chat_prints_in_every_encoding(monkeypatch, encoding):
     text = stream.text()
     assert "layer 7" in text and "/undo" in text and "?" not in text and "\\u" not in text
     if encoding != "utf-8":
-        assert "  5 -9" in text  # numbers in place of blocks
+        assert "  5 -9" in text  # numbers instead of blocks
     assert ("████" if encoding in ("utf-8", "cp437") else "####") in text
 
 
@@ -143,7 +143,7 @@ def test_colours_are_used_only_in_terminals(monkeypatch):
 def test_the_environment_can_disable_colours(monkeypatch, environment):
     out, err = shown(monkeypatch, True, **environment)
     assert "\x1b" not in out
-    assert "\x1b" not in err.partition("Loading")[0].partition("\x1b[?25l")[0]  # the animation alone moves the cursor
+    assert "\x1b" not in err.partition("Loading")[0].partition("\x1b[?25l")[0]  # only the animation moves the cursor
     assert not any("\x1b" in text for text in shown(monkeypatch, False, **environment))
 
 
@@ -169,7 +169,7 @@ def stages_shown(monkeypatch, is_terminal):
 def test_progress_stages_are_animated_only_in_terminals(monkeypatch):
     text = stages_shown(monkeypatch, True)
     assert "Loading" in text and "Comparing" in text and "2/4" in text
-    assert text.rstrip().endswith("\x1b[2K")  # their lines are cleared in the end
+    assert text.rstrip().endswith("\x1b[2K")  # their lines are cleared at the end
     assert stages_shown(monkeypatch, False) == "Done.\n"
 
 
@@ -200,7 +200,7 @@ def test_no_color_disables_colours_in_a_terminal(tmp_path, words):
         try:
             while piece := os.read(parent, 1 << 16):
                 printed += piece
-        except OSError:  # how Linux says that a terminal has no more
+        except OSError:  # Linux's error at the end of a terminal's output
             pass
         assert process.wait(60) in (0, 1, 2)
     os.close(parent)

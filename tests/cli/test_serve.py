@@ -22,12 +22,12 @@ MODEL = "builtin:adapter"
 IN_PYTORCH = MODEL, "--device", "cpu"  # or it would be exported first: see tests/onnx/export/test_shipped.py
 TELL, ASK = "My dog is Rex.", "What is my dog's name?"
 START_SECONDS = 120
-ENDED_BY_SIGTERM = 128 + signal.SIGTERM  # as every command ends
+ENDED_BY_SIGTERM = 128 + signal.SIGTERM  # like every command
 
 
 @contextmanager
 def served(folder, *arguments):
-    """A server in a process of its own, and where it is."""
+    """A server in its own process, and its URL."""
     log = folder / "log"
     with log.open("w") as stderr:
         process = subprocess.Popen(

@@ -24,7 +24,7 @@ from deltamem_tool.memory.file import read_memory
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 60  # seconds in which all processes have to end
+LIMIT = 60  # seconds in which all processes must end
 LINES = "My dog is Rex.\nWhat is the name of my dog?\n/undo\n/memory 0\n/context\n"
 SAMPLING = ["--temperature", "0.8", "--seed", "4", "--max-new-tokens", "6"]
 
@@ -39,7 +39,7 @@ def chat(folder: Path, device: str) -> list[str]:
 
 
 def test_a_chat_on_two_processes_matches_one(folder):
-    """They end with the first one's input."""
+    """They end when the input of the first one ends."""
     together(PROCESSES, invoked, chat(folder, "tp"), LINES, folder / "said")
     one = CliRunner().invoke(cli, chat(folder, "cpu"), input=LINES, prog_name="deltamem")
     assert [(folder / f"said-{number}").read_text() for number in range(PROCESSES)] == [one.stdout, ""]
@@ -50,7 +50,7 @@ def test_a_chat_on_two_processes_matches_one(folder):
 
 @pytest.mark.server
 def test_ctrl_c_ends_all_processes(folder):
-    """torchrun ends its processes then: what was said until then has to be in the memory file before that."""
+    """torchrun then ends its processes, so the conversation so far must be in the memory file before that."""
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
     endless = ["--temperature", "1e6", "--max-new-tokens", "100000", "--seed", "7", "--no-history"]
     command = ["torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--standalone", "-m", "deltamem_tool"]

@@ -27,7 +27,7 @@ def able_terminal(monkeypatch):
 
 @pytest.fixture
 def typed(tmp_path, monkeypatch):
-    """`typed(keys)`: what a new reader makes of them, with the history of the readers before."""
+    """`typed(keys)`: the lines that a new reader returns, with the history of the readers before it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(terminal, "create_output", lambda **_: DummyOutput())
     file = tmp_path / "state" / "history"
@@ -89,7 +89,7 @@ def test_the_history_is_kept_and_private(typed, tmp_path):
     file = tmp_path / "state" / "history"
     assert typed(f"{UP}{ENTER}") == "my secret"
     assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
-    file.chmod(0o644)  # as another program may have left it
+    file.chmod(0o644)  # as another program may leave it
     typed(f"more{ENTER}")
     assert file.stat().st_mode & 0o777 == 0o600
     before = file.read_bytes()

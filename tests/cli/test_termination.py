@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers.tiny import listing
 
-# A command that has begun to write a folder, and says so.
+# A command that has begun to write a folder, and prints so.
 WRITING = """
 import os, signal, time, click
 from deltamem_tool.cli import main
@@ -38,7 +38,7 @@ main(command)
 
 
 def heed_signals() -> None:
-    """A process in the background of a shell ignores Ctrl-C, and one under nohup a terminal that is closed."""
+    """Restore the handlers: background processes of a shell ignore SIGINT, and nohup ignores SIGHUP."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

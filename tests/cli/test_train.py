@@ -35,6 +35,6 @@ def test_the_error_says_how_to_launch_processes(deltamem, recipe):
 
 
 def test_deepspeed_zero_is_rejected(deltamem, recipe, monkeypatch):
-    """No data parallel run where a configuration of accelerate asks for ZeRO-3."""
+    """A configuration of accelerate that asks for ZeRO-3 does not lead to a data-parallel run."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     deltamem("train", recipe).assert_short_error("DeepSpeed is not supported.", "FSDP2 shards the base", code=1)

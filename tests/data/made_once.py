@@ -18,9 +18,9 @@ EPISODES = 300
 
 
 def encode(pipe: Connection, cache: str) -> None:
-    """Begin when `pipe` says so; send what was reported, and the lengths of the episodes."""
+    """Begin when `pipe` says so, then send the reports and the lengths of the episodes."""
     os.environ["HF_DATASETS_CACHE"] = cache
-    importlib.reload(datasets.config)  # which looks at the environment when it is imported
+    importlib.reload(datasets.config)  # which reads the environment when it is imported
     encoder = Encoder(tiny_tokenizer(), 100, 100)
     pipe.send("ready")
     pipe.recv()
@@ -28,7 +28,7 @@ def encode(pipe: Connection, cache: str) -> None:
 
     def report(*parts: int) -> None:
         reports.append(parts)
-        time.sleep(0.2)  # so that the other one comes while this one is at it
+        time.sleep(0.2)  # so that the other process starts while this one is encoding
 
     kept = encode_cached(list(DialogueEpisodes(EPISODES, 8, 0, 1, 3, 0.5)), encoder, report=report)
     pipe.send((reports, kept.lengths))

@@ -14,7 +14,7 @@ PREFERRED = {
 
 
 class Spoken(NamedTuple):
-    """A fact as it was said; of a question or an answer that leaves it open, without a value."""
+    """A fact as it was said. Questions, and answers that leave it open, have no value."""
 
     owner: str  # "my", "the", "Anna"
     attribute: str
@@ -39,7 +39,7 @@ UNKNOWN = _frames([*PLAIN.unknown, *CHAT.unknown])
 
 
 def statements_in(text):
-    """All that a message states, in order; None where it is not made of statements."""
+    """All facts that a message states, in order; None if it does not consist of statements."""
     for end in [*(match.start() + 1 for match in re.finditer(r"[.!?] ", text)), len(text)]:
         for spoken in _read(text[:end], STATEMENTS, _fact):
             rest = [] if end == len(text) else statements_in(text[end + 1 :])
@@ -97,7 +97,7 @@ def _fact(words):
 
 
 def _open(words):
-    """A question, direct or not, or what is not known."""
+    """A question, direct or indirect, or something unknown."""
     asked = r"(?:who|what time|what|when|where|how much)"
     for form in (rf"{asked} is (\S+) (.+)", rf"{asked} (\S+) (.+) is"):
         match = re.fullmatch(form, words)

@@ -11,7 +11,7 @@ CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 FOUND = {"role": "tool", "content": "found", "name": "look", "tool_call_id": "a1"}
 TOOLS = [*TALK[:2], user("Where is it?"), CALLING, FOUND, assistant("In the shed.")]
 
-# Writes calls and names, as the templates of models with tools do.
+# Writes calls and names, like the templates of models with tools.
 TOOL_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.name or '' }}{{ message.content or '' }}"
     "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]"

@@ -24,7 +24,7 @@ KEYS = {"write_ids", "write_mask", "read_ids", "read_mask", "labels", "rows", "s
 
 
 def assert_rows(rows, tensor, fill):
-    """`tensor` is `rows`, filled up on the right, and no wider than it must be."""
+    """Check that `tensor` is `rows`, padded on the right and no wider than needed."""
     assert tensor.shape == (len(rows), max(map(len, rows)))
     for row, expected in zip(tensor.tolist(), rows, strict=True):
         assert row == [*expected, *[fill] * (len(row) - len(expected))]
@@ -52,7 +52,7 @@ def test_rows_are_padded_on_the_right(tokenizer, granularity):
 
 
 def test_scored_positions_are_those_before_the_labels(tokenizer):
-    """By a loop over the encoded exchanges, not over the tensors."""
+    """Compared with a loop over the encoded exchanges, not over the tensors."""
     encoder = Encoder(tokenizer, 1000, 1000, recent_turns=1, full_context=True)
     episodes = [*EPISODES, *(DialogueEpisodes(20, 4, 0, 1, 4, 0.5)[n] for n in range(20))]
     encoded = encoder(episodes)
@@ -85,7 +85,7 @@ def test_collating_encodes_episodes(tokenizer):
 
 
 def test_the_padding_token_is_chosen_in_order(tokenizer):
-    """Short of a padding token the end token, short of that any: a mask hides it."""
+    """Without a padding token, the end token is used, and without that any token, since a mask hides it."""
     other = deepcopy(tokenizer)  # a copy shares its special tokens
     other.pad_token = None
     assert Encoder(other, 10, 10).pad == tokenizer.eos_token_id

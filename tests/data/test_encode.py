@@ -69,7 +69,7 @@ def test_segments_match_encode_chat(tokenizer, granularity):
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
 def test_encoding_many_episodes_equals_encoding_each(tokenizer, granularity):
-    """More episodes than go through the tokenizer at once."""
+    """There are more episodes than the tokenizer gets at once."""
     episodes = [DialogueEpisodes(150, 8, 0, 1, 5, 0.5)[n] for n in range(150)]
     encoder = Encoder(tokenizer, 60, 100, granularity, recent_turns=2, full_context=True)
     assert encoder(episodes) == [encoder([episode])[0] for episode in episodes]
@@ -102,7 +102,7 @@ def test_recent_turns_are_limited_to_those_that_fit(tokenizer):
     (each,) = Encoder(tokenizer, 1000, longest, recent_turns=9)([Episode(history, asked)])
     assert each.recent[1] == each.exchanges[1]  # none fits
     (each,) = Encoder(tokenizer, 1000, 1000, recent_turns=2)([Episode([assistant("hello")], asked)])
-    assert each.recent == each.exchanges  # no user's message, no turn
+    assert each.recent == each.exchanges  # no message of the user, so no turn
 
 
 def test_the_full_view_is_one_conversation(tokenizer):
@@ -227,17 +227,17 @@ def test_unsupported_templates_are_named(tokenizer):
     episode = Episode(TALK[:2], [TALK[2:]], "a:1")
     with pytest.raises(DataError, match="no chat template"):
         Encoder(with_template(tokenizer, None), 10, 10)
-    # one that writes the answer before its prompt
+    # a template that writes the answer before its prompt
     reversing = tokenizer.chat_template.replace("in messages %}", "in messages | reverse %}")
     with pytest.raises(DataError, match=r"(?s)a:1: .*after its prompt"):
         Encoder(with_template(tokenizer, reversing), 100, 100)([episode])
-    # one whose answers depend on what is before them
+    # a template whose answers depend on the messages before them
     ending = "<|assistant|>{{ message.content }}{{ '!' if loop.index > 2 and message.role == 'assistant' }}<|end|>"
     growing = tokenizer.chat_template.replace("<|{{ message.role }}|>{{ message.content }}<|end|>", ending)
     for options in ({"recent_turns": 1}, {"full_context": True}):
         with pytest.raises(DataError, match=r"(?s)a:1: The answer has different tokens with the history in view"):
             Encoder(with_template(tokenizer, growing), 100, 100, **options)([episode])
-    # one that writes nothing for the answer
+    # a template that writes nothing for the answer
     silent = "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match=r"a:1: The chat template of .* leaves out message 2 \(assistant\)"):
         Encoder(with_template(tokenizer, silent), 100, 100)([Episode([user("a")], [TALK[2:]], "a:1")])
@@ -263,7 +263,7 @@ def test_contents_that_are_lists_of_texts_are_joined(tokenizer, tmp_path):
     ids=["thinking that is opened and then dropped", "a count of messages", "both"],
 )
 def test_a_template_that_rewrites_the_prompt_is_encoded_as_in_a_chat(tokenizer, before, opening):
-    """The prompt as it asks for the answer, and then the answer as it is."""
+    """The encoding is the prompt as rendered for generation, followed by the answer."""
     source = before + tokenizer.chat_template.replace(
         "<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"
     )
@@ -283,7 +283,7 @@ def test_an_answer_shortened_by_the_template_is_named(tokenizer, opening):
     source = tokenizer.chat_template.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
     other = with_template(tokenizer, source.replace("<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"))
     thinking = [*TALK[:3], assistant("<think>A dog.</think> Rex.")]
-    history = [TALK[0], assistant("<think>So.</think>Noted."), *TALK[2:]]  # what comes before is the template's matter
+    history = [TALK[0], assistant("<think>So.</think>Noted."), *TALK[2:]]  # earlier messages are up to the template
     assert Encoder(other, 100, 100)([Episode(history, [TALK[2:]])])
     with pytest.raises(DataError, match=r"(?s)a:1: .* changes the answer.*A dog.*leave out its think"):
         Encoder(other, 100, 100)([Episode(TALK[:2], [thinking], "a:1")])
@@ -322,7 +322,7 @@ def test_a_token_unknown_to_the_model_is_named(tokenizer, place):
     other.add_special_tokens({"pad_token": "[PAD]"})
     limits = Limits(vocabulary=len(tokenizer))
     encoder = Encoder(other, 1000, 1000, limits=limits)
-    assert encoder.pad == other.eos_token_id  # what hides under the mask has an embedding, too
+    assert encoder.pad == other.eos_token_id  # masked tokens have an embedding, too
     odd = [user("my dog is [PAD]"), assistant("fine")]
     episode = Episode(odd, [TALK[2:]], "a:1") if place == "history" else Episode(TALK[:2], [odd], "a:1")
     with pytest.raises(DataError, match=r"a:1: The text has a token that the model does not know: '\[PAD\]'"):

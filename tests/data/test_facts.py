@@ -47,7 +47,7 @@ def is_chat(episode):
 
 
 def read(episode):
-    """(what is stated, in order; what is asked, with its answer). All of an episode has to be understood."""
+    """(stated facts in order, questions with their answers). Every sentence of the episode must be parsed."""
     stated, asked = [], []
     history = [message for message in episode.history if message["role"] != "system"]
     for number, message in enumerate(history):
@@ -175,7 +175,7 @@ def test_each_kind_of_words_is_held_out_separately(part):
 
 
 def test_no_value_occurs_in_another_fact():
-    """No value occurs in what is said about another fact, which is what answers are scored by."""
+    """Answers are scored by their values, so no value may occur in a sentence about another fact."""
     for episode in generated(
         500, options=replace(STEADY, facts=Growth(8, 8), bare=Growth(0.3, 0.3)), held_out=EVERYTHING
     ):

@@ -54,7 +54,7 @@ def results(tmp_path_factory):
     asked = root / "asked"
     (asked / "distractor").mkdir(parents=True)
     (asked / "README.md").write_text(_CARD)
-    # A column that is a message elsewhere is a text here, and others are read too.
+    # A column that holds messages elsewhere is a text here, and other columns are read too.
     rows = [{"id": str(number), "prompt": "Who?", "answer": ["Ann", None][number]} for number in range(2)]
     pq.write_table(pa.Table.from_pylist(rows), asked / "distractor" / "validation-00000-of-00001.parquet")
     usual = ("distractor", ("validation",))

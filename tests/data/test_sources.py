@@ -38,12 +38,12 @@ def test_json_lines_are_read(tmp_path):
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
-    """Other separators of Unicode are text inside of a JSON string."""
+    """Other Unicode separators are text inside a JSON string."""
     text = "one\u2028two\u0085three\x0cfour"
     path = tmp_path / "chats.jsonl"
     with path.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Windows writes it
         file.write(json.dumps({"messages": [*TALK[:3], assistant("a\u2028b\u0085c")]}, ensure_ascii=False) + "\r\n")
-        file.write("\n  \n\ufeff")  # and in the middle, where two files were put together
+        file.write("\n  \n\ufeff")  # and in the middle, where two files were concatenated
         file.write(json.dumps({"messages": [user(text), *TALK[1:]]}, ensure_ascii=False))
     loaded = read_episodes(path)
     assert loaded.rows == 2
@@ -77,7 +77,7 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path):
 
 
 def test_parquet_is_read(tmp_path):
-    """A table gives every message the keys of all: what is null there was not said."""
+    """In a table, every message has the keys of all messages; null means that the message lacks the key."""
     (tmp_path / "odd [1] *?").mkdir()
     path = write_parquet(tmp_path / "odd [1] *?" / "chats.parquet", [{"messages": TALK}, {"messages": TOOLS}])
     loaded = read_episodes(path)
@@ -105,7 +105,7 @@ def test_unused_columns_are_named(tmp_path, caplog):
 
 
 def test_parquet_with_tools_is_read(tmp_path):
-    """A table gives every tool and every row the keys of all."""
+    """In a table, every tool and every row has the keys of all."""
     look = {
         "type": "function",
         "function": {"name": "look", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},

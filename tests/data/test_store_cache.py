@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def tables(folder: Path) -> list[Path]:
-    """Every table below, begun or whole."""
+    """All tables below the folder, incomplete ones included."""
     return list(folder.rglob("*.arrow"))
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_cache_is_rebuilt(tokenizer, folder, damage, caplog):
     damage(table)
     assert not caplog.records
     assert list(encode_cached(EPISODES, encoder)) == encoder(EPISODES)
-    assert ("damaged" in caplog.text) == (damage is not lose_the_description)  # which `datasets` makes again by itself
+    assert ("damaged" in caplog.text) == (damage is not lose_the_description)  # which `datasets` recreates by itself
     assert tables(folder) == [table] and table.read_bytes() == before
 
 
@@ -179,13 +179,13 @@ def test_a_failure_leaves_nothing(tokenizer, folder):
 
 @pytest.mark.slow
 def test_two_processes_encode_once(tmp_path):
-    """And in the directory that HF_DATASETS_CACHE names."""
+    """The directory is the one that HF_DATASETS_CACHE names."""
     pipes, both = [], []
     for _ in range(2):
         ours, theirs = Pipe()
         process = forked_process(encode, theirs, str(tmp_path / "named"))
         process.start()
-        theirs.close()  # one that dies is one that says nothing more
+        theirs.close()  # a killed process is one that reports nothing more
         pipes.append(ours)
         both.append(process)
     assert [pipe.recv() for pipe in pipes] == ["ready"] * 2

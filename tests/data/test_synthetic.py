@@ -65,7 +65,7 @@ def test_held_out_pairs_never_occur_in_training(training_facts):
     held_out = {fact for _, facts in SPLITS.values() for fact in facts}
     seen = {fact for stated, asked in training_facts for fact in (*stated, *asked)}
     assert not seen & held_out
-    assert len(seen) > 0.8 * sum(len(facts) for facts, _ in SPLITS.values())  # and it is no small corner of the rest
+    assert len(seen) > 0.8 * sum(len(facts) for facts, _ in SPLITS.values())  # and these are most of the others
     rng = random.Random(0)
     evaluated = [fact for _ in range(200) for fact in dialogues.sample_facts(rng, 4, held_out=True)]
     assert set(evaluated) <= held_out
@@ -100,7 +100,7 @@ UNKNOWN = {dialogues.UNKNOWN.format(a=attribute): attribute for attribute in KIN
 
 
 def unknown_in(messages):
-    """(place, attribute) of each answer that something was not told."""
+    """(position, attribute) of each answer that something is unknown."""
     answers = enumerate(message["content"] for message in messages)
     return [(place, UNKNOWN[answer]) for place, answer in answers if answer in UNKNOWN]
 
@@ -125,5 +125,5 @@ def test_the_share_of_unanswerable_questions_matches_the_option():
             assert attribute not in until_then and attribute in episode.history[place - 1]["content"]
             in_history, before_all = in_history + 1, before_all + (not until_then)
     assert unanswerable / (answerable + unanswerable) == pytest.approx(share, abs=0.02)
-    assert 0.4 * unanswerable < alike < 0.8 * unanswerable  # of the kind of something told, and of others
+    assert 0.4 * unanswerable < alike < 0.8 * unanswerable  # of the same kind as a stated fact, and of other kinds
     assert in_history > before_all > 0

@@ -18,7 +18,7 @@ from deltamem_tool.errors import AdapterError
 
 
 class Hostile:
-    """Makes a file where it is unpickled by a reader that runs what it reads."""
+    """Creates a file if a reader that runs code in pickles unpickles it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,7 +49,7 @@ def test_a_hostile_pickle_runs_no_code(write, place, reference, tmp_path):
     write(contents, reference / REFERENCE_WEIGHTS)
     assert_refused(reference, tmp_path, "was not loaded", "no code in it was run")
     assert not trap.exists()
-    file = reference / REFERENCE_WEIGHTS  # the trap is one
+    file = reference / REFERENCE_WEIGHTS  # the trap works
     _ = pickle.loads(file.read_bytes()) if write is plain_pickle else torch.load(file, weights_only=False)
     assert trap.is_dir()
 

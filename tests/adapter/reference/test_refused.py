@@ -74,7 +74,7 @@ def test_an_unsupported_config_raises(changes, says, reference, tmp_path):
 
 
 def test_another_value_of_any_fixed_field_raises(tmp_path):
-    """A field that nothing looks at would be a mechanism that is silently lost."""
+    """If nothing checked a field, its mechanism would be lost silently."""
     config = json.loads((CASE / "adapter" / REFERENCE_CONFIG).read_text())
     kept = {"base_slice_ref_width", "online_gain"}
     for name, value in config.items():
@@ -191,7 +191,7 @@ def test_an_adapter_of_the_wrong_format_raises(reference, tmp_path):
 
 
 def test_attention_modules_of_another_name_raise(tmp_path, monkeypatch):
-    """The reference's tensors are called after its modules: another model's would be nobody's."""
+    """The reference names its tensors after its modules, so those of another model would belong to none."""
     from deltamem_tool.base_model import checkpoint as room
 
     found = room.attention_layers

@@ -129,7 +129,7 @@ def test_every_adapter_of_our_format_round_trips(name, options, bases, tmp_path)
     ours, back = read_adapter(tmp_path / "ours"), read_adapter(tmp_path / "back")
     assert_same_tensors(weights_of(back), weights_of(ours))
     assert back.base == ours.base
-    # a part of the layers comes back as the layers that it is
+    # an adapter on some layers comes back on the same layers
     layers = config.layers if config.layer_part is None else tuple(ours.layer_indices)
     assert back.config == replace(config, layers=layers)
     ids = tokens(1, 6)
@@ -149,7 +149,7 @@ def test_fresh_adapters_are_the_same_in_both_formats(bases, tmp_path):
     config = json.loads((tmp_path / "reference" / REFERENCE_CONFIG).read_text())
     assert config == {**DEFAULTS, "delta_heads": ["q", "o"], "output_init": "base_slice_fixed"}
     for name, tensor in read_tensors(tmp_path / "reference").items():
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name  # the file holds no more than it says
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name  # no bytes beyond the tensors
 
 
 def test_our_config_takes_precedence_over_the_kept_fields(reference, tmp_path):
@@ -186,7 +186,7 @@ def test_saving_a_loaded_adapter_drops_the_kept_fields(reference, tmp_path):
     save_adapter(load(tmp_path / "ours"), tmp_path / "again")
     assert read_adapter(tmp_path / "again").reference is None
     convert(tmp_path / "again", tmp_path / "back", to="reference")
-    assert_same_adapter(tmp_path / "back", reference)  # all of its fields are usual ones
+    assert_same_adapter(tmp_path / "back", reference)  # all of its fields have the usual values
 
 
 def test_the_random_state_is_unchanged(reference, tmp_path):
