@@ -1,4 +1,4 @@
-"""The Dockerfile's own steps, in order, in clean roots; and docs/docker.md's commands, by one who is not root.
+"""The Dockerfile's steps, in order, in clean roots, and the commands of docs/docker.md, run by a user other than root.
 
 `DELTAMEM_IMAGE=1 pytest tests/docs/test_dockerfile.py -s` does it as an engine would (minutes, a network, mmdebstrap):
 roots of Debian's packages, pip with this machine's settings, PyTorch for the CPU, then the quickstart and the chats of
@@ -40,11 +40,11 @@ PATTERNS = ignore_patterns((ROOT / ".dockerignore").read_text(encoding="utf-8"))
 TEXTS = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/docker.md", "README.md")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-NAME = "deltamem"  # of the image
+NAME = "deltamem"  # the image's
 WHOLE = os.environ.get("DELTAMEM_IMAGE") == "1"
-NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # pip's way to say that there is to be none
+NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # to pip, 0 means no build isolation
 SECRETS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
-# As the image's user: its own code, folders that it may write to, and none that it may not.
+# As the image's user: the code comes from the image, and only the right folders are writable.
 LOOK = """
 import importlib.util, os, sys
 print(importlib.util.find_spec("deltamem_tool").origin, os.getuid())
@@ -113,7 +113,7 @@ def test_documented_commands_exist(docker):
 
 
 def build(folder: Path) -> Image:
-    """The image; roots of other stages than its own do not outlast it."""
+    """The image. The roots of other stages are removed."""
     args = [docker.build_args for docker in documented() if docker.words[0] == "build"]
     cpu = next(known for known in args if "TORCH_INDEX" in known)
     if WHOLE:
@@ -129,7 +129,7 @@ def build(folder: Path) -> Image:
 
 
 def untested() -> list[str]:
-    """Packages installed here in a version that the image would not have."""
+    """The packages whose version here differs from the image's."""
     names = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
@@ -144,7 +144,7 @@ def untested() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Removed at once: as a whole it takes gigabytes."""
+    """A folder that is removed at once, because the image takes gigabytes."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -174,7 +174,7 @@ def assert_package_is_whole(image: Image):
     parts = {"deltamem_tool": "", "recipes": "recipes/", "web/src": "web/"}
     sources = [(at, ROOT / part, sent(ROOT, part)) for part, at in parts.items()]
     expected = {at + file.relative_to(folder).as_posix() for at, folder, sent_files in sources for file in sent_files}
-    expected = {file for file in expected if not file.startswith("recipes/ablations/")}  # for a script of benchmarks/
+    expected = {file for file in expected if not file.startswith("recipes/ablations/")}  # for a script in benchmarks/
     assert _without(".pyc", files) == _without(".md", expected)
 
 
@@ -192,7 +192,7 @@ def assert_user_is_confined(image: Image):
 
 
 def assert_document_holds(image: Image, folder: Path):
-    """Its lines for the CPU, one after the other, in a folder of somebody's."""
+    """Check the document's lines for the CPU, sequentially, in a user's folder."""
     folder.mkdir()
     os.chown(folder, SOMEBODY, SOMEBODY)
     lines = [line for line in docker_lines(TEXTS[0], folder) if line.words[0] == "run" and "--gpus" not in line.words]

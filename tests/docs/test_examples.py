@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def as_writer(hub, folder, monkeypatch):
-    """A Hub to which the user may write, and `my-adapter`, which nobody has pushed yet."""
+    """A Hub to which the user may write, and `my-adapter`, which has not been pushed yet."""
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     adapter_folder(folder / "my-adapter")
     return hub

@@ -52,7 +52,7 @@ def adapter_config() -> set[str]:
 
 
 def weights() -> set[str]:
-    """Weights of an adapter that has all of them."""
+    """The weights of an adapter with all optional weights."""
     return set(weight_shapes(DeltaMemConfig(branches=BRANCHES, couple_lambda=False, delta_scale="layer", o_norm=True)))
 
 

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "reference.py"
 
 @pytest.mark.slow
 def test_the_pages_are_up_to_date():
-    """In a process of its own: click keeps a command's `--help` as it was first asked for."""
+    """Runs in its own process, because click caches a command's `--help`."""
     result = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
 

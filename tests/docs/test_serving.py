@@ -23,7 +23,7 @@ SERVER = COMPOSE["services"]["server"]
 
 
 def options_of(words: list[str]) -> dict:
-    """The options of a `deltamem serve` line, which are checked as the command does."""
+    """The options of a `deltamem serve` line, parsed by the command itself."""
     assert words[0] == "serve"
     command = cli.get_command(click.Context(cli), "serve")
     return command.make_context("serve", words[1:]).params

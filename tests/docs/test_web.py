@@ -35,7 +35,7 @@ def test_the_page_imports_what_the_tests_run():
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> Path:
-    """The program, where it finds its packages."""
+    """The program, in a folder with its packages."""
     folder = node_folder(TESTS / "onnx" / "web", tmp_path_factory.mktemp("node") / "scripts")
     return Path(shutil.copy(EXAMPLE, folder))
 
@@ -88,7 +88,7 @@ SAY = """<script type="module">
 
 @pytest.fixture
 def site(example, web_folder, tmp_path):
-    """The address of the page, which says the prompts by itself; packages come from npm's folder, not from afar."""
+    """The address of the page, which sends the prompts by itself and gets its packages from npm's folder."""
     root = tmp_path / "site"
     root.mkdir()
     for name, target in (("onnx-web", web_folder), (EXAMPLE.name, EXAMPLE), ("npm", example.with_name("node_modules"))):

@@ -29,7 +29,7 @@ def item(number: int, question: int = 0, sessions: int = 1, group: str = "all") 
 
 
 def reading(tokenizer, positions=None) -> Subject:
-    """A model of which nothing but the tokenizer and the number of positions is used."""
+    """A subject of which only the tokenizer and the number of positions are used."""
     return Subject(SimpleNamespace(max_length=positions), tokenizer, None)
 
 

@@ -1,4 +1,4 @@
-"""Short hand-made rows in the published formats of the benchmarks."""
+"""Short handwritten rows in the published formats of the benchmarks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TITLES = {
 
 
 def row(source: str, context: str, *asked: tuple[str, list[str]], **metadata) -> dict:
-    """A row of MemoryAgentBench: its four columns."""
+    """A row of MemoryAgentBench with its four columns."""
     questions, answers = [question for question, _ in asked], [right for _, right in asked]
     return {"context": context, "questions": questions, "answers": answers, "metadata": {"source": source, **metadata}}
 

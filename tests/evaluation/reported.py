@@ -14,11 +14,11 @@ from deltamem_tool.evaluation.report.page import write_report
 from deltamem_tool.evaluation.result import Evaluation
 
 GROUPS = ("1 fact", "2 facts")
-Score = Callable[[str, int], float]  # of a condition and a question's number
+Score = Callable[[str, int], float]  # by condition and question number
 
 
 def share_of(condition: str, number: int) -> float:
-    """The state is right three times in four, a donor's once in five, the others never."""
+    """The score of a question: the state is right three times in four, a donor's once in five, the others never."""
     wrong = {"state": number % 4 == 0, "donor_state": number % 5 != 0}
     return float(not wrong.get(condition, True))
 

@@ -14,7 +14,7 @@ from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import find_task
 
 MISSING = "missing"
-# A row with two questions, of which the second's answer is set: and what its item is called.
+# A row with two questions, of which the tests change the second answer; and the names of the changed items.
 ROW = SPLITS["Conflict_Resolution"][1]
 ITEMS = {
     "locomo": "conversation 1 question 4",
@@ -25,7 +25,7 @@ every_task = pytest.mark.parametrize("task", ITEMS)
 
 
 def with_answer(task: str, answer):
-    """A row as it is published, but for one answer."""
+    """A published row with another answer to one question."""
     content = copy.deepcopy({"locomo": TALK, "hotpotqa": QUESTION, "memoryagentbench": ROW}[task])
     place, key = {"locomo": (content.get("qa", [0] * 4)[3], "answer"), "hotpotqa": (content, "answer")}.get(
         task, (content.get("answers"), 1)
@@ -84,7 +84,7 @@ def test_a_table_of_another_format_raises(tmp_path, task):
 def test_a_question_without_an_answer_raises(tmp_path, task, answer):
     error = refused(task, write(tmp_path / "rows.json", with_answer(task, answer)))
     assert "answer" in error.why
-    if (task, answer) != ("memoryagentbench", MISSING):  # a list that is too short: of which question, nobody knows
+    if (task, answer) != ("memoryagentbench", MISSING):  # a list that is too short, without saying for which question
         assert error.what.startswith(f"{tmp_path}/rows.json {ITEMS[task]} is not a")
 
 
@@ -95,7 +95,7 @@ def test_missing_data_raise(tmp_path, task):
     assert "There is no data file" in refused(task, str(tmp_path / "nowhere.json")).what
     assert "There is no data file" in refused(task, "data/nowhere.parquet").what
     assert "There is no data file" in refused(task, "nowhere").what
-    # A name on the Hub, whose client is told to stay offline here.
+    # A name on the Hub, whose client is offline here.
     assert "someone/nothing" in refused(task, "someone/nothing").what
     file = write(tmp_path / "rows.json", with_answer(task, "x"))
     assert "no config and no split" in refused(task, file, split="train").what
@@ -121,7 +121,7 @@ def test_rows_that_are_not_memoryagentbench_are_named(tmp_path, change, says):
 
 
 def test_answers_are_read_in_both_published_forms(tmp_path, checkpoint, punkt):
-    """One question's answers may stand in the list itself: the script's `_create_query_answer_pairs`."""
+    """A single question's answers may be in the list itself, as in the script's `_create_query_answer_pairs`."""
     one = {**ROW, "questions": ["Who?"], "answers": ["Ann", "Ann Lee"]}
     two = {**ROW, "answers": ["Paris", ["Rome"]]}
     file = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in (one, two)))

@@ -21,7 +21,7 @@ def test_locomo_is_read(locomo):
     items = locomo.items()
     assert [item.group for item in items] == ["multi-hop", "temporal", "open domain", "single-hop", "adversarial"]
     assert {item.history_id for item in items} == {"talk-7"} and items[3].id == "talk-7/4"
-    first, second = items[0].history  # a session without a turn is none
+    first, second = items[0].history  # a session without turns is skipped
     assert first == [
         {
             "role": "user",
@@ -48,9 +48,9 @@ def test_locomo_is_read(locomo):
         (0, "Oslo", 0.5),
         (0, "ran a race and Oslo", (0.8 + 0.5) / 2),  # one answer without a comma: 2 of its 3 words, and 1
         (1, "2023", 1.0),
-        (1, "2,023", 1.0),  # a comma is no part of a word
+        (1, "2,023", 1.0),  # a comma is not part of a word
         (2, "likely yes", 1.0),
-        (2, "Likely yes; she runs races", 4 / 7),  # what explains the right answer is cut off it: 2 of 5 words
+        (2, "Likely yes; she runs races", 4 / 7),  # the explanation is cut off the right answer: 2 of 5 words
         (3, "He lives in Oslo", 0.4),
         (3, "", 0.0),
         (4, "That was Not mentioned.", 1.0),

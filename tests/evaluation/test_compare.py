@@ -66,7 +66,7 @@ def test_the_same_questions_are_paired(folders):
     assert state.p_value == pytest.approx(2 / 32, abs=0.015) and not state.is_clear
     rng, gained = np.random.default_rng(5), np.repeat([1.0, 0.0], [5, 15])
     naive = np.quantile([rng.choice(gained, 20).mean() / 2 for _ in range(4000)], [0.025, 0.975])
-    assert (state.low, state.high) == pytest.approx(tuple(naive), abs=0.026)  # a step of the means is 0.025
+    assert (state.low, state.high) == pytest.approx(tuple(naive), abs=0.026)  # the means move in steps of 0.025
     full = row_of(found, "full_context", "2 facts")
     assert (full.a[0], full.b[0], full.mean) == (0, 1, 1) and full.is_clear
     over = row_of(found, "full_context", is_gain=True)
@@ -82,7 +82,7 @@ def test_the_same_questions_are_paired(folders):
 
 
 def test_gains_may_differ_by_more_than_1(tmp_path):
-    """From 1 below the full context to 1 above it."""
+    """A gain runs from 1 below the full context to 1 above it."""
     below = evaluation_of(lambda condition, _: float(condition == "full_context"))
     above = evaluation_of(lambda condition, _: float(condition == "state"))
     found = compare(write_records(tmp_path / "below", below), write_records(tmp_path / "above", above))
@@ -171,7 +171,7 @@ def test_evaluations_that_cannot_be_compared_raise(folders, tmp_path):
         with pytest.raises(DataError, match="(?s)" + says):
             compare(folders / "a", other)
     full = write_records(tmp_path / "full", evaluation_of(better, QUESTIONS, protocol="full"))
-    found = compare(folders / "a", full)  # the same questions: what the context changes
+    found = compare(folders / "a", full)  # the same questions, to see the effect of the context
     assert not found.unpaired and ("Evaluation", "protocol", "memory", "full") in found.differing
 
 

@@ -35,7 +35,7 @@ from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.template import render
 
-TOLERANCE = 1e-4  # of a choice's log-probability, a sum of some tokens' in float32: padded in a batch, and alone
+TOLERANCE = 1e-4  # for the log-probability of a choice, a float32 sum over tokens, padded in a batch or alone
 LIMIT = 3
 
 
@@ -67,7 +67,7 @@ def asked(folder):
 
 
 def from_zeros(model, tokenizer, messages):
-    """A prompt's tokens, and a memory that begins with zeros and knows its messages; none of a plain model."""
+    """The tokens of a prompt, and a cache from zeros with its tags, or None for a model without a memory."""
     granularity = adapter_of(model).config.granularity if find_attachment(model) is not None else None
     tagged = tag_chat(tokenizer, messages, granularity or "token", add_generation_prompt=True)
     cache = None if granularity is None else MemoryCache(model)
@@ -80,7 +80,7 @@ def from_zeros(model, tokenizer, messages):
 def choice_alone(model, tokenizer, messages, choice):
     prompt, cache = from_zeros(model, tokenizer, messages)
     choice_ids = torch.tensor([tokenizer(choice, add_special_tokens=False).input_ids])
-    name = cache_argument(model.forward)  # of a model without a memory, too
+    name = cache_argument(model.forward)  # also for a model without a memory
     logits = model(prompt, use_cache=True, **{name: cache})
     past = cache_of(logits)
     found, last = 0.0, logits.logits[0, -1]
@@ -116,7 +116,7 @@ def test_every_request_matches_the_same_request_alone(model, tokenizer, folder, 
                 assert choice.scores["acc_norm"] == float(likely[1] / lengths[1] > likely[0] / lengths[0])
                 assert answer.answer == expected and answer.right == [row["choices"][1]]
     for ours, theirs in zip(lines["state"], lines["no_adapter"], strict=True):
-        assert ours.answer != theirs.answer  # the memory has something to say
+        assert ours.answer != theirs.answer  # the memory has an effect
 
 
 def test_the_batch_size_changes_nothing(model, tokenizer, prepared, found):
@@ -130,7 +130,7 @@ def test_the_batch_size_changes_nothing(model, tokenizer, prepared, found):
 
 
 def test_the_order_of_requests_changes_nothing(model, tokenizer, folder):
-    """Asked backwards, of one model of the harness: nothing of a request is there for the next."""
+    """One model of the harness answers the requests in reverse: nothing carries over from one request to the next."""
     from lm_eval.api.instance import Instance
 
     from deltamem_tool.evaluation.harness_model import MemoryLM
@@ -161,7 +161,7 @@ def test_scores_are_paired_by_document(found):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_two_processes_divide_the_requests(model, tokenizer, prepared, found, monkeypatch, number):
-    """One of two processes, which gets the other's records at the end."""
+    """Runs one of two processes, which gets the records of the other at the end."""
 
     class OneOfTwo(Processes):
         def all(self, own):
@@ -183,7 +183,7 @@ def test_two_processes_divide_the_requests(model, tokenizer, prepared, found, mo
 def test_a_stopped_run_resumes(model, tokenizer, prepared, tmp_path, monkeypatch, capfd, caplog):
     options = {"only": [STATE], "batch_size": 3, "folder": tmp_path, "settings": {"adapter": "a"}}
     first = evaluate_harness(model, tokenizer, prepared, **options)
-    assert capfd.readouterr().err == "" and not caplog.messages  # of the harness, no bar and no remark
+    assert capfd.readouterr().err == "" and not caplog.messages  # no progress bar and no notice from the harness
     lines = (tmp_path / RECORDS_FILE).read_text().splitlines(keepends=True)
     (tmp_path / RECORDS_FILE).write_text("".join(lines[:-2]))  # in the middle of the second task
     own, names = harness_run._ask_documents, []
@@ -238,7 +238,7 @@ def test_nan_logits_raise(folder, tokenizer, task):
 
 @pytest.mark.parametrize("kind", ["lora", "static"])
 def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, checkpoint, prepared, folder, tmp_path):
-    """It answers as it does alone."""
+    """Its answers equal those that it gives alone."""
     model, base = (AutoModelForCausalLM.from_pretrained(checkpoint).eval() for _ in range(2))
     config = DeltaMemConfig(rank=4)
     randomise(attach(model, config))

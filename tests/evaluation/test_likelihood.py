@@ -30,7 +30,7 @@ MEMORY = EvalProtocol.parse("memory")
 
 
 def item(number: int, question: int = 0) -> Item:
-    """Histories of unlike length, and answers too."""
+    """An item; histories and answers have different lengths."""
     asked = dialogues.user("Good to know." * (1 + question))
     answer = f"{('Rex', 'Bella', 'Fido')[number % 3]} is my dog." + " Got it." * question
     name = f"history {number}"
@@ -80,7 +80,7 @@ def model(request, tokenizer):
 
 @torch.no_grad()
 def one_by_one(model, tokenizer, prompt, answer, memory=None):
-    """Each token of the answer after all before it, each time from the beginning and in a cache of its own."""
+    """The log-probabilities of the answer, each token computed from the beginning in its own cache."""
     before = tokenizer(prompt, add_special_tokens=False).input_ids
     found = []
     for token in tokenizer(answer, add_special_tokens=False).input_ids:
@@ -123,7 +123,7 @@ def test_every_condition_matches_a_plain_loop(model, tokenizer):
 def test_the_batch_size_changes_nothing(model, tokenizer, monkeypatch):
     whole = evaluate(model, tokenizer, Likely(), MEMORY)
     small = evaluate(model, tokenizer, Likely(), MEMORY, batch_size=2)
-    monkeypatch.setattr(likelihood, "LOGITS", 1)  # a row at a time
+    monkeypatch.setattr(likelihood, "LOGITS", 1)  # one row at a time
     single = evaluate(model, tokenizer, Likely(), MEMORY)
     for one, two, three in zip(whole.records, small.records, single.records, strict=True):
         assert one.scores[LOG_PROB] == pytest.approx(two.scores[LOG_PROB], abs=TOLERANCE)
@@ -165,7 +165,7 @@ STRIPPED = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
     ],
 )
 def test_only_tokens_of_the_answer_are_scored(tokenizer, template, before, own):
-    """Not what the template writes before it, and not the end of the turn."""
+    """The text that the template writes before the answer and the end of the turn are not scored."""
     changed = with_template(tokenizer, template)
     prompt, found = scored(changed, item(5))
     answer_ids = found.ids[-found.answer :]

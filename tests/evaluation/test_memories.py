@@ -55,7 +55,7 @@ def test_permuting_moves_the_state_of_every_layer(layers):
         assert sorted(source) == sorted(memory.states)
         assert all(layer != other for layer, other in zip(memory.states, source, strict=True))
         drawn.add(tuple(source))
-    assert len(drawn) > 1 or layers == 2  # of two layers there is one way
+    assert len(drawn) > 1 or layers == 2  # two layers have one permutation
     first, again = (permute_layers(memory, 1).states for _ in range(2))
     assert all(np.array_equal(first[layer], again[layer]) for layer in first)
 
@@ -77,7 +77,7 @@ def test_other_histories_are_the_next_ones_and_never_the_same(monkeypatch):
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
 def test_the_mean_and_permuted_conditions_use_these_memories(granularity, tokenizer, monkeypatch):
-    """Each of four histories gets the mean of the other three, and the notes say so."""
+    """Each of four histories gets the mean of the other three, and the condition's meaning says so."""
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, granularity=granularity)))
     seen, own = {}, subjects.Subject.ask
@@ -87,7 +87,7 @@ def test_the_mean_and_permuted_conditions_use_these_memories(granularity, tokeni
         return own(subject, prompts, memory, condition, new)
 
     monkeypatch.setattr(subjects.Subject, "ask", watch)
-    task = Asked([item(number) for number in range(4)])  # prompts of one length: the order of the items stays
+    task = Asked([item(number) for number in range(4)])  # prompts have one length, so the order of the items is kept
     found = evaluate(model, tokenizer, task, MEMORY, seed=3)
     right = seen["state"]
     for layer, state in right.states.items():

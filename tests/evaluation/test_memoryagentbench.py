@@ -58,7 +58,7 @@ def test_missing_requirements_of_chunking_are_named(checkpoint, tmp_path, monkey
         token_counter(str(tmp_path / "nowhere"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     for variable in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens: as without a network
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no server listens, as without a network
     with pytest.raises(ConfigError, match=r"o200k_base.* cannot be fetched") as refused:
         token_counter()
     assert "--set tokenizer=" in refused.value.next
@@ -87,15 +87,15 @@ def test_rows_become_questions(ask):
         and "larger number" in items[0].question[0]["content"]
     )
     chunks = [session[0]["content"].split("\n\n", 1)[1] for session in items[0].history]
-    assert len(chunks) > 1 and " ".join(chunks) == FACTS  # a session a chunk, and nothing of the text is lost
+    assert len(chunks) > 1 and " ".join(chunks) == FACTS  # one session per chunk, and no text is lost
     assert all([message["role"] for message in session] == ["user", "assistant"] for session in items[0].history)
-    # One text, one history: or else its twin would be the donor.
+    # One text is one history, or its duplicate would be the donor.
     assert len({item.history_id for item in items[:4]}) == 1 and len({item.history_id for item in items}) == 3
     assert [item.new_tokens for item in items] == [10, 10, 10, 10, 50, 40]
 
 
 def test_the_chunk_size_depends_on_the_source(ask, checkpoint):
-    """512 tokens where a text is put together from short ones, 4,096 elsewhere."""
+    """It is 512 tokens if a text consists of short ones, and otherwise 4,096."""
     sentences = [f"Fact {number} is that Ann ran." for number in range(1, 300)]
     (longest,) = [max(token_counter(str(checkpoint))(sentences))]
     for source, size in (("ruler_qa1_197K", 512), ("factconsolidation_sh_6k", 512), ("eventqa_full", 4096)):
@@ -113,7 +113,7 @@ def test_the_chunk_size_depends_on_the_source(ask, checkpoint):
         ("ruler_qa1_197K", "So.\nAnswer: the Paris!", ["Paris"], {"score": 1, "exact_match": 1, "f1": 1}),
         ("ruler_qa1_197K", "Par", ["Paris"], {"score": 0}),
         ("factconsolidation_sh_6k", "Paris, not Oslo", ["paris"], {"score": 1, "exact_match": 0, "f1": 0.5}),
-        # Labels: what is parsed alone.
+        # Labels: only the parsed answer.
         ("icl_trec_coarse_6600shot_balance", "12\nfor it is so", ["12"], {"score": 1}),
         ("icl_trec_coarse_6600shot_balance", "label: 12", ["12"], {"score": 0, "substring_exact_match": 1}),
         ("icl_trec_coarse_6600shot_balance", "I say\nanswer: 12", ["12"], {"score": 1}),
@@ -134,7 +134,7 @@ def test_answers_are_scored_as_published(ask, source, answer, right, expected):
 
 
 def test_answers_are_parsed_as_published():
-    """The script's `parse_output`."""
+    """The benchmark parses answers in the script's `parse_output`."""
     for text, parsed in (
         ("Paris\nor Rome", "Paris"),
         ("I say. ANSWER: Paris \nAnswer: Rome", "Paris"),
@@ -159,13 +159,13 @@ def test_rouge_compares_stems():
     ("answer", "recalls"),
     [
         ("1. Heat (1995)\n2. Alien\n3. Up\n4. Up\n5. Alien\n6. Titanik", (0.5, 0.5, 1)),
-        ("I liked Titanic.\n1.Alien\n\n2) heat", (0, 0.5, 0.5)),  # what stands before the list does not count
+        ("I liked Titanic.\n1.Alien\n\n2) heat", (0, 0.5, 0.5)),  # text before the list does not count
         ("Heat, Titanic", (0.5, 1, 1)),
         ("Alien", (0, 0, 0)),
     ],
 )
 def test_recommendations_are_matched_to_titles(answer, recalls):
-    """`_process_recsys_dataset`, of the two films 3 and 5."""
+    """Compared with `_process_recsys_dataset` for the films 3 and 5."""
     found = Movies(TITLES).recalls(answer, ["3", " 5"])
     assert tuple(found.values()) == recalls and list(found) == [f"recsys_recall@{n}" for n in (1, 5, 10)]
 
@@ -209,7 +209,7 @@ def test_an_invalid_chunk_size_raises(ask, chunk):
 
 
 def test_all_splits_of_a_dataset_are_asked(tmp_path, checkpoint, monkeypatch, punkt):
-    """A folder as `hf download` leaves it, read by `datasets`, and asked of a model."""
+    """A folder from `hf download` is read by `datasets`, and a model answers its questions."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "bench" / "data").mkdir(parents=True)
     for split, rows in SPLITS.items():
@@ -253,7 +253,7 @@ def test_a_model_answers_the_benchmark(ask, tokenizer):
     ],
 )
 def test_missing_packages_are_named(monkeypatch, package, needs):
-    monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say that there is no such module
+    monkeypatch.setitem(sys.modules, package, None)  # Python's way to mark a module as missing
     with pytest.raises(ConfigError, match=r"needs? the package") as refused:
         needs()
     assert package in refused.value.why and "deltamem-tool[eval]" in refused.value.next

@@ -30,7 +30,7 @@ BOTH = ("state", "zero_state", "donor_state", "mean_state", "permuted_state", "f
 
 @pytest.fixture(scope="module", params=["token", "message"])
 def pair(request, checkpoint, tokenizer, tmp_path_factory):
-    """A model with its adapter, and the same as an ONNX folder."""
+    """A model with its adapter, and its ONNX folder."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     randomise(attach(model, DeltaMemConfig(rank=4, granularity=request.param)))
     folder = tmp_path_factory.mktemp("onnx") / "onnx"

@@ -55,7 +55,7 @@ def test_the_last_answer_is_scored_after_all_earlier_turns(talks):
 
 
 def test_several_turns_share_one_history(talks):
-    """They share the memory, and each sees the turns between the history and itself."""
+    """All share the memory, and each sees the turns between the history and itself."""
     items = find_task("perplexity", {"data": talks, "turns": 2}).items()
     first, second, third, fourth = items
     assert first.history == second.history == [TALKS[0][:4]] and first.history_id == second.history_id
@@ -80,7 +80,7 @@ def test_sessions_of_locomo_are_kept(tmp_path):
     talk = {**TALK, "conversation": {**TALK["conversation"], "session_10": last}}
     (tmp_path / "locomo.json").write_text(json.dumps([talk]))
     (item,) = find_task("perplexity", {"data": str(tmp_path / "locomo.json")}).items()
-    assert item.history_id == "talk-7" and len(item.history) == 2  # the third is what is asked
+    assert item.history_id == "talk-7" and len(item.history) == 2  # the third is scored
     assert item.question[-1]["content"].endswith("Ann: Hi!") and item.answers[0].endswith("Ben: Hello.")
     assert item.where.endswith("locomo.json conversation 1, message 2")
 
@@ -100,7 +100,7 @@ def test_a_conversation_that_cannot_be_scored_is_named(tmp_path, options, talk, 
 
 
 def test_template_options_of_a_row_apply_to_every_text(tmp_path, tokenizer):
-    """In what is written, in what is in view and in what is scored: as where the template has it in itself."""
+    """The written, visible and scored texts equal those of a template with the option built in."""
     rows = [{"messages": talk, "chat_template_kwargs": {"mood": "calm"}} for talk in TALKS]
     (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plain = write_jsonl(tmp_path / "plain.jsonl", TALKS)
@@ -168,7 +168,7 @@ def test_the_verdict_in_nats_per_token():
 
 
 def test_digits_follow_the_half_width_of_the_interval():
-    """Two, unless it is below the last of them; of what is no more than rounding, none."""
+    """Two digits, or more for a narrower interval; none for an interval that is only rounding."""
     for half, after in ((0.5, 2), (0.01, 2), (0.0099, 4), (0.001, 4), (0.0009, 5), (2e-6, 7), (1e-9, 2), (0.0, 2)):
         assert decimals(1.0, 1.0 - half, 1.0) == after, half
     assert plus_minus(-1.5, -1.5021, -1.4999) == "-1.5000 ± 0.0021"
@@ -212,7 +212,7 @@ def test_the_score_is_also_shown_as_perplexity(tmp_path):
 
 def test_two_perplexity_evaluations_are_compared_by_token(tmp_path):
     worse = found()
-    for record in worse.records:  # the longer the answer, the more
+    for record in worse.records:  # more for longer answers
         record.scores[LOG_PROB] -= 0.1 * record.scores[TOKENS]
     folders = [write_records(tmp_path / name, each) for name, each in (("a", found()), ("b", worse))]
     compared = compare(*folders)
@@ -226,7 +226,7 @@ def test_two_perplexity_evaluations_are_compared_by_token(tmp_path):
 
 
 def test_records_without_token_counts_are_ignored(tmp_path):
-    """None has, or one of them has not: a mean over tokens is of the others."""
+    """If records lack token counts, the mean over tokens is that of the others."""
     whole, lines = write_records(tmp_path / "a", found()), found().records
     for name, empty in (("all", range(8)), ("one", [3])):
         folder = write_records(tmp_path / name, found())
@@ -238,7 +238,7 @@ def test_records_without_token_counts_are_ignored(tmp_path):
 
 
 def test_memories_can_come_from_other_conversations(talks, tmp_path):
-    """Context and scored turns are unchanged, and each conversation has one memory."""
+    """The context and the scored turns are unchanged, and each conversation has one memory."""
     own = find_task("perplexity", {"data": talks, "turns": 2}).items()
     (tmp_path / "others.jsonl").write_text(
         json.dumps({"history": "My cat is Tom.", "prompt": "Hi.", "response": "Hello."})
@@ -258,7 +258,7 @@ def test_the_eval_command_runs_the_perplexity_task(tmp_path, checkpoint, talks):
     adapter = tmp_path / "adapter"
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), adapter)
     options = [str(adapter), "--task", "perplexity", "--data", talks, "--set", "turns=2", "--json"]
-    for _ in range(2):  # the second time, nothing is left to be asked
+    for _ in range(2):  # the second time, no question is left
         report = json.loads(CliRunner().invoke(command, [*options, "--records", str(tmp_path / "records")]).stdout)
     assert report["metric"] == LOG_PROB and report["groups"] == ["turn 1 of 2", "turn 2 of 2"]
     assert report["questions"] == [2, 2] and all(score < 0 for score, _, _ in report["overall"].values())

@@ -26,7 +26,7 @@ from deltamem_tool.evaluation.records import RECORDS_FILE
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# Without a GPU too, --multi_gpu is what starts several processes; with --cpu it would be one.
+# --multi_gpu starts several processes even without a GPU; --cpu would start one.
 LAUNCH = (
     "accelerate.commands.launch",
     "--multi_gpu",
@@ -39,15 +39,15 @@ LAUNCH = (
     "-m",
     "deltamem_tool",
 )
-LIMIT = 60  # seconds in which a process has to notice that another one has died
-BATCH = "4"  # of histories and questions of many lengths: what is in a batch shows in the last digits
-# When a run was, how long it took, and how many answers were there before it.
+LIMIT = 60  # seconds in which a process must notice that another one has died
+BATCH = "4"  # histories and questions have many lengths, so that the last digits depend on the batch
+# The date and duration of a run, and the number of answers that existed before it.
 OF_ONE_RUN = re.compile(rb"\d{4}-\d\d-\d\d[T ][\d:]+|[\d.]+ s for \d+ answers( \(.*?\))?|\"(seconds|asked)\": [\d.]+")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, checkpoint):
-    """An adapter, and talks of many lengths."""
+    """An adapter, and conversations of many lengths."""
     folder = tmp_path_factory.mktemp("processes")
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     randomise(attach(model, DeltaMemConfig(rank=4)))
@@ -73,7 +73,7 @@ def launched(folder: Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> int:
-    """Kill what a launcher has started, and it; how many evaluate."""
+    """Kill a launcher and the processes that it has started; returns the number that were evaluating."""
     started = psutil.Process(process.pid).children(recursive=True)
     evaluating = sum("deltamem_tool" in each.cmdline() for each in started)
     for each in (*started, process):
@@ -98,11 +98,11 @@ def test_two_processes_killed_and_resumed_match_one(folder, monkeypatch):
         time.sleep(0.01)
     assert kill(process) == 2
     before = len(records.read_bytes().splitlines())
-    assert 0 < before < len(expected.read_bytes().splitlines())  # it was in the middle
+    assert 0 < before < len(expected.read_bytes().splitlines())  # it was killed in the middle
     process = launched(folder)
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    report = json.loads(stdout)  # of one process alone, or it would not be JSON
+    report = json.loads(stdout)  # printed by one process, or it would not be JSON
     assert report["run"]["cost"]["asked"] < report["run"]["cost"]["answers"]
     assert records.read_bytes() == expected.read_bytes()
     found, whole = (contents(path.parent) for path in (records, expected))
@@ -110,7 +110,7 @@ def test_two_processes_killed_and_resumed_match_one(folder, monkeypatch):
 
 
 def test_the_failure_of_a_process_is_reported(folder, tmp_path):
-    """The other one says which, and how to go on."""
+    """The other process names it and says how to continue."""
     records, errors = folder / "lost" / "report" / RECORDS_FILE, tmp_path / "errors"
     with started(2, loses_another, folder, options("lost/report"), errors) as processes:
         while not records.exists():

@@ -37,7 +37,7 @@ def test_a_window_holds_the_last_messages_that_fit(tokenizer, window):
     room = count(tokenizer, render(tokenizer, LONG.question, True)) + window
     fitting = [
         messages
-        for start in range(0, len(MESSAGES) + 1, 2)  # a conversation begins with a user
+        for start in range(0, len(MESSAGES) + 1, 2)  # a conversation begins with a message of the user
         if count(tokenizer, render(tokenizer, messages := [*MESSAGES[start:], *LONG.question], True)) <= room
     ]
     assert prompt == render(tokenizer, fitting[0], True) and count(tokenizer, prompt) <= room
@@ -79,9 +79,7 @@ def test_unknown_protocols_raise():
     for wrong in ("window", "window:0", "window:-3", "window:1k", "none", ""):
         with pytest.raises(ConfigError, match="no protocol"):
             EvalProtocol.parse(wrong)
-    assert [c.name for c in conditions_of(EvalProtocol.parse("full"))][
-        -1
-    ] == "no_adapter"  # which has everything in view
+    assert [c.name for c in conditions_of(EvalProtocol.parse("full"))][-1] == "no_adapter"  # which sees everything
 
 
 def test_a_truncated_history_equals_a_window(tokenizer):

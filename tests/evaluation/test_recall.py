@@ -15,12 +15,12 @@ from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.natural_recall import NaturalRecall
 from deltamem_tool.evaluation.tasks.recall import Recall
 
-# Of the 1,200 items of the task without options, on which the figures in the documents rest.
+# Of the task's 1,200 items without options, which the figures in the documents are based on.
 USUAL = "bcfcf800c6150862156938293ccb754b1e4bff3744481a1c0e753307c49fcf79"
 
 
 def statements_of(item):
-    """(attribute, value, whether it is said to be a change) in the order in which the user says so."""
+    """(attribute, value, whether it is stated as a change), in the user's order."""
     messages = [message for session in item.history for message in session]
     assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
     contents = [message["content"] for message in messages[::2]]
@@ -39,7 +39,7 @@ def turns(item):
 
 
 def question_of(item):
-    """(attribute, value) of the answer."""
+    """(attribute, value) of an item's answer."""
     return re.fullmatch(r"Your (\w+) is (\w+)\.", item.answers[0]).groups()
 
 
@@ -62,7 +62,7 @@ def test_a_fact_stated_twice_has_an_old_value(kind, corrected):
         both = [(said, is_change) for name, said, is_change in statements_of(item) if name == attribute]
         (old, first), (new, second) = both
         assert (new, first, second) == (value, False, corrected) and old != new
-        assert statements_of(item)[-1][:2] == (attribute, value)  # nothing is told after it
+        assert statements_of(item)[-1][:2] == (attribute, value)  # nothing is stated after it
         assert attribute in item.question[-1]["content"] and value not in str(item.question)
         stale = dialogues.ANSWER.format(a=attribute, v=old)
         assert task.score(item, item.answers[0]) == {"exact": 1.0, "old": 0.0}
@@ -93,7 +93,7 @@ def test_the_delay_follows_all_facts(between):
         assert len(since) == (delay if between == "facts" else 0)
         assert len({name for name, *_ in since}) == min(len(since), len(dialogues.KIND_OF) - 2)
         values = {}
-        for name, stated, is_change in since:  # what is told again is changed
+        for name, stated, is_change in since:  # repeated facts have new values
             assert is_change == (name in values) and values.get(name) != stated
             values[name] = stated
         in_all = [message["content"] for message in item.history[0][::2]]
@@ -136,7 +136,7 @@ def test_unanswerable_questions_ask_for_facts_never_stated(options):
         assert attribute not in names and re.search(rf"\b{attribute}\b", item.question[-1]["content"])
         alike += any(dialogues.KIND_OF[name] == dialogues.KIND_OF[attribute] for name in names)
         assert task.score(item, item.answers[0])["exact"] == 1.0
-    assert alike > 0 and (options or alike < 24)  # of the kind of one that was told, and of others
+    assert alike > 0 and (options or alike < 24)  # of the same kind as a stated fact, and of other kinds
 
 
 @pytest.mark.parametrize("later", [{}, {"delay": 4, "between": "facts"}], ids=["at once", "after other facts"])

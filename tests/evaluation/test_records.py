@@ -13,7 +13,7 @@ RECORD = Record("one", "history", "", "state", "Who?", "Ann", ["Ann"], {"exact":
 
 
 def test_records_of_other_settings_raise(tmp_path):
-    """Both begin in a folder that is not there."""
+    """Both begin in a folder that does not exist."""
     first, second = (RecordFolder(tmp_path / "records", {"seed": seed}) for seed in (1, 2))
     first.add([RECORD])
     with pytest.raises(DataError, match="other settings"):
@@ -29,7 +29,7 @@ def test_a_question_asked_by_two_programs_counts_once(tmp_path):
 
 
 def test_records_are_sorted_at_the_end(tmp_path):
-    """Whatever came first, and with what another program has asked after them."""
+    """Covers records in any order, and those that another program has added."""
     folder = RecordFolder(tmp_path / "records", {"seed": 1})
     one, two, three = (replace(RECORD, item=item) for item in ("one", "two", "three"))
     other = replace(RECORD, condition="zero_state")

@@ -36,7 +36,7 @@ EMPTY = {"meta", "link", "img", "br", "hr", "input", "use", "path"}
 
 
 class Page(HTMLParser):
-    """Elements in order, the text of the page, and of its table rows."""
+    """The elements of a page in order, its text, and the text of its table rows."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_the_page_shows_the_figures_of_the_json(folder):
 
 
 def test_a_margin_is_in_the_figures_and_on_the_page(tmp_path):
-    """The state is right three times in four: beyond a margin of 0.2 over zeros, and of 0.6 it is undecided."""
+    """The state is right three times in four: this exceeds zeros by a margin of 0.2, and is undecided for 0.6."""
     for margin, place, words in ((0.2, "beyond", "more than"), (0.6, "undecided", "which may be within")):
         folder = report_folder(tmp_path / place, replace(evaluation_of(), margin=margin))
         evaluation = read_evaluation(folder / "evaluation.json")
@@ -149,7 +149,7 @@ def test_the_page_is_valid_html_and_loads_nothing(which, request):
 def test_answers_are_escaped(hostile):
     page, markdown = page_of(hostile), (hostile / "report.md").read_text()
     shown = EVIL.replace("\ud83d", "?")
-    assert page.text.count(shown) > 8  # answers, what is right, the question, a group, a meaning, the command
+    assert page.text.count(shown) > 8  # answers, right answers, the question, a group, a meaning, the command
     tables = [line for line in markdown.splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "state" in line or "lora" in line} == {5, 6}
     outside = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
@@ -163,11 +163,11 @@ def test_long_texts_are_shortened_and_few_histories_have_no_p_value(tmp_path):
     assert len(text) < 300_000 and f"{len(long) - MAX_SHOWN:,} more characters" in text and long not in text
     assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["answer"] == long
     row = next(row for row in page_of(folder).rows if row[0] == "zero state" and row[-1] == "4")
-    assert row[2] == "–"  # of so few histories there is no p
+    assert row[2] == "–"  # there is no p for so few histories
 
 
 def test_negative_scores_and_unknown_conditions_are_drawn(tmp_path):
-    """Axes are those of the scores; who is not known has a style of his own, on light pages and dark ones."""
+    """The axes cover the scores. Unknown conditions have their own style on light and on dark pages."""
     names = ["state", *(f"baseline_{number}" for number in range(7))]
     drawn = styles(names)
     assert len({style["marker"] for name, style in list(drawn.items())[:6]}) == 6
@@ -179,7 +179,7 @@ def test_negative_scores_and_unknown_conditions_are_drawn(tmp_path):
         assert min(ends) < -3.0 and -1.25 < max(ends) < 0
     text = svg(scores_figure("log_probability", groups, rows), "p", "a <title>", "b")
     assert "costs $2 or $3" in text and "a &lt;title&gt;" in text and "<metadata>" not in text
-    assert svg(scores_figure("log_probability", groups, rows), "p", "a <title>", "b") == text  # nothing by chance
+    assert svg(scores_figure("log_probability", groups, rows), "p", "a <title>", "b") == text  # nothing random
     shares = scores_figure("exact", ("1 fact", "2 facts"), {"state": [(0.5, 0.4, 0.6)] * 2}).axes[0]
     assert shares.get_ylim() == pytest.approx((-0.03, 1.03))
 
@@ -202,7 +202,7 @@ def test_existing_files_are_not_replaced(tmp_path, folder):
 
 
 def test_a_run_writes_a_report_and_can_be_repeated(tmp_path, monkeypatch, checkpoint):
-    """The same command again asks nothing, and writes the same figures; nothing tells of this machine."""
+    """Run again, the command asks no question and writes the same figures. The report does not name this machine."""
     monkeypatch.chdir(tmp_path)
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), "adapter")
     options = ["--set", "facts=[1]", "--set", "episodes=3", "--truncate", "8", "--batch-size", "2", "--report"]

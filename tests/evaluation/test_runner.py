@@ -32,7 +32,7 @@ def task():
 
 
 def plain(tokenizer, task, context, name="qwen3"):
-    """Answers of the same base without any memory, one question at a time."""
+    """The answers of the same base without a memory, one question at a time."""
     base, answers = tiny_model(name, vocab_size=len(tokenizer)), []
     for each in task.items():
         history = [message for session in each.history for message in session] if context else []
@@ -62,7 +62,7 @@ def test_an_invalid_seed_raises_before_anything_is_asked(model, tokenizer, task,
 
 
 def test_the_donor_is_the_next_history(model, tokenizer, task, monkeypatch):
-    """The next one's memory, for both questions."""
+    """Both questions get the memory of the next history."""
     seen = {}
     own = subjects.Subject.ask
 
@@ -71,7 +71,7 @@ def test_the_donor_is_the_next_history(model, tokenizer, task, monkeypatch):
         return own(subject, prompts, memory, condition, new)
 
     monkeypatch.setattr(subjects.Subject, "ask", watch)
-    items = [item(number) for number in range(3)]  # prompts of one length: the order of the items stays
+    items = [item(number) for number in range(3)]  # prompts have one length, so the order of the items is kept
     evaluate(model, tokenizer, Asked(items), MEMORY)
     for layer, state in seen["donor_state"].states.items():
         assert np.array_equal(state, seen["state"].states[layer][[1, 2, 0]])
@@ -80,7 +80,7 @@ def test_the_donor_is_the_next_history(model, tokenizer, task, monkeypatch):
 
 
 def test_a_limit_drops_questions_but_not_donors(model, tokenizer, task):
-    """The two first questions are about one history; its donor is the next, about which nothing is asked."""
+    """The first two questions are about one history. Its donor is the next one, about which no question remains."""
     some = evaluate(model, tokenizer, task, MEMORY, limit=2)
     whole = evaluate(model, tokenizer, task, MEMORY)
     assert len(some.records) == 2 * len(some.conditions)
@@ -156,7 +156,7 @@ def test_a_folder_of_another_run_raises(model, tokenizer, task, tmp_path):
 
 
 def test_a_margin_is_recorded_before_the_run(model, tokenizer, task, tmp_path, monkeypatch):
-    """A run that stops after its first answers has it, and is not gone on with with another one."""
+    """A run that stops after its first answers has a margin, and cannot be continued with another one."""
     own = subjects.Subject.ask
 
     def stops(*inputs):
@@ -193,7 +193,7 @@ def test_a_changed_question_invalidates_the_records(model, tokenizer, task, tmp_
 
 
 def test_a_changed_donor_invalidates_the_records(model, tokenizer, task, tmp_path):
-    """Nothing is asked about it with this limit, but its memory is the control."""
+    """With this limit, no question is about the donor, but its memory is the control."""
     first, second, third, *rest = task.items()
     assert first.history_id == second.history_id != third.history_id
     evaluate(model, tokenizer, task, MEMORY, only=("donor_state",), limit=1, folder=tmp_path)
@@ -246,11 +246,11 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_asked(tokenizer, m
     answer_alone = [first, replace(second, history=first.history, new_tokens=128)]
     with pytest.raises(DataError, match=r"(?s)talks:2 is too long for the model: .* 128 of them"):
         evaluate(model, tokenizer, Asked(answer_alone), MEMORY, only=("state",), folder=tmp_path / "records")
-    assert not (tmp_path / "records").exists()  # a run that asked nothing leaves nothing
+    assert not (tmp_path / "records").exists()  # a run without questions writes nothing
 
 
 def test_an_item_can_limit_the_length_of_its_answer(model, tokenizer, task):
-    """Its answer equals that of a task with this limit for all; the other answers are unchanged."""
+    """The answer equals that of a task with this limit for all items. The other answers are unchanged."""
     short = Asked(task.items())
     short.max_new_tokens = 2
     mixed = Asked([replace(each, new_tokens=2 if number % 2 else None) for number, each in enumerate(task.items())])
@@ -261,7 +261,7 @@ def test_an_item_can_limit_the_length_of_its_answer(model, tokenizer, task):
 
 
 class Counted(Asked):
-    """Right in a known share of the cases: the answer is the name of the condition."""
+    """A task with known scores, since the answer is the name of the condition."""
 
     def score(self, item, answer):
         right = {"state": 30, "full_context": 40}.get(answer, 0)
@@ -283,7 +283,7 @@ def test_scores_are_counted_by_condition_and_group(model, tokenizer, monkeypatch
 
 
 def test_a_hybrid_model_is_evaluated(tokenizer, task):
-    """Its convolutions keep more than keys and values."""
+    """The model's convolutions keep more than keys and values."""
     model = tiny_model("lfm2", vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4)))
     found = evaluate(model, tokenizer, task, MEMORY)

@@ -34,7 +34,7 @@ def test_the_interval_of_a_mean():
 
 
 def test_repeated_questions_of_a_history_do_not_narrow_the_interval():
-    """Ten copies of every question: as sure as without them."""
+    """Ten copies of every question leave the interval as wide as without them."""
     scores = [float(number % 2) for number in range(40)]
     once = estimate(scores, ALONE[:40])
     copied = estimate(scores * 10, ALONE[:40] * 10)
@@ -49,7 +49,7 @@ def test_the_mean_is_over_questions_when_histories_differ_in_size():
 
 
 def test_the_paired_test_matches_enumeration():
-    """All signs of six histories, counted one by one."""
+    """The reference counts all signs of six histories one by one."""
     ours, theirs = [0.9, 0.8, 0.7, 0.9, 0.3, 0.6], [0.2, 0.5, 0.6, 0.4, 0.4, 0.1]
     apart = np.subtract(ours, theirs)
     signs = np.array(list(itertools.product([-1, 1], repeat=6)))
@@ -72,7 +72,7 @@ def test_the_verdict_in_words():
     assert (
         verdict("donor state", Difference(0.21, 0.17, 0.25, 0.001, 40)) == "the state adds 0.21 ± 0.04 over donor state"
     )
-    cut = Difference(1.0, 0.5, 1.0, 0.03, 6)  # where the scale ends
+    cut = Difference(1.0, 0.5, 1.0, 0.03, 6)  # at the end of the scale
     assert verdict("donor state", cut) == "the state adds 1.00 ± 0.50 over donor state"
     assert verdict("full context", Difference(-0.1, -0.2, 0.0, 0.01, 40)).startswith("the state costs 0.10 ± 0.10")
     unclear = verdict("full context", Difference(0.01, -0.03, 0.05, 0.4, 40))
@@ -82,7 +82,7 @@ def test_the_verdict_in_words():
 
 
 def test_an_interval_is_compared_with_a_margin():
-    """The whole interval counts, on either side of 0; its ends may touch the margin from within."""
+    """The whole interval counts, on either side of 0, and its ends may equal the margin."""
     for low, high, place in (
         (0.11, 0.3, BEYOND),
         (-0.3, -0.11, BEYOND),
@@ -111,14 +111,14 @@ def test_the_verdict_names_the_margin():
 
 
 def test_is_clear_uses_the_test_or_else_the_interval():
-    """The test decides where there was one, and enough histories for it; else the interval."""
+    """The test decides if there is one with enough histories, and otherwise the interval."""
     assert is_clear(-0.1, 0.3, 0.04, FEWEST) and not is_clear(0.1, 0.3, 0.06, FEWEST)
     assert not is_clear(0.1, 0.3, 0.04, FEWEST - 1) and not Difference(0.2, 0.1, 0.3, 0.04, FEWEST - 1).is_clear
     assert is_clear(0.1, 0.3, None, None) and is_clear(-0.3, -0.1, None, 9) and not is_clear(0.0, 0.3, None, None)
 
 
 def test_identical_scores_still_have_an_interval():
-    """The rule of three: of 30 histories that all fail, up to a tenth may succeed."""
+    """By the rule of three, up to a tenth may succeed if 30 of 30 histories fail."""
     never, always = estimate([0.0] * 30, ALONE[:30]), estimate([1.0] * 60, ALONE[:30] * 2)
     assert (never.mean, never.low, never.high) == (0.0, 0.0, pytest.approx(0.1))
     assert (always.mean, always.low, always.high) == (1.0, pytest.approx(0.9), 1.0)

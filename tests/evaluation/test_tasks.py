@@ -30,7 +30,7 @@ def test_facts_are_held_out_and_repeatable():
     assert items == Recall((4,), 50, seed=3).items() != Recall((4,), 50, seed=4).items()
     held_out = {fact.answer for _, facts in dialogues.SPLITS.values() for fact in facts}
     assert all(each.answers[0] in held_out for each in items)
-    assert all(each.answers[0] not in str(each.history) for each in items)  # told in other words
+    assert all(each.answers[0] not in str(each.history) for each in items)  # in other words
     for each in items:
         value = each.answers[0].rstrip(".").split()[-1]
         assert any(value in message["content"] for message in each.history[0])
@@ -51,19 +51,19 @@ def test_tasks_are_found_by_name():
     ):
         with pytest.raises(ConfigError, match=says):
             find_task(name, options)
-    with pytest.raises(TypeError, match="not iterable"):  # a bug of its own is not taken for wrong options
+    with pytest.raises(TypeError, match="not iterable"):  # a bug in the task is not reported as invalid options
         find_task("evaluation.asked:Asked", {"items": 3})
 
 
 def test_the_documented_task_runs(tmp_path, monkeypatch, checkpoint):
-    """Written to a file beside the data and asked by the command, from there."""
+    """The documented class is written to a file beside the data, and the command evaluates it."""
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     (tmp_path / "pets.py").write_text(text.split("### Your own")[1].split("```python\n")[1].split("```")[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), "adapter")
     options = ["adapter", "--task", "pets:Pets", "--data", "pets.jsonl", "--records", "answers", "--json"]
-    for _ in range(2):  # the second time, nothing is left to be asked
+    for _ in range(2):  # the second time, no question is left
         result = CliRunner().invoke(command, options)
         report = json.loads(result.stdout)
         assert report["task"] == "pets" and report["groups"] == ["dogs"] and report["questions"] == [2]
@@ -80,14 +80,14 @@ def test_the_documented_task_runs(tmp_path, monkeypatch, checkpoint):
         ("The Eiffel Tower!", "eiffel tower", 1, 1),
         ("  a  cat ", "Cat", 1, 1),
         ("in Paris, France", "Paris", 0, 2 * (1 / 3) * 1 / (1 / 3 + 1)),
-        ("red red blue", "red blue blue", 0, 2 / 3),  # each word as often as both have it
+        ("red red blue", "red blue blue", 0, 2 / 3),  # each word as often as both contain it
         ("yes it is", "yes", 0, 0),  # HotpotQA: yes and no are whole answers
         ("yes", "yes", 1, 1),
-        ("yes", "Yes, Minister", 0, 0),  # of both sides
+        ("yes", "Yes, Minister", 0, 0),  # on both sides
         ("no", "noanswer", 0, 0),
         ("NoAnswer!", "noanswer", 1, 1),
         ("", "Paris", 0, 0),
-        ("the", "an", 1, 0),  # nothing is left of either: SQuAD's exact match, and no word in common
+        ("the", "an", 1, 0),  # both are empty after normalisation: an exact match by SQuAD, and no common word
     ],
 )
 def test_metrics_match_the_published_ones(answer, right, same, f1):

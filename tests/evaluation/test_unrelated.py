@@ -28,7 +28,7 @@ QUESTIONS = "What is my dog's name?\n\n  Where do I live?  \nWhat is my name?\n"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Questions, and two conversations."""
+    """A file of questions, and one of two conversations."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "questions.txt").write_text(QUESTIONS)
     talks = [
@@ -64,8 +64,8 @@ def test_an_answer_is_right_if_the_base_gives_it(model, tokenizer, files):
         assert (
             scores(found, condition.name, "same") == same and scores(found, condition.name, "same_start") == same_start
         )
-    assert 0 in scores(found, "state", "same").values()  # or nothing has been seen to differ
-    assert set(scores(found, "zero_state", "same").values()) == {1.0}  # which corrects nothing
+    assert 0 in scores(found, "state", "same").values()  # or the test would show no difference
+    assert set(scores(found, "zero_state", "same").values()) == {1.0}  # which changes nothing
     rights = {record.item: record.right for record in found.records if record.condition == "state"}
     assert rights == {name: [answer] for name, answer in base.items()}
     some = evaluate(model, tokenizer, task, MEMORY, only=("state",))
@@ -170,5 +170,5 @@ def test_the_eval_commands_for_unrelated_texts(tmp_path, checkpoint, files):
         answer = CliRunner().invoke(command, [*shared, *options])
         assert answer.exit_code == 0, answer.output
         report = json.loads(answer.stdout)
-        assert report["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
+        assert report["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter changes nothing
         assert report["run"]["options"]["write"] is True and report["margin"] == 0.1

@@ -67,7 +67,7 @@ def test_likelihoods_match_a_loop_that_writes(model, tokenizer):
     unwritten = evaluate(model, tokenizer, task, MEMORY, only=("zero_state", "no_adapter"))
     means = [found.estimate(LOG_PROB, name).mean for name in ("zero_state", "no_adapter")]
     assert means[1] == unwritten.estimate(LOG_PROB, "no_adapter").mean
-    assert abs(means[0] - means[1]) > 100 * TOLERANCE  # zeros that are written into are not the base
+    assert abs(means[0] - means[1]) > 100 * TOLERANCE  # zeros after writing differ from the base
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def model(request, tokenizer):
 
 @torch.no_grad()
 def memories_one_by_one(model, tokenizer, sessions):
-    """Message by message, in a context that begins anew with each session."""
+    """The memories after writing message by message, with an empty context for each session."""
     memory = None
     by_messages = adapter_of(model).config.granularity == "message"
     for session in sessions:
@@ -62,7 +62,7 @@ def test_each_memory_holds_its_own_history(model, tokenizer, batch_size, chunk, 
 
 
 def test_each_session_starts_with_an_empty_context(model, tokenizer):
-    """In one session the second half sees the first, so it writes something else."""
+    """As one session, the second half would see the first one, and would write something else."""
     two = HISTORIES[2]
     subject = Subject.from_model(model, tokenizer)
     apart = memorise(subject, [two])

@@ -14,18 +14,18 @@ SOMEWHERE = -1  # a byte chosen at random
 
 @dataclass(frozen=True)
 class Fault:
-    """Each field is one thing that can go wrong; made by the functions below."""
+    """What goes wrong with a request, one field per fault. The functions below create them."""
 
-    reply: Reply | None = None  # instead of doing what is asked
-    delay: float = 0.0  # seconds before anything is done
-    cut_request: int | None = None  # read so many bytes of the body, then cut; nothing is done
-    cut_answer: int | None = None  # do what is asked, send so many bytes of the answer's body, then cut
-    unanswered: bool = False  # do what is asked, then cut
-    garbled: bool = False  # do what is asked, then answer with a page of somebody else's
+    reply: Reply | None = None  # instead of handling the request
+    delay: float = 0.0  # seconds before the request is handled
+    cut_request: int | None = None  # cut after this many bytes of the request's body, without handling it
+    cut_answer: int | None = None  # handle the request, then cut after this many bytes of the answer's body
+    unanswered: bool = False  # handle the request, then cut the connection
+    garbled: bool = False  # handle the request, then answer with an unrelated page
 
 
 def answer(status: int, error: str = "", **headers: str) -> Fault:
-    """Refuse with that status: `answer(429, "slow down", Retry_After="3")`."""
+    """Answer with this status: `answer(429, "slow down", Retry_After="3")`."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     body = json.dumps({"error": error}).encode() if error else b""
     return Fault(reply=Reply(status, {"Content-Type": "application/json", **named}, body))
@@ -37,7 +37,7 @@ def delay(seconds: float) -> Fault:
 
 
 def cut_request(after: int = SOMEWHERE) -> Fault:
-    """The connection breaks while the request's body is on its way: the server never has the whole of it."""
+    """The connection breaks during the upload, so that the server never gets the whole request body."""
     return Fault(cut_request=after)
 
 
@@ -48,17 +48,17 @@ def cut_answer(after: int = SOMEWHERE) -> Fault:
 
 
 def lose_answer() -> Fault:
-    """The server does what is asked, and nobody hears of it."""
+    """The server handles the request, but the answer is lost."""
     return Fault(unanswered=True)
 
 
 def garble_answer() -> Fault:
-    """The server does what is asked, and a proxy answers with a page of its own."""
+    """The server handles the request, and a proxy answers with its own page."""
     return Fault(garbled=True)
 
 
 class Faults:
-    """The faults to come. Of several that match, the one that was asked for first goes first."""
+    """The pending faults. If several match a request, the one that was added first applies."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -66,7 +66,7 @@ class Faults:
         self._waiting: list[tuple[Match, Fault, int | None]] = []
 
     def add(self, match: Match, how: Fault, times: int | None) -> None:
-        """For the next `times` requests that match; for all of them where it is None."""
+        """Add a fault for the next `times` requests that match, or for all of them if it is None."""
         with self._lock:
             self._waiting.append((match, how, times))
 
@@ -75,7 +75,7 @@ class Faults:
             self._waiting.clear()
 
     def take(self, request: Request) -> Fault:
-        """The fault of this request, used up; one with which nothing goes wrong if there is none."""
+        """Take the fault for this request, or one without any effect if there is none."""
         with self._lock:
             for position, (match, how, times) in enumerate(self._waiting):
                 if request.matches(match):

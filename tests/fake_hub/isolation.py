@@ -1,4 +1,4 @@
-"""A process, another or this one, that knows no Hub but the test's own."""
+"""Processes, including this one, that reach only the test's own Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import api
 from huggingface_hub.utils import _detect_agent, _http
 
-_OF_THE_CLIENT = ("HF_", "HUGGING", "TRANSFORMERS_")  # what variables that matter begin with
+_OF_THE_CLIENT = ("HF_", "HUGGING", "TRANSFORMERS_")  # prefixes of the variables that matter
 _PACKAGES = ("huggingface_hub", "transformers", "datasets")
 _LOCAL = ("127.0.0.1", "localhost")
 
@@ -27,7 +27,7 @@ def _matters(variable: str) -> bool:
 
 
 def environment(server: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
-    """The whole environment of a process that has `server` for its Hub and keeps what it fetches below `home`."""
+    """The whole environment of a process whose Hub is `server` and whose downloads go below `home`."""
     kept = {name: value for name, value in os.environ.items() if not _matters(name)}
     own = {
         "HF_ENDPOINT": server.endpoint,
@@ -42,13 +42,13 @@ def environment(server: HubServer, home: Path, token: str | None = None) -> dict
 
 
 def _move_home(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """Whatever module took a path below the real HF_HOME as it was imported has one below `home` instead."""
+    """Replace every path below the real HF_HOME that a module has stored at import by one below `home`."""
     real = constants.HF_HOME
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] in _PACKAGES]:
         for name, value in list(vars(module).items()):
             if isinstance(value, (str, Path)) and str(value).startswith(real):
                 patch.setattr(module, name, type(value)(str(value).replace(real, str(home), 1)))
-    # These may be elsewhere, where a variable of their own says so.
+    # Variables of their own may place these elsewhere.
     for name, file in (("HF_HUB_CACHE", "hub"), ("HF_TOKEN_PATH", "token"), ("HF_STORED_TOKENS_PATH", "stored_tokens")):
         patch.setattr(constants, name, str(home / file))
 
@@ -57,7 +57,7 @@ def _move_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     real = constants.ENDPOINT
     patch.setattr(api, "endpoint", endpoint)  # the functions of the package are its methods
     if "transformers.utils.hub" in sys.modules:
-        patch.setattr("transformers.utils.hub._hf_api", None)  # its client, made at first use and kept
+        patch.setattr("transformers.utils.hub._hf_api", None)  # its client, which is created at first use
     for module, name in (
         ("huggingface_hub.constants", "ENDPOINT"),
         ("huggingface_hub.constants", "HUGGINGFACE_CO_URL_TEMPLATE"),
@@ -70,7 +70,7 @@ def _move_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 
 def _refuse_the_network(patch: pytest.MonkeyPatch, sought: list[str]) -> None:
-    """No host but this one has an address; `sought` gets those that are looked for."""
+    """Resolve no host but this one, and append the names of others to `sought`."""
     look_up = socket.getaddrinfo
 
     def local_only(host, *args, **kwargs):

@@ -32,11 +32,11 @@ class Request:
     Attributes:
         method: GET, HEAD, POST, PUT or DELETE.
         target: path and query as they were sent.
-        headers: the case of a name is of no matter.
-        storage: asked of the storage and not of the Hub itself.
-        body: as much of it as was read.
-        status: what was answered; None where the connection was cut before.
-        file: `owner/name/path` of the file whose content was asked for.
+        headers: names are not case-sensitive.
+        storage: whether it went to the storage instead of the Hub itself.
+        body: the part of it that was read.
+        status: of the answer; None if the connection was cut before.
+        file: `owner/name/path` of the file whose content was requested.
         cut_at: the byte of the request or of the answer's body at which a fault cut the connection.
     """
 
@@ -51,7 +51,7 @@ class Request:
 
     @property
     def raw_path(self) -> str:
-        """Still quoted: a branch may have slashes in its name."""
+        """The path, still quoted, because the name of a branch may contain slashes."""
         return urlsplit(self.target).path
 
     @property

@@ -15,8 +15,8 @@ from fake_hub.store import BRANCH, PULL_REQUEST, TAG, Blob, Commit, HubError, Re
 if TYPE_CHECKING:
     from fake_hub.server import HubServer
 
-_MANY_PATHS = 1000  # more paths in one request are refused
-_LICENSES = frozenset(  # of the many that the Hub knows
+_MANY_PATHS = 1000  # limit of paths per request
+_LICENSES = frozenset(  # some of the many that the Hub knows
     "apache-2.0 mit openrail bsd-3-clause cc-by-4.0 cc-by-sa-4.0 cc0-1.0 gemma gpl-3.0 llama3 llama3.1 llama3.2 "
     "llama3.3 llama4 other unknown".split()
 )
@@ -36,7 +36,7 @@ def whoami(hub: HubServer, request: Request) -> Reply:
 
 @route("GET", "/api/agent-harnesses")
 def agent_harnesses(hub: HubServer, request: Request) -> Reply:
-    """The client asks for this once a day."""
+    """The client requests this once a day."""
     return as_json({"standardEnvVars": [], "harnesses": {}})
 
 
@@ -87,7 +87,7 @@ def root(hub: HubServer, request: Request, kind: str, id: str, revision: str) ->
 
 @route("GET", "/api/{repo}/tree/{revision}/{path}")
 def tree(hub: HubServer, request: Request, kind: str, id: str, revision: str, path: str) -> Reply:
-    """A page of a folder's entries; the Link header has where the next one is."""
+    """A page of a folder's entries. The Link header has the address of the next page."""
     commit = readable(hub, request, kind, id).resolve(revision)
     entries = commit.tree(path.strip("/"), request.flag("recursive"))
     start = int(request.query.get("cursor", 0))
@@ -101,7 +101,7 @@ def tree(hub: HubServer, request: Request, kind: str, id: str, revision: str, pa
 
 @route("POST", "/api/{repo}/paths-info/{revision}")
 def paths_info(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
-    """Entries of the paths that exist; nothing is said of the others."""
+    """The entries of the paths that exist; the others are left out."""
     commit = readable(hub, request, kind, id).resolve(revision)
     requested = parse_qs(request.body.decode()).get("paths", [])
     if len(requested) > _MANY_PATHS:
@@ -125,7 +125,7 @@ def refs(hub: HubServer, request: Request, kind: str, id: str) -> Reply:
 
 @route("GET", "/api/{repo}/commits/{revision}")
 def commits(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
-    """The newest first."""
+    """The commits, newest first."""
     repo = readable(hub, request, kind, id)
     found: list[Commit] = [repo.resolve(revision)]
     while found[-1].parent:
@@ -155,7 +155,7 @@ def discussion(hub: HubServer, request: Request, kind: str, id: str, number: str
 
 @route("GET", "/{web}/resolve/{revision}/{path}")
 def resolve(hub: HubServer, request: Request, kind: str | None, id: str, revision: str, path: str) -> Reply:
-    """A file: itself if git has it, else where in the storage it is."""
+    """A file: its content if git has it, otherwise its address in the storage."""
     repo = downloadable(hub, request, kind, id)
     commit = repo.resolve(revision)
     blob = commit.files.get(path)
@@ -171,7 +171,7 @@ def resolve(hub: HubServer, request: Request, kind: str | None, id: str, revisio
 
 @route("GET", "/download/{repo}/{sha256}/{path}")
 def download(hub: HubServer, request: Request, kind: str, id: str, sha256: str, path: str) -> Reply:
-    """From the storage. Its addresses are signed: whoever has one may have the file, and a token is refused."""
+    """A file from the storage. Its addresses are signed and work for anyone; requests with a token are rejected."""
     if "Authorization" in request.headers:
         raise HubError(400, "Only one auth mechanism allowed")
     repo = hub.repositories[kind, id]
@@ -180,7 +180,7 @@ def download(hub: HubServer, request: Request, kind: str, id: str, sha256: str, 
 
 
 def _content(request: Request, repo: Repository, path: str, blob: Blob, headers: dict[str, str]) -> Reply:
-    """The whole of a file, or the range of it that was asked for."""
+    """The whole file, or the requested range."""
     request.file = f"{repo.id}/{path}"
     headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
@@ -195,7 +195,7 @@ def _content(request: Request, repo: Repository, path: str, blob: Blob, headers:
 
 
 def front_matter(card: str) -> Any:
-    """The YAML on top of a model card; None where there is none."""
+    """The YAML at the top of a model card, or None."""
     found = re.match(r"\s*---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
     return yaml.safe_load(found[1]) if found else None
 
@@ -213,7 +213,7 @@ def validate_yaml(hub: HubServer, request: Request) -> Reply:
 
 
 def _wrong_metadata(data: dict[str, Any]) -> Iterator[str]:
-    """A few of the rules: those by which a card is refused most easily."""
+    """The most common of the rules by which the Hub rejects a card."""
 
     def texts(name: str) -> list[Any]:
         value = data.get(name, [])

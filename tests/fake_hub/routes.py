@@ -21,7 +21,7 @@ _PARTS = {
 }
 _Route = Callable[..., Reply]
 _routes: list[tuple[str, re.Pattern[str], _Route]] = []
-STORAGE = ("/upload/", "/download/")  # what the storage answers, the Hub does not
+STORAGE = ("/upload/", "/download/")  # answered by the storage, not by the Hub
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Account:
     """The owner of a token and its permissions."""
 
     name: str
-    role: str = "write"  # or read
+    role: str = "write"  # or only to read
     orgs: tuple[str, ...] = ()
 
 
 def route(method: str, template: str) -> Callable[[_Route], _Route]:
-    """Have a function answer `method` at the paths of `template`, given their parts unquoted."""
+    """Register a function for `method` at the paths of `template`, whose unquoted parts it gets."""
     pattern = re.sub(r"\{(\w+)\}", lambda part: _PARTS.get(part[1], rf"(?P<{part[1]}>[^/]+)"), template)
 
     def register(answer: _Route) -> _Route:
@@ -45,7 +45,7 @@ def route(method: str, template: str) -> Callable[[_Route], _Route]:
 
 
 def dispatch(hub: HubServer, request: Request) -> Reply:
-    """The reply to a request; requests that are not modelled get 501, which no client retries."""
+    """The reply to a request. Unknown requests get status 501, which no client retries."""
     asked = "GET" if request.method == "HEAD" else request.method
     if request.storage == request.raw_path.startswith(STORAGE):
         for method, pattern, answer in _routes:
@@ -68,19 +68,19 @@ def _belongs_to(repo: Repository, who: Account | None) -> bool:
 
 
 def readable(hub: HubServer, request: Request, kind: str | None, name: str) -> Repository:
-    """The repository, if the one who asks may know that it is there."""
+    """The repository, if the account may see that it exists."""
     who = account(hub, request)
     repo = hub.repositories.get((kind or "models", name))
     if repo is None or (repo.private and not _belongs_to(repo, who)):
-        # Nobody learns whether a private repository exists. The client tells this 401 by its address, but only under
-        # https; the code has it do the same here.
+        # The existence of a private repository is secret. The client recognises this 401 by its address, but only under
+        # https; the error code makes it do the same here.
         status, message = (404, "Repository not found") if who else (401, "Invalid username or password.")
         raise HubError(status, message, "RepoNotFound")
     return repo
 
 
 def downloadable(hub: HubServer, request: Request, kind: str | None, name: str) -> Repository:
-    """The repository, if the one who asks may have its files."""
+    """The repository, if the account may download its files."""
     repo, who = readable(hub, request, kind, name), account(hub, request)
     if repo.gated and not _belongs_to(repo, who) and (who is None or who.name not in repo.granted):
         message = f"Access to {'model' if repo.kind == 'models' else 'dataset'} {repo.id} is restricted"
@@ -101,7 +101,7 @@ def writer(hub: HubServer, request: Request) -> Account:
 def writable(
     hub: HubServer, request: Request, kind: str | None, name: str, pull_request: bool = False
 ) -> tuple[Repository, Account]:
-    """The repository and who asks, if they may write to it; a pull request may come from anyone who can read it."""
+    """The repository and the account, if it may write. Anyone who can read it may open a pull request."""
     repo = readable(hub, request, kind, name)
     if account(hub, request) is None:
         raise HubError(401, "Invalid username or password.", "RepoNotFound")  # as in `readable`

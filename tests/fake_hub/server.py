@@ -21,13 +21,13 @@ TOKENS = {"hf_write": Account("someone"), "hf_read": Account("someone", "read"),
 
 
 class HubServer:
-    """The Hub while its context lasts.
+    """A Hub that runs until its context ends.
 
-    Large files are at an address of their own, as on the real Hub: no token goes there.
+    Large files have another address, as on the real Hub, to which no token is sent.
 
     Args:
-        tokens: whose each token is.
-        seed: of the bytes at which faults cut a connection.
+        tokens: the account of each token.
+        seed: for the bytes at which faults cut a connection.
         multipart_size: larger files are uploaded in parts.
         part_size: bytes of a part.
         page_size: entries on a page of a tree.
@@ -48,8 +48,8 @@ class HubServer:
         self.uploads: dict[str, Upload] = {}
         self.requests: list[Request] = []
         self.faults = Faults(seed)
-        self.errors: list[BaseException] = []  # of the server itself
-        # Filled by the fixture `hub`: seconds for which the client would have slept, hosts that it looked for in vain.
+        self.errors: list[BaseException] = []  # errors of the server itself
+        # Filled by the fixture `hub`: seconds for which the client would have slept, hosts that it could not resolve.
         self.waits: list[float] = []
         self.sought: list[str] = []
         self.closing = threading.Event()
@@ -70,7 +70,7 @@ class HubServer:
         if kind is None and self.errors:
             raise self.errors[0]
 
-    # What tests put in and look at
+    # Set up and inspected by tests
 
     def add_repo(
         self,
@@ -83,7 +83,7 @@ class HubServer:
         gated: bool = False,
         granted: tuple[str, ...] = (),
     ) -> str:
-        """Commit `files`, and nothing beside them, onto a branch; what is not there yet is created. The commit's id."""
+        """Commit exactly `files` to a branch, and create what is missing. Returns the commit's id."""
         if isinstance(files, Path):
             below = [path for path in files.rglob("*") if path.is_file()]
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in below}
@@ -112,15 +112,15 @@ class HubServer:
         return [request for request in list(self.requests) if request.matches(match)]
 
     def fetched(self) -> list[str]:
-        """`owner/name/path` of every file whose content was asked for."""
+        """`owner/name/path` of every file whose content was requested."""
         return [request.file for request in self.asked("^GET ") if request.file]
 
     def fail(self, match: Match, how: Fault, times: int | None = 1) -> None:
-        """Have the next `times` requests that match go wrong; all of them where `times` is None."""
+        """Make the next `times` matching requests fail, or all of them if `times` is None."""
         self.faults.add(match, how, times)
 
     def answer(self, request: Request) -> Reply:
-        """One request after the other: nobody sees half a commit."""
+        """Answer requests sequentially, so that no one sees half a commit."""
         with self._lock:
             try:
                 return dispatch(self, request)
@@ -140,14 +140,14 @@ class _Listener(ThreadingHTTPServer):
         self.hub, self.storage = hub, storage
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client may go away; anything else is the server's own fault, and the test's to hear of."""
+        """Ignore clients that disconnect. Any other error is the server's own, and the test reports it."""
         error = sys.exc_info()[1]
         if error is not None and not isinstance(error, ConnectionError):
             self.hub.errors.append(error)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """HTTP itself. Every connection serves one request: none is left open when the server goes."""
+    """The HTTP part. Every connection serves one request, so that none is open when the server ends."""
 
     protocol_version = "HTTP/1.1"
     server: _Listener

@@ -18,14 +18,14 @@ LFS_PATTERNS = tuple(
     "*.parquet *.pb *.pickle *.pkl *.pt *.pth *.rar *.safetensors *.tar *.tflite *.tgz *.wasm *.xz *.zip *.zst "
     "*tfevents*".split()
 )
-LFS_SIZE = 10 << 20  # a larger file goes to large-file storage whatever it is
+LFS_SIZE = 10 << 20  # larger files always go to large-file storage
 BRANCH = "refs/heads/"
 TAG = "refs/tags/"
 PULL_REQUEST = "refs/pr/"
 
 
 class HubError(Exception):
-    """An error of the Hub; `code` is its X-Error-Code, by which the client chooses the exception."""
+    """An error of the Hub. `code` is its X-Error-Code, from which the client chooses the exception."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] = MappingProxyType({})
@@ -48,7 +48,7 @@ def belongs_in_lfs(path: str, sample: bytes, size: int) -> bool:
 
 @dataclass(frozen=True)
 class Blob:
-    """A file of a commit; git itself has but a pointer to it where it is in large-file storage."""
+    """A file of a commit. If it is in large-file storage, git itself has only a pointer to it."""
 
     content: bytes
     lfs: bool
@@ -81,7 +81,7 @@ class Blob:
 
 
 def as_blob(path: str, content: bytes) -> Blob:
-    """Stored as the client is told to send it; an empty file is never sent as a large one."""
+    """The file, stored in the way in which the client must send it. An empty file is never a large one."""
     return Blob(content, bool(content) and belongs_in_lfs(path, content[:512], len(content)))
 
 
@@ -128,7 +128,7 @@ class Repository:
     id: str
     private: bool = False
     gated: bool = False
-    granted: frozenset[str] = frozenset()  # who may download from a gated repository, beside its owner
+    granted: frozenset[str] = frozenset()  # accounts that may download from a gated repository, besides its owner
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # large files by SHA-256
@@ -158,7 +158,7 @@ class Repository:
     def commit(
         self, ref: str, files: Mapping[str, Blob], message: str, parent: str | None, description: str = "", by: str = ""
     ) -> Commit:
-        """Put a new commit onto `ref`, which need not exist yet."""
+        """Add a commit to `ref`, which is created if needed."""
         digested = [self.kind, self.id, str(parent), message, str(len(self.commits))]
         digested += [f"{path} {blob.oid}" for path, blob in sorted(files.items())]
         new = Commit(git_oid("commit", "\n".join(digested).encode()), parent, dict(files), message, description, by)
@@ -168,7 +168,7 @@ class Repository:
         return new
 
     def discuss(self, title: str, author: str, description: str = "", is_pull_request: bool = True) -> int:
-        """Open a discussion; its number."""
+        """Open a discussion, and return its number."""
         number = len(self.discussions) + 1
         self.discussions.append(
             {

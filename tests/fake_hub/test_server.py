@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
-BIG = bytes(1_300_000)  # above what is sent whole
+BIG = bytes(1_300_000)  # larger than files that are sent whole
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_committed_files_are_read_back(hub, api, tmp_path):
     fetched = read(snapshot("someone/new"))
     assert fetched.pop(".gitattributes") and fetched == own
     assert Path(hf_hub_download("someone/new", "onnx/model.onnx.data")).read_bytes() == BIG
-    not_empty = [path for path, content in own.items() if content]  # the client fetches no others
+    not_empty = [path for path, content in own.items() if content]  # the client downloads no others
     assert sorted(hub.fetched()) == sorted(f"someone/new/{path}" for path in [*not_empty, ".gitattributes"])
     assert all(request.status == 302 for request in hub.asked(r"/resolve/.*\.safetensors"))
 
@@ -138,7 +138,7 @@ def test_existing_files_are_not_sent_again(hub, api):
     assert commit(api, SMALL | LARGE).oid == first == hub.head(REPO)
     assert not hub.asked("PUT") and not hub.asked("/commit/")
     commit(api, SMALL | LARGE | {"config.json": b"{}", "copy.safetensors": WEIGHTS})
-    assert not hub.asked("PUT")  # the copy's content is there under another name
+    assert not hub.asked("PUT")  # the copy's content exists under another name
     assert sent(hub) == [("file", "config.json"), ("lfsFile", "copy.safetensors")]
     commit(api, {"adapter.safetensors": WEIGHTS + b"\0"})
     assert [request.size for request in hub.asked("PUT")] == [len(WEIGHTS) + 1]

@@ -160,7 +160,7 @@ def _actions(hub: HubServer, upload: Upload) -> dict[str, Any]:
 
 @route("PUT", "/upload/{key}/{part}")
 def put(hub: HubServer, request: Request, key: str, part: str) -> Reply:
-    """To the storage, whose addresses are signed: a token is refused, and so is a body of unknown length."""
+    """Upload to the storage. Its addresses are signed: a token is rejected, and so is a body of unknown length."""
     if "Authorization" in request.headers:
         raise HubError(400, "Only one auth mechanism allowed")
     if "Content-Length" not in request.headers:
@@ -202,7 +202,7 @@ def verify(hub: HubServer, request: Request, kind: str | None, id: str) -> Reply
 
 @route("POST", "/api/{repo}/commit/{revision}")
 def commit(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
-    """All of a commit or nothing of it."""
+    """Apply a whole commit, or nothing."""
     as_pull_request = request.flag("create_pr")
     repo, who = writable(hub, request, kind, id, as_pull_request)
     header, *operations = _operations(request)
@@ -221,7 +221,7 @@ def commit(hub: HubServer, request: Request, kind: str, id: str, revision: str) 
 
 
 def _operations(request: Request) -> list[Any]:
-    """The header, and what is to be done as pairs of a name and its values."""
+    """The header, and the operations as pairs of a name and its values."""
     lines = [json.loads(line) for line in request.body.splitlines() if line]
     if not lines or lines[0]["key"] != "header" or not lines[0]["value"].get("summary"):
         raise HubError(400, "A commit begins with a header that has a summary")
@@ -229,7 +229,7 @@ def _operations(request: Request) -> list[Any]:
 
 
 def _place(repo: Repository, revision: str, parent: str | None, as_pull_request: bool) -> tuple[str, Commit]:
-    """The ref that a commit goes onto and the commit that it follows."""
+    """The ref to which a commit is added, and the commit before it."""
     head, ref = repo.resolve(revision), repo.ref(revision)
     if parent and as_pull_request:  # it may start from an old commit
         return "", repo.resolve(parent)
@@ -260,7 +260,7 @@ def _change(repo: Repository, files: dict[str, Blob], name: str, value: dict[str
 
 
 def _check_path(files: dict[str, Blob], path: str) -> None:
-    """Refuse what no git tree can have."""
+    """Raise for a path that no git tree can have."""
     parts = path.split("/")
     if not all(parts) or {".", "..", ".git"} & set(parts):
         raise HubError(400, f"Invalid path: {path}")
@@ -281,7 +281,7 @@ def _regular(value: dict[str, Any]) -> Blob:
 
 
 def _large(repo: Repository, value: dict[str, Any]) -> Blob:
-    """A large file, which must be there already; one that is copied comes without its size."""
+    """A large file, which must have been uploaded. Copied files come without a size."""
     content = repo.objects.get(value["oid"])
     if value["algo"] != "sha256" or content is None:
         raise HubError(400, f"The LFS pointer of {value['path']} points to a file that does not exist")
