@@ -70,7 +70,7 @@ def stage(without: set[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory) -> dict[str, set[str]]:
+def imported_modules(tmp_path_factory) -> dict[str, set[str]]:
     """The modules that each import loads, measured once for all of pytest-xdist's workers."""
     stages = [[module for module, without in CASES if stage(without) == n] for n in range(len(LIBRARIES) + 1)]
 
@@ -87,8 +87,8 @@ def imported(tmp_path_factory) -> dict[str, set[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "without"), CASES)
-def test_a_room_does_not_import_heavy_libraries(imported, module, without):
-    assert not without & imported[module]
+def test_a_room_does_not_import_heavy_libraries(imported_modules, module, without):
+    assert not without & imported_modules[module]
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def no_deprecation():
 
 
 @pytest.fixture(scope="module")
-def trained(workspace):
+def adapter(workspace):
     """An adapter after a few steps."""
     recipe = workspace / "recipe.yaml"
     recipe.write_text(
@@ -88,10 +88,10 @@ def test_attach_generate_save_load(workspace):
     assert torch.equal(model(**ids).logits, plain)
 
 
-def test_train(deltamem, workspace, trained):
+def test_train(deltamem, workspace, adapter):
     right(deltamem("patch", "builtin:backbone", "--out", workspace / "fresh", "--state-heads", 4))
-    assert trained["steps"] == STEPS
-    report = json.loads(right(deltamem("inspect", trained["adapter"], "--json")).out)
+    assert adapter["steps"] == STEPS
+    report = json.loads(right(deltamem("inspect", adapter["adapter"], "--json")).out)
     assert report["kind"] == "adapter"
 
 
@@ -110,9 +110,9 @@ def test_export_and_run(deltamem, workspace):
     assert "Bella" in answer
 
 
-def test_push_and_pull(deltamem, workspace, trained, hub, monkeypatch):
+def test_push_and_pull(deltamem, workspace, adapter, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_write")
-    pushed = right(deltamem("push", trained["adapter"], "someone/memory", "--license", "apache-2.0", "--json"))
+    pushed = right(deltamem("push", adapter["adapter"], "someone/memory", "--license", "apache-2.0", "--json"))
     assert json.loads(pushed.out)["commit"] == hub.head("someone/memory")
     pulled = json.loads(right(deltamem("pull", "someone/memory", "--out", workspace / "pulled", "--json")).out)
     assert pulled["adapter"] and (workspace / "pulled" / "deltamem.safetensors").is_file()

@@ -27,7 +27,7 @@ def expected():
 
 
 @pytest.fixture
-def untouched():
+def unchanged_fixture():
     """Checks that nothing writes into the fixture."""
 
     def content():
@@ -42,7 +42,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, torch.tensor(expected).view(found.shape), rtol=0, atol=TOLERANCE)
 
 
-def test_an_adapter_of_format_1_gives_the_same_results(untouched, expected):
+def test_an_adapter_of_format_1_gives_the_same_results(unchanged_fixture, expected):
     model = load(FIXTURE / "adapter", base=str(FIXTURE / "base"))
     assert adapter_of(model).fingerprint == expected["fingerprint"]
     cache = MemoryCache(model)
@@ -55,7 +55,7 @@ def test_an_adapter_of_format_1_gives_the_same_results(untouched, expected):
         assert_close(cache.memory.open_segments[layer], expected["open_segments"][str(layer)])
 
 
-def test_a_memory_of_format_1_can_be_continued(untouched, expected):
+def test_a_memory_of_format_1_can_be_continued(unchanged_fixture, expected):
     model = load(FIXTURE / "adapter", base=str(FIXTURE / "base"))
     memory = MemoryState.load(FIXTURE / "memory.safetensors")
     assert list(memory.layers) == [0, 1]

@@ -19,8 +19,8 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def refused(tmp_path, deltamem):
-    """`refused(base, *words)` checks that patching `base` fails with these words and writes nothing."""
+def assert_patch_fails(tmp_path, deltamem):
+    """`assert_patch_fails(base, *words)` checks that patching `base` fails with these words and writes nothing."""
 
     def check(base: Path, *words: str) -> None:
         before = listing(tmp_path)
@@ -38,13 +38,13 @@ def base(tmp_path):
 
 
 @pytest.fixture
-def pieces(tmp_path):
+def sharded_checkpoint(tmp_path):
     tiny_model().save_pretrained(tmp_path / "pieces", max_shard_size="20KB")
     return tmp_path / "pieces"
 
 
 @pytest.fixture
-def as_bin(base):
+def torch_checkpoint(base):
     weights = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     torch.save(weights, base / "pytorch_model.bin")
@@ -61,67 +61,67 @@ def change(folder: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
-def test_an_encoder_is_rejected(kind, refused, tmp_path):
+def test_an_encoder_is_rejected(kind, assert_patch_fails, tmp_path):
     config = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     kind(config).save_pretrained(tmp_path / "base")
-    refused(tmp_path / "base", "bert", kind.__name__)
+    assert_patch_fails(tmp_path / "base", "bert", kind.__name__)
 
 
-def test_a_state_space_model_is_rejected(refused, tmp_path):
+def test_a_state_space_model_is_rejected(assert_patch_fails, tmp_path):
     config = MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=32)
     MambaForCausalLM(config).save_pretrained(tmp_path / "base")
-    refused(tmp_path / "base", "mamba", "ttention")
+    assert_patch_fails(tmp_path / "base", "mamba", "ttention")
 
 
-def test_a_diffusion_pipeline_is_rejected(refused, tmp_path):
+def test_a_diffusion_pipeline_is_rejected(assert_patch_fails, tmp_path):
     (tmp_path / "base" / "unet").mkdir(parents=True)
     (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     save_file({"conv_in.weight": torch.zeros(2)}, tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors")
-    refused(tmp_path / "base", "diffusion", "model_index.json", "such as Qwen3")
+    assert_patch_fails(tmp_path / "base", "diffusion", "model_index.json", "such as Qwen3")
 
 
 @pytest.mark.parametrize(
     ("model_type", "near"),
     [("qwen33", "qwen3"), ("lama", "llama"), ("bertt", "bert"), ("xyzzy-9", "No architecture of transformers")],
 )
-def test_an_unknown_model_type_is_rejected(refused, base, model_type, near):
-    refused(change(base, model_type=model_type), repr(model_type), "not known", near, "update transformers")
+def test_an_unknown_model_type_is_rejected(assert_patch_fails, base, model_type, near):
+    assert_patch_fails(change(base, model_type=model_type), repr(model_type), "not known", near, "update transformers")
 
 
 @pytest.mark.parametrize("value", [..., None, 3, ["qwen3"]])
-def test_a_config_without_a_model_type_is_rejected(refused, base, value):
-    refused(change(base, model_type=value), "base", "model_type", "another folder")
+def test_a_config_without_a_model_type_is_rejected(assert_patch_fails, base, value):
+    assert_patch_fails(change(base, model_type=value), "base", "model_type", "another folder")
 
 
-def test_an_empty_folder_is_rejected(refused, tmp_path):
+def test_an_empty_folder_is_rejected(assert_patch_fails, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "not a checkpoint", "config.json")
+    assert_patch_fails(tmp_path / "empty", "not a checkpoint", "config.json")
 
 
-def test_an_invalid_config_is_rejected(refused, base):
-    refused(change(base, hidden_size="wide"), "config.json", "hidden_size")
+def test_an_invalid_config_is_rejected(assert_patch_fails, base):
+    assert_patch_fails(change(base, hidden_size="wide"), "config.json", "hidden_size")
 
 
 # Weights that are cut short
 
 
 @pytest.mark.parametrize("keeps", [0, 5, 300, -1])
-def test_a_truncated_file_is_rejected(refused, base, keeps):
+def test_a_truncated_file_is_rejected(assert_patch_fails, base, keeps):
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keeps])
-    refused(base, "model.safetensors", "cut short", "again")
+    assert_patch_fails(base, "model.safetensors", "cut short", "again")
 
 
 @pytest.mark.parametrize("keeps", [None, 100, -1])
 @pytest.mark.parametrize("which", [0, -1])
-def test_a_truncated_or_missing_shard_is_rejected(refused, pieces, keeps, which):
+def test_a_truncated_or_missing_shard_is_rejected(assert_patch_fails, sharded_checkpoint, keeps, which):
     """Covers each shard, whether or not `patch` has to read it."""
-    piece = sorted(pieces.glob("model-*.safetensors"))[which]
+    piece = sorted(sharded_checkpoint.glob("model-*.safetensors"))[which]
     content = piece.read_bytes()
     piece.unlink()
     if keeps is not None:
         piece.write_bytes(content[:keeps])
-    refused(pieces, piece.name, "again")
+    assert_patch_fails(sharded_checkpoint, piece.name, "again")
 
 
 @pytest.mark.parametrize(
@@ -137,48 +137,48 @@ def test_a_truncated_or_missing_shard_is_rejected(refused, pieces, keeps, which)
         '{"weight_map": {"lm_head.weight": "../base/model.safetensors"}}',
     ],
 )
-def test_a_damaged_index_is_rejected(refused, pieces, base, content):
-    (pieces / INDEX).write_text(content)
-    refused(pieces, INDEX, "not a weight index", "again")
+def test_a_damaged_index_is_rejected(assert_patch_fails, sharded_checkpoint, base, content):
+    (sharded_checkpoint / INDEX).write_text(content)
+    assert_patch_fails(sharded_checkpoint, INDEX, "not a weight index", "again")
 
 
-def test_an_index_that_names_the_wrong_files_is_rejected(refused, pieces):
-    index = json.loads((pieces / INDEX).read_text())
+def test_an_index_that_names_the_wrong_files_is_rejected(assert_patch_fails, sharded_checkpoint):
+    index = json.loads((sharded_checkpoint / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     index["weight_map"]["lm_head.weight"] = next(
         file for file in files if file != index["weight_map"]["lm_head.weight"]
     )
-    (pieces / INDEX).write_text(json.dumps(index))
-    refused(pieces, "lm_head.weight", "again")
+    (sharded_checkpoint / INDEX).write_text(json.dumps(index))
+    assert_patch_fails(sharded_checkpoint, "lm_head.weight", "again")
 
 
 @pytest.mark.parametrize("keeps", [0, 5, 3000, -1])
-def test_a_truncated_torch_file_is_rejected(refused, as_bin, keeps):
-    file = as_bin / "pytorch_model.bin"
+def test_a_truncated_torch_file_is_rejected(assert_patch_fails, torch_checkpoint, keeps):
+    file = torch_checkpoint / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[:keeps])
-    refused(as_bin, "pytorch_model.bin", "cut short", "again")
+    assert_patch_fails(torch_checkpoint, "pytorch_model.bin", "cut short", "again")
 
 
-def test_a_torch_file_that_would_run_code_is_rejected(refused, as_bin, tmp_path):
+def test_a_torch_file_that_would_run_code_is_rejected(assert_patch_fails, torch_checkpoint, tmp_path):
     class Runs:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
     for write in (lambda file: torch.save({"weight": Runs()}, file), lambda f: f.write_bytes(pickle.dumps(Runs()))):
-        write(as_bin / "pytorch_model.bin")
-        refused(as_bin, "pytorch_model.bin", "more than weights")
-    torch.save(["no", "names"], as_bin / "pytorch_model.bin")
-    refused(as_bin, "pytorch_model.bin", "not a mapping")
+        write(torch_checkpoint / "pytorch_model.bin")
+        assert_patch_fails(torch_checkpoint, "pytorch_model.bin", "more than weights")
+    torch.save(["no", "names"], torch_checkpoint / "pytorch_model.bin")
+    assert_patch_fails(torch_checkpoint, "pytorch_model.bin", "not a mapping")
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_checkpoint_without_weights_is_rejected(refused, base):
+def test_a_checkpoint_without_weights_is_rejected(assert_patch_fails, base):
     (base / "model.safetensors").unlink()
-    refused(base, "no safetensors weights", "pytorch_model.bin", "save_pretrained")
+    assert_patch_fails(base, "no safetensors weights", "pytorch_model.bin", "save_pretrained")
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"])
-def test_missing_weights_are_not_initialised_randomly(refused, base, tmp_path, lost):
+def test_missing_weights_are_not_initialised_randomly(assert_patch_fails, base, tmp_path, lost):
     """transformers would fill them with random numbers and only warn."""
     model = patched_model()
     save_adapter(model, tmp_path / "patched")
@@ -186,7 +186,7 @@ def test_missing_weights_are_not_initialised_randomly(refused, base, tmp_path, l
     del weights[lost]
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     if "q_proj" in lost:
-        refused(base, lost, "lacks")
+        assert_patch_fails(base, lost, "lacks")
     with pytest.raises(Exception, match="lacks 1 of its model's weights") as refusal:
         load(tmp_path / "patched", base=str(base))
     assert lost in str(refusal.value)

@@ -116,7 +116,7 @@ class OwnForCausalLM(Qwen3ForCausalLM):
 
 
 @pytest.fixture
-def with_code(tmp_path, monkeypatch):
+def checkpoint_with_code(tmp_path, monkeypatch):
     """A checkpoint with its architecture in its own Python file, and the file that appears when that code runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     base = save_checkpoint(tmp_path / "base")
@@ -131,8 +131,8 @@ def with_code(tmp_path, monkeypatch):
     return base, tmp_path / "ran"
 
 
-def test_remote_code_runs_only_with_trust_remote_code(with_code, tmp_path, deltamem):
-    base, ran = with_code
+def test_remote_code_runs_only_with_trust_remote_code(checkpoint_with_code, tmp_path, deltamem):
+    base, ran = checkpoint_with_code
     before = listing(tmp_path)
     result = deltamem("patch", base, "--out", tmp_path / "adapter")
     result.assert_short_error("own_model_of_this_test", "Python code", str(base), "--trust-remote-code", code=1)
@@ -150,8 +150,8 @@ def test_remote_code_runs_only_with_trust_remote_code(with_code, tmp_path, delta
     assert read_adapter(tmp_path / "again").base == read_adapter(tmp_path / "adapter").base
 
 
-def test_remote_code_of_a_known_architecture_is_not_needed(with_code, tmp_path):
-    base, ran = with_code
+def test_remote_code_of_a_known_architecture_is_not_needed(checkpoint_with_code, tmp_path):
+    base, ran = checkpoint_with_code
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "qwen3"}))
     assert_patched_is_attached(tiny_model(), base, tmp_path / "adapter")

@@ -150,8 +150,8 @@ def test_progress_is_shown_where_transformers_shows_its_own(gguf, capfd):
 
 
 @pytest.fixture
-def refused(tmp_path, deltamem):
-    """`refused(base, *words)` checks that patching `base` fails with these words and writes nothing."""
+def assert_patch_fails(tmp_path, deltamem):
+    """`assert_patch_fails(base, *words)` checks that patching `base` fails with these words and writes nothing."""
 
     def check(base, *words: str) -> None:
         before = listing(tmp_path)
@@ -162,48 +162,48 @@ def refused(tmp_path, deltamem):
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.999])
-def test_a_truncated_file_is_rejected(share, gguf, refused):
+def test_a_truncated_file_is_rejected(share, gguf, assert_patch_fails):
     content = gguf.read_bytes()
     gguf.write_bytes(content[: max(8, round(len(content) * share))])
-    refused(gguf, "tiny.gguf", "cut short", "fetch it again")
+    assert_patch_fails(gguf, "tiny.gguf", "cut short", "fetch it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", bytes(1000)])
-def test_a_file_of_another_format_is_rejected(content, gguf, refused):
+def test_a_file_of_another_format_is_rejected(content, gguf, assert_patch_fails):
     gguf.write_bytes(content)
-    refused(gguf, "is not a GGUF file", "does not begin with GGUF")
+    assert_patch_fails(gguf, "is not a GGUF file", "does not begin with GGUF")
 
 
-def test_an_unknown_architecture_is_rejected(gguf, refused):
+def test_an_unknown_architecture_is_rejected(gguf, assert_patch_fails):
     gguf.write_bytes(gguf.read_bytes().replace(b"llama", b"quux5"))
-    refused(gguf, "tiny.gguf", "quux5", "not supported", "original checkpoint")
+    assert_patch_fails(gguf, "tiny.gguf", "quux5", "not supported", "original checkpoint")
 
 
-def test_a_split_file_is_rejected(gguf, refused):
+def test_a_split_file_is_rejected(gguf, assert_patch_fails):
     part = gguf.rename(gguf.with_name("tiny-00001-of-00002.gguf"))
-    refused(part, "one of 2 parts", "llama-gguf-split --merge")
+    assert_patch_fails(part, "one of 2 parts", "llama-gguf-split --merge")
     shutil.copy(part, part.with_name("tiny-00002-of-00002.gguf"))
-    refused(part.parent, "one of 2 parts", "llama-gguf-split --merge")
-    refused("someone/tiny:tiny-00001-of-00002.gguf", "one of 2 parts")  # before anything is downloaded
+    assert_patch_fails(part.parent, "one of 2 parts", "llama-gguf-split --merge")
+    assert_patch_fails("someone/tiny:tiny-00001-of-00002.gguf", "one of 2 parts")  # before anything is downloaded
 
 
-def test_a_folder_with_several_files_is_rejected(gguf, refused):
+def test_a_folder_with_several_files_is_rejected(gguf, assert_patch_fails):
     shutil.copy(gguf, gguf.with_name("other.gguf"))
-    refused(gguf.parent, "several GGUF files", "other.gguf, tiny.gguf", "Pass one of the files")
+    assert_patch_fails(gguf.parent, "several GGUF files", "other.gguf, tiny.gguf", "Pass one of the files")
 
 
-def test_a_missing_file_is_rejected(gguf, refused):
-    refused(gguf.with_name("none.gguf"), "none.gguf")
+def test_a_missing_file_is_rejected(gguf, assert_patch_fails):
+    assert_patch_fails(gguf.with_name("none.gguf"), "none.gguf")
 
 
-def test_an_unknown_tensor_format_is_rejected(gguf, refused):
+def test_an_unknown_tensor_format_is_rejected(gguf, assert_patch_fails):
     """Integers instead of float32, by the number after the tensor's name and sizes."""
     content, name = bytearray(gguf.read_bytes()), b"blk.0.attn_q.weight"
     place = content.index(name) + len(name) + 4 + 2 * 8
     assert content[place] == GGMLQuantizationType.F32
     content[place] = GGMLQuantizationType.I32
     gguf.write_bytes(content)
-    refused(gguf, "weights in the format I32", "Q8_0")
+    assert_patch_fails(gguf, "weights in the format I32", "Q8_0")
 
 
 def test_missing_weights_are_rejected(tmp_path):
@@ -228,10 +228,10 @@ def test_an_invalid_tokenizer_raises(gguf):
         read_tokenizer(gguf)
 
 
-def test_metadata_that_contradicts_the_weights_is_rejected(tmp_path, refused):
+def test_metadata_that_contradicts_the_weights_is_rejected(tmp_path, assert_patch_fails):
     """The metadata give the width of Qwen3's heads, which transformers does not read."""
     tiny_gguf(tmp_path / "tiny.gguf", "qwen3", head_dim=16)
-    refused(tmp_path / "tiny.gguf", "blk.0.attn_q.weight is [64, 32]", "[512, 32]", "original checkpoint")
+    assert_patch_fails(tmp_path / "tiny.gguf", "blk.0.attn_q.weight is [64, 32]", "[512, 32]", "original checkpoint")
 
 
 def test_quantising_on_loading_raises(gguf):
@@ -244,7 +244,7 @@ def test_sharding_on_loading_raises(gguf):
         BaseCheckpoint(str(gguf)).load(distributed_config={"fsdp_size": 2})
 
 
-def test_the_missing_gguf_package_is_named(gguf, refused, monkeypatch):
+def test_the_missing_gguf_package_is_named(gguf, assert_patch_fails, monkeypatch):
     installed = sys.modules["deltamem_tool.io.installation"].version
 
     def version(name):
@@ -253,4 +253,4 @@ def test_the_missing_gguf_package_is_named(gguf, refused, monkeypatch):
         return installed(name)
 
     monkeypatch.setattr("deltamem_tool.io.installation.version", version)
-    refused(gguf, "needs gguf, which is not installed", "pip install 'deltamem-tool[gguf]'")
+    assert_patch_fails(gguf, "needs gguf, which is not installed", "pip install 'deltamem-tool[gguf]'")

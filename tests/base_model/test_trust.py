@@ -45,7 +45,7 @@ def memory(tmp_path):
 
 
 @pytest.fixture
-def loaded(monkeypatch):
+def load_calls(monkeypatch):
     """The names of the functions that have loaded weights of adapters or memories, or base models."""
     seen = []
     for owner, name in ((adapter_folder, "deserialize"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
@@ -83,10 +83,10 @@ def join(file, header, data):
     Path(file).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def test_valid_folders_load(folder, memory, loaded):
+def test_valid_folders_load(folder, memory, load_calls):
     load_it(folder)
     MemoryState.load(memory)
-    assert loaded == ["deserialize", "load", "load_file"]  # the adapter, its base, the memory
+    assert load_calls == ["deserialize", "load", "load_file"]  # the adapter, its base, the memory
 
 
 # Configs
@@ -114,11 +114,11 @@ def test_valid_folders_load(folder, memory, loaded):
         ("mechanism.alpha", float("inf"), "Infinity"),
     ],
 )
-def test_invalid_configs_raise_before_anything_is_loaded(folder, loaded, path, value, says):
+def test_invalid_configs_raise_before_anything_is_loaded(folder, load_calls, path, value, says):
     change(folder, path, value)
     with pytest.raises(AdapterError, match=says) as refusal:
         load_it(folder)
-    assert loaded == [] and "\x1b" not in str(refusal.value)
+    assert load_calls == [] and "\x1b" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_invalid_configs_raise_before_anything_is_loaded(folder, loaded, path, v
         ("1" * 5000, "not JSON"),
     ],
 )
-def test_hostile_configs_raise(folder, loaded, content, says):
+def test_hostile_configs_raise(folder, load_calls, content, says):
     (folder / CONFIG_FILE).write_text(content)
     with pytest.raises(AdapterError, match=says):
         load_it(folder)
-    assert loaded == []
+    assert load_calls == []
 
 
 def test_a_config_is_read_only_up_to_its_size_limit(tmp_path):
@@ -197,13 +197,13 @@ def overlapping(header, data):
         (lambda header, data: header.update(__metadata__={"a": 1}), DAMAGED),
     ],
 )
-def test_invalid_headers_raise_before_anything_is_loaded(folder, loaded, damage, says):
+def test_invalid_headers_raise_before_anything_is_loaded(folder, load_calls, damage, says):
     header, data = split(folder / WEIGHTS_FILE)
     damage(header, data)
     join(folder / WEIGHTS_FILE, header, data)
     with pytest.raises(AdapterError, match=says):
         load_it(folder)
-    assert loaded == []
+    assert load_calls == []
 
 
 @pytest.mark.parametrize(
@@ -219,22 +219,22 @@ def test_invalid_headers_raise_before_anything_is_loaded(folder, loaded, damage,
         (pickle.dumps({"layers": 1}), DAMAGED),
     ],
 )
-def test_files_that_are_not_weights_raise(folder, loaded, content, says):
+def test_files_that_are_not_weights_raise(folder, load_calls, content, says):
     (folder / WEIGHTS_FILE).write_bytes(content)
     with pytest.raises(AdapterError, match=says):
         load_it(folder)
-    assert loaded == []
+    assert load_calls == []
 
 
-def test_an_oversized_header_is_not_read(folder, loaded, monkeypatch):
+def test_an_oversized_header_is_not_read(folder, load_calls, monkeypatch):
     header, data = split(folder / WEIGHTS_FILE)
     join(folder / WEIGHTS_FILE, json.dumps(header).encode() + b" " * tensor_header.MAX_HEADER_BYTES, data)
     with pytest.raises(AdapterError, match="header is larger"):
         load_it(folder)
-    assert loaded == []
+    assert load_calls == []
 
 
-def test_an_adapter_for_wider_layers_raises_before_the_base_is_loaded(folder, loaded):
+def test_an_adapter_for_wider_layers_raises_before_the_base_is_loaded(folder, load_calls):
     """The config and the weights agree, and the base model's fingerprint matches, but its widths differ."""
     tensors = load_file(folder / WEIGHTS_FILE)
     for name, tensor in tensors.items():
@@ -243,7 +243,7 @@ def test_an_adapter_for_wider_layers_raises_before_the_base_is_loaded(folder, lo
     save_file(tensors, folder / WEIGHTS_FILE)
     with pytest.raises(AdapterError, match=r"is \[6, 17\], not \[6, 16\]"):
         load_it(folder)
-    assert loaded == []
+    assert load_calls == []
 
 
 def test_symbolic_links_of_the_hub_cache_are_followed(folder, tmp_path):
@@ -307,13 +307,13 @@ def test_a_memory_records_the_version_that_wrote_it(memory, tmp_path):
         (lambda h: h["__metadata__"].pop("adapter"), "no fingerprint"),
     ],
 )
-def test_memories_with_invalid_headers_raise(memory, loaded, damage, says):
+def test_memories_with_invalid_headers_raise(memory, load_calls, damage, says):
     header, data = split(memory)
     damage(header)
     join(memory, header, data)
     with pytest.raises(MemoryStateError, match=says):
         MemoryState.load(memory)
-    assert loaded == [] or says == "not square"
+    assert load_calls == [] or says == "not square"
 
 
 # Any byte

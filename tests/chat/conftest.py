@@ -15,6 +15,6 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def stopping(engine):
+def stopping_engine(engine):
     """Almost every second token ends an answer, so that hardly any answer reaches its maximum length."""
     return make_engine(frozenset(range(2, len(tiny_tokenizer()), 2)))

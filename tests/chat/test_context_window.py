@@ -29,17 +29,17 @@ from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.memories import take_rows
 
 
-def test_a_full_window_drops_the_oldest_turns(stopping):
+def test_a_full_window_drops_the_oldest_turns(stopping_engine):
     """The remaining turns are read again into an empty context, without writing, from the memory before the call."""
     window = 110
-    conversation = Conversation(stopping, window=window)
+    conversation = Conversation(stopping_engine, window=window)
     first = [SYSTEM, {"role": "user", "content": TURNS[0]}]
     conversation.generate(first, Sampling(6))
     answers = [conversation.messages[-1]]
     tokens: list[tuple[int, ...]] = [conversation._place.transcript.turns[-1].tokens]
     while True:
         before = conversation.memory
-        calls = recorded(stopping)
+        calls = recorded(stopping_engine)
         answer = conversation.generate(OTHERS[0], Sampling(6))
         assert conversation.context.tokens <= window
         if conversation.context.dropped:
@@ -47,26 +47,26 @@ def test_a_full_window_drops_the_oldest_turns(stopping):
         assert answer.why == "stop token"  # or the text after it would still have to be written
         answers.append(conversation.messages[-1])
         tokens.append(answer.tokens[:-1])
-    del stopping.step
+    del stopping_engine.step
     dropped, kept = conversation.context.dropped // 2, conversation.context.messages // 2 - 1
     assert dropped + kept == len(answers) and kept > 0
     assert len(conversation.messages) == 1 + 2 * (len(answers) + 1)
 
-    cache = MemoryCache(stopping.model, memory=memory_state(before), write=False)
-    ids = stopping.text.encode("<|system|>be brief<|end|>")
+    cache = MemoryCache(stopping_engine.model, memory=memory_state(before), write=False)
+    ids = stopping_engine.text.encode("<|system|>be brief<|end|>")
     for number in range(dropped, len(answers)):
         end = "" if number == dropped else "<|end|>"
         user = TURNS[0] if number == 0 else OTHERS[0]
-        ids += stopping.text.encode(f"{end}<|user|>{user}<|end|><|assistant|>") + list(tokens[number])
+        ids += stopping_engine.text.encode(f"{end}<|user|>{user}<|end|><|assistant|>") + list(tokens[number])
     assert len(ids) <= window / 2
     with torch.no_grad():
-        stopping.model(torch.tensor([ids]), cache=cache)
+        stopping_engine.model(torch.tensor([ids]), cache=cache)
         assert_same_memory(before, stored(cache.memory))  # reading does not write
         cache.write = True
-        new = stopping.text.encode(f"<|end|><|user|>{OTHERS[0]}<|end|><|assistant|>")
-        expected = stopping.model(torch.tensor([new]), cache=cache).logits[0, -1]
+        new = stopping_engine.text.encode(f"<|end|><|user|>{OTHERS[0]}<|end|><|assistant|>")
+        expected = stopping_engine.model(torch.tensor([new]), cache=cache).logits[0, -1]
     (_, again), (logits, _), *_ = calls
-    assert_same_memory(stopping.memory(again), before)
+    assert_same_memory(stopping_engine.memory(again), before)
     torch.testing.assert_close(torch.from_numpy(logits[0]), expected, rtol=0, atol=TOLERANCE)
 
 

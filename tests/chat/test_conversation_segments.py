@@ -38,7 +38,7 @@ def engine(request):
 
 
 @pytest.fixture(scope="module")
-def by_message():
+def message_engine():
     return make_engine()
 
 
@@ -102,19 +102,19 @@ def test_a_system_message_writes_nothing(engine):
     assert {int(segment[0, -1]) for segment in other.memory.open_segments.values()} == {1}
 
 
-def test_an_open_segment_of_another_conversation_is_written_first(by_message, tmp_path):
-    first = Conversation(by_message)
+def test_an_open_segment_of_another_conversation_is_written_first(message_engine, tmp_path):
+    first = Conversation(message_engine)
     talk(first, [[user(TURNS[0])]])
     first.save_memory(tmp_path / "memory")
     memory = MemoryState.load(tmp_path / "memory")
     assert memory.open_tokens.tolist() == [NEW]
-    for start in (Conversation(by_message, first.memory), Conversation(by_message)):
+    for start in (Conversation(message_engine, first.memory), Conversation(message_engine)):
         start.load_memory(tmp_path / "memory")
         assert_close(start.memory, memory)  # not before something is said
-        expected, cache = in_generate(by_message, [[user(TURNS[1])]], memory)
+        expected, cache = in_generate(message_engine, [[user(TURNS[1])]], memory)
         assert talk(start, [[user(TURNS[1])]]) == expected
         assert_close(start.memory, cache.memory)
-    reading = Conversation(by_message, first.memory, write=False)
+    reading = Conversation(message_engine, first.memory, write=False)
     talk(reading, [[user(TURNS[1])]])
     assert_close(reading.memory, memory)
 
@@ -144,8 +144,8 @@ def test_a_loaded_open_segment_is_never_mixed_with_new_messages(window, tmp_path
     assert_close(fed[0], cache.memory)
 
 
-def test_undo_reopens_the_segment(by_message):
-    conversation = Conversation(by_message)
+def test_undo_reopens_the_segment(message_engine):
+    conversation = Conversation(message_engine)
     talk(conversation, [[user(TURNS[0])]])
     before = conversation.memory
     answers = talk(conversation, [[user(TURNS[1])]])
@@ -176,20 +176,20 @@ def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
     assert_close(conversation.memory, cache.memory)
 
 
-def test_a_batch_with_segments_matches_its_rows(by_message):
-    together, alone = ([Conversation(by_message) for _ in TURNS] for _ in range(2))
+def test_a_batch_with_segments_matches_its_rows(message_engine):
+    together, alone = ([Conversation(message_engine) for _ in TURNS] for _ in range(2))
     for contents in (TURNS, TURNS[::-1]):
         found = generate_together(together, contents, Sampling(NEW))
         assert found == [one.generate(text, Sampling(NEW)) for one, text in zip(alone, contents, strict=True)]
         for one, other in zip(together, alone, strict=True):
-            other_state = by_message._on_devices(other.memory)
+            other_state = message_engine._on_devices(other.memory)
             assert_close(one.memory, other_state)
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_turns_are_written_before_they_leave_the_window(by_message, stays):
+def test_turns_are_written_before_they_leave_the_window(message_engine, stays):
     """If the last answer leaves the window with the rest, its segment ends there; otherwise the template ends it."""
-    encode, conversation = by_message.text.encode, Conversation(by_message)
+    encode, conversation = message_engine.text.encode, Conversation(message_engine)
     talk(conversation, [[user(text)] for text in ((TURNS[0], TURNS[2]) if stays else TURNS[:1])])
     last = conversation._place.transcript.turns[-1].tokens
     before, context = conversation._place, conversation.context.tokens
@@ -199,24 +199,24 @@ def test_turns_are_written_before_they_leave_the_window(by_message, stays):
 
     # The last token joins the open segment in the context in which it was generated.
     on, mask = np.ones((1, 1), bool), np.ones((1, context), np.int64)
-    _, past = by_message.step(before.past, np.array([[last[-1]]]), mask, on, ~on)
-    cache = MemoryCache(by_message.model, past.memory, write=False)
+    _, past = message_engine.step(before.past, np.array([[last[-1]]]), mask, on, ~on)
+    cache = MemoryCache(message_engine.model, past.memory, write=False)
     new = encode(f"<|user|>{TURNS[2]}<|end|><|assistant|>")
     answer = conversation._place.transcript.turns[-1].tokens
     tags = [1] * (len(new) - 2) + [2] + [1] * NEW
     with torch.no_grad():
         if stays:
-            by_message.model(torch.tensor([[*new, *last]]), cache=cache)
+            message_engine.model(torch.tensor([[*new, *last]]), cache=cache)
             new, tags = [*encode("<|end|>"), *new], [2, *tags]
         else:
             cache.end_segment()
         cache.write, cache.segment_tags = True, torch.tensor([tags], dtype=torch.int8)
-        by_message.model(torch.tensor([[*new, *answer[:-1]]]), cache=cache)
+        message_engine.model(torch.tensor([[*new, *answer[:-1]]]), cache=cache)
     assert_close(conversation.memory, cache.memory)
 
 
-def test_writing_by_segment_without_a_template_raises(by_message):
+def test_writing_by_segment_without_a_template_raises(message_engine):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="writes by message"):
-        Conversation(TorchModel(by_message.model, tokenizer))
+        Conversation(TorchModel(message_engine.model, tokenizer))

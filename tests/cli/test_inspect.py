@@ -46,7 +46,7 @@ def norms(states):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def figures(monkeypatch):
     """The figures that a command saves."""
     figures, write = [], memory_picture.write_picture
 
@@ -146,13 +146,13 @@ def test_there_is_no_relative_change_from_zero(here, deltamem):
 
 
 @pytest.mark.parametrize("row", [None, 1])
-def test_pictures_show_the_requested_conversation(here, deltamem, drawn, row):
+def test_pictures_show_the_requested_conversation(here, deltamem, figures, row):
     before, after = written("before"), written("after", seed=1)
     which = () if row is None else ("--row", row)
     result = deltamem("inspect", "before", "--plot", "memory.png", *which)
     assert result.code == 0 and "Plot: memory.png" in result.out
     assert deltamem("inspect", "before", "after", "--plot", "difference.png", "--json", *which).code == 0
-    one, two = drawn
+    one, two = figures
     ((shown),) = panels(one).values()
     difference = panels(two)
     assert list(difference) == ["before", "after", "after − before"]

@@ -45,8 +45,8 @@ class Stream(io.TextIOWrapper):
 
 
 @pytest.fixture
-def printed(monkeypatch, tmp_path):
-    """`printed(encoding, *arguments)`: the exit code and what a command prints on such a stdout."""
+def run_with_encoding(monkeypatch, tmp_path):
+    """`run_with_encoding(encoding, *arguments)`: the exit code and what a command prints on such a stdout."""
     monkeypatch.chdir(tmp_path)
     for name, value in (("old.safetensors", 0.5), ("new.safetensors", 0.75)):
         write_memory(name, StoredMemory({0: np.full((1, 2, 4, 4), value, np.float32)}, {}, "0" * 64))
@@ -63,20 +63,26 @@ def printed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_help_and_tables_print_in_every_encoding(printed, encoding):
+def test_help_and_tables_print_in_every_encoding(run_with_encoding, encoding):
     for arguments in ([], *([name] for name in COMMANDS)):
-        code, text = printed(encoding, *arguments, "--help")
+        code, text = run_with_encoding(encoding, *arguments, "--help")
         assert code == 0 and text.startswith("Usage: deltamem")
-    assert printed(encoding, "architectures")[0] == 0
-    assert printed(encoding, "inspect", "old.safetensors")[0] == 0
-    code, text = printed(encoding, "inspect", "old.safetensors", "new.safetensors")
+    assert run_with_encoding(encoding, "architectures")[0] == 0
+    assert run_with_encoding(encoding, "inspect", "old.safetensors")[0] == 0
+    code, text = run_with_encoding(encoding, "inspect", "old.safetensors", "new.safetensors")
     assert code == 0 and "50.0%" in text and "new.safetensors" in text
 
 
-def test_characters_missing_in_the_encoding_are_spelt_out(printed, monkeypatch):
-    assert "old.safetensors -> new.safetensors" in printed("ascii", "inspect", "old.safetensors", "new.safetensors")[1]
-    assert "old.safetensors → new.safetensors" in printed("utf-8", "inspect", "old.safetensors", "new.safetensors")[1]
-    assert "(delta-mem)" in printed("cp1252", "--help")[1]
+def test_characters_missing_in_the_encoding_are_spelt_out(run_with_encoding, monkeypatch):
+    assert (
+        "old.safetensors -> new.safetensors"
+        in run_with_encoding("ascii", "inspect", "old.safetensors", "new.safetensors")[1]
+    )
+    assert (
+        "old.safetensors → new.safetensors"
+        in run_with_encoding("utf-8", "inspect", "old.safetensors", "new.safetensors")[1]
+    )
+    assert "(delta-mem)" in run_with_encoding("cp1252", "--help")[1]
     stream = Stream("ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     replace_unencodable()

@@ -21,13 +21,13 @@ PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
 
 @pytest.fixture(autouse=True)
-def able_terminal(monkeypatch):
+def xterm(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
 
 
 @pytest.fixture
-def typed(tmp_path, monkeypatch):
-    """`typed(keys)`: the lines that a new reader returns, with the history of the readers before it."""
+def read_keys(tmp_path, monkeypatch):
+    """`read_keys(keys)`: the lines that a new reader returns, with the history of the readers before it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(terminal, "create_output", lambda **_: DummyOutput())
     file = tmp_path / "state" / "history"
@@ -40,11 +40,11 @@ def typed(tmp_path, monkeypatch):
     return read
 
 
-def test_lines_are_read_with_pastes_and_line_breaks(typed):
-    assert typed(f"Hello.{ENTER}") == "Hello."
-    assert typed(f"one{ALT_ENTER}two{ENTER}") == "one\ntwo"
-    assert typed(f"{PASTE}three\r\nlines\nmore{PASTED}{ENTER}") == "three\nlines\nmore"
-    assert typed(b"caf\xe9\r") == "caf?"  # a terminal that does not speak UTF-8
+def test_lines_are_read_with_pastes_and_line_breaks(read_keys):
+    assert read_keys(f"Hello.{ENTER}") == "Hello."
+    assert read_keys(f"one{ALT_ENTER}two{ENTER}") == "one\ntwo"
+    assert read_keys(f"{PASTE}three\r\nlines\nmore{PASTED}{ENTER}") == "three\nlines\nmore"
+    assert read_keys(b"caf\xe9\r") == "caf?"  # a terminal that does not speak UTF-8
 
 
 def test_a_dumb_terminal_gets_no_escape_codes(monkeypatch, capsys):
@@ -72,7 +72,7 @@ def test_commands_and_files_are_completed(tmp_path, monkeypatch):
     assert completed("/undo m") == completed("m") == completed("") == completed(" /me") == []
 
 
-def test_ctrl_c_and_ctrl_d(typed):
+def test_ctrl_c_and_ctrl_d(read_keys):
     for keys, empty in ((CTRL_C, True), (f"half a line{CTRL_C}", False)):
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
             reader = Reader(COMMANDS, None)
@@ -81,19 +81,19 @@ def test_ctrl_c_and_ctrl_d(typed):
                 reader.read()
             assert reader.was_empty is empty
     with pytest.raises(EOFError):
-        typed(CTRL_D)
+        read_keys(CTRL_D)
 
 
-def test_the_history_is_kept_and_private(typed, tmp_path):
-    typed(f"my secret{ENTER}")
+def test_the_history_is_kept_and_private(read_keys, tmp_path):
+    read_keys(f"my secret{ENTER}")
     file = tmp_path / "state" / "history"
-    assert typed(f"{UP}{ENTER}") == "my secret"
+    assert read_keys(f"{UP}{ENTER}") == "my secret"
     assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
     file.chmod(0o644)  # as another program may leave it
-    typed(f"more{ENTER}")
+    read_keys(f"more{ENTER}")
     assert file.stat().st_mode & 0o777 == 0o600
     before = file.read_bytes()
-    assert typed(f"{UP}nothing{ENTER}", history=None) == "nothing"
+    assert read_keys(f"{UP}nothing{ENTER}", history=None) == "nothing"
     assert file.read_bytes() == before
 
 

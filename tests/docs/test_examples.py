@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def as_writer(hub, folder, monkeypatch):
+def writable_hub(hub, folder, monkeypatch):
     """A Hub to which the user may write, and `my-adapter`, which has not been pushed yet."""
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     adapter_folder(folder / "my-adapter")
@@ -51,12 +51,12 @@ def test_the_example_runs(name, folder):
     run_example(name)
 
 
-def test_the_example_of_push_runs(as_writer):
+def test_the_example_of_push_runs(writable_hub):
     run_example("push")
-    assert as_writer.head(REPOSITORY)
+    assert writable_hub.head(REPOSITORY)
 
 
-def test_the_example_of_pull_runs(as_writer, folder):
+def test_the_example_of_pull_runs(writable_hub, folder):
     deltamem_tool.push("my-adapter", REPOSITORY, license="mit")
     shutil.rmtree("my-adapter")
     run_example("pull")

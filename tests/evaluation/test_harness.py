@@ -52,13 +52,13 @@ def model(request, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def prepared(folder):
+def harness(folder):
     return prepare(find_harness(f"lm_eval:{CHOICE},{ANSWER}", {"include_path": str(folder)}), LIMIT)
 
 
 @pytest.fixture(scope="module")
-def found(model, tokenizer, prepared):
-    return evaluate_harness(model, tokenizer, prepared, batch_size=3)
+def evaluation(model, tokenizer, harness):
+    return evaluate_harness(model, tokenizer, harness, batch_size=3)
 
 
 def asked(folder):
@@ -97,9 +97,9 @@ def answer_alone(model, tokenizer, messages):
     return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split("\n")[0]
 
 
-def test_every_request_matches_the_same_request_alone(model, tokenizer, folder, found):
+def test_every_request_matches_the_same_request_alone(model, tokenizer, folder, evaluation):
     base, lines = tiny_model(vocab_size=len(tokenizer)), {}
-    for record in found.records:
+    for record in evaluation.records:
         lines.setdefault(record.condition, []).append(record)
     for plain, conditions in ((model, ["state"]), (base, ["scale_zero", "no_adapter"])):
         for number, (messages, row) in enumerate(asked(folder)):
@@ -119,9 +119,9 @@ def test_every_request_matches_the_same_request_alone(model, tokenizer, folder, 
         assert ours.answer != theirs.answer  # the memory has an effect
 
 
-def test_the_batch_size_changes_nothing(model, tokenizer, prepared, found):
-    single = evaluate_harness(model, tokenizer, prepared, only=[STATE], batch_size=1)
-    for one, other in zip(single.records, found.records, strict=False):
+def test_the_batch_size_changes_nothing(model, tokenizer, harness, evaluation):
+    single = evaluate_harness(model, tokenizer, harness, only=[STATE], batch_size=1)
+    for one, other in zip(single.records, evaluation.records, strict=False):
         if one.item.startswith(ANSWER):
             assert one == other
         else:
@@ -149,24 +149,27 @@ def test_the_order_of_requests_changes_nothing(model, tokenizer, folder):
         assert texts[-1] == (LIMIT, LIMIT)
 
 
-def test_scores_are_paired_by_document(found):
-    assert found.metrics == [SCORE] and found.groups == [CHOICE, ANSWER]  # acc and exact_match
-    assert found.task == f"lm_eval:{CHOICE},{ANSWER}" and found.other_conditions == ["scale_zero", "no_adapter"]
-    state, documents = found.scores(SCORE, STATE)
-    base, same = found.scores(SCORE, "no_adapter")
+def test_scores_are_paired_by_document(evaluation):
+    assert evaluation.metrics == [SCORE] and evaluation.groups == [CHOICE, ANSWER]  # acc and exact_match
+    assert evaluation.task == f"lm_eval:{CHOICE},{ANSWER}" and evaluation.other_conditions == [
+        "scale_zero",
+        "no_adapter",
+    ]
+    state, documents = evaluation.scores(SCORE, STATE)
+    base, same = evaluation.scores(SCORE, "no_adapter")
     assert documents == same and len(set(documents)) == 2 * LIMIT
-    apart = found.difference(SCORE, "no_adapter")
+    apart = evaluation.difference(SCORE, "no_adapter")
     assert apart.histories == 2 * LIMIT and apart.mean == pytest.approx((sum(state) - sum(base)) / (2 * LIMIT))
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_two_processes_divide_the_requests(model, tokenizer, prepared, found, monkeypatch, number):
+def test_two_processes_divide_the_requests(model, tokenizer, harness, evaluation, monkeypatch, number):
     """Runs one of two processes, which gets the records of the other at the end."""
 
     class OneOfTwo(Processes):
         def all(self, own):
             own = {(record.condition, record.item) for record in own}
-            return [[record for record in found.records if (record.condition, record.item) not in own]]
+            return [[record for record in evaluation.records if (record.condition, record.item) not in own]]
 
         def from_main(self, value):
             return value
@@ -176,24 +179,24 @@ def test_two_processes_divide_the_requests(model, tokenizer, prepared, found, mo
     monkeypatch.setattr(
         harness_run, "_ask_documents", lambda *inputs: units.append((inputs[4].name, inputs[3])) or own(*inputs)
     )
-    assert evaluate_harness(model, tokenizer, prepared, batch_size=3).records == found.records
-    assert units == [(c.name, name) for c in found.conditions for name in (CHOICE, ANSWER)][number::2]
+    assert evaluate_harness(model, tokenizer, harness, batch_size=3).records == evaluation.records
+    assert units == [(c.name, name) for c in evaluation.conditions for name in (CHOICE, ANSWER)][number::2]
 
 
-def test_a_stopped_run_resumes(model, tokenizer, prepared, tmp_path, monkeypatch, capfd, caplog):
+def test_a_stopped_run_resumes(model, tokenizer, harness, tmp_path, monkeypatch, capfd, caplog):
     options = {"only": [STATE], "batch_size": 3, "folder": tmp_path, "settings": {"adapter": "a"}}
-    first = evaluate_harness(model, tokenizer, prepared, **options)
+    first = evaluate_harness(model, tokenizer, harness, **options)
     assert capfd.readouterr().err == "" and not caplog.messages  # no progress bar and no notice from the harness
     lines = (tmp_path / RECORDS_FILE).read_text().splitlines(keepends=True)
     (tmp_path / RECORDS_FILE).write_text("".join(lines[:-2]))  # in the middle of the second task
     own, names = harness_run._ask_documents, []
     monkeypatch.setattr(harness_run, "_ask_documents", lambda *inputs: names.append(inputs[3]) or own(*inputs))
-    assert evaluate_harness(model, tokenizer, prepared, **options).records == first.records
+    assert evaluate_harness(model, tokenizer, harness, **options).records == first.records
     assert names == [ANSWER]
-    assert evaluate_harness(model, tokenizer, prepared, **options).records == first.records
+    assert evaluate_harness(model, tokenizer, harness, **options).records == first.records
     assert names == [ANSWER] and len((tmp_path / RECORDS_FILE).read_text().splitlines()) == len(lines)
     with pytest.raises(DataError, match="adapter differ"):
-        evaluate_harness(model, tokenizer, prepared, **{**options, "settings": {"adapter": "b"}})
+        evaluate_harness(model, tokenizer, harness, **{**options, "settings": {"adapter": "b"}})
 
 
 def test_invalid_harness_tasks_raise(folder, tokenizer):
@@ -237,7 +240,7 @@ def test_nan_logits_raise(folder, tokenizer, task):
 
 
 @pytest.mark.parametrize("kind", ["lora", "static"])
-def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, checkpoint, prepared, folder, tmp_path):
+def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, checkpoint, harness, folder, tmp_path):
     """Its answers equal those that it gives alone."""
     model, base = (AutoModelForCausalLM.from_pretrained(checkpoint).eval() for _ in range(2))
     config = DeltaMemConfig(rank=4)
@@ -249,7 +252,7 @@ def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, c
         for seed in range(2)
     ]
     options = {"batch_size": 3, kind: adapters[0], "folder": tmp_path / "records"}
-    found = evaluate_harness(model, tokenizer, prepared, only=[kind], **options)
+    found = evaluate_harness(model, tokenizer, harness, only=[kind], **options)
     with adapters[0].applied_to(base):
         for record, (messages, row) in zip(found.records[:LIMIT], asked(folder), strict=True):
             alone = [choice_alone(base, tokenizer, messages, text) for text in row["choices"]]
@@ -257,10 +260,10 @@ def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, c
         assert found.records[LIMIT].answer == answer_alone(base, tokenizer, asked(folder)[0][0])
     missing = str(tmp_path / "gone") if kind == "lora" else replace(adapters[0].base, fingerprint="0" * 64)
     with pytest.raises(AdapterError, match=r"cannot be compared|trained on another base model"):
-        evaluate_harness(model, tokenizer, prepared, **{kind: replace(adapters[0], base=missing)})
+        evaluate_harness(model, tokenizer, harness, **{kind: replace(adapters[0], base=missing)})
     for other in (None, adapters[1]):
         with pytest.raises(DataError, match=f"Its {kind} differ"):
-            evaluate_harness(model, tokenizer, prepared, **{**options, kind: other})
+            evaluate_harness(model, tokenizer, harness, **{**options, kind: other})
 
 
 def test_an_adapter_that_writes_by_message_needs_messages(folder, tokenizer):
@@ -289,11 +292,11 @@ def test_the_eval_command_runs_a_harness_task(tmp_path, folder, checkpoint):
     assert report["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
 
 
-def test_unknown_tokens_may_pad_but_raise_in_a_prompt(model, tokenizer, folder, found, prepared):
+def test_unknown_tokens_may_pad_but_raise_in_a_prompt(model, tokenizer, folder, evaluation, harness):
     """They are harmless as padding, and named in the error when a prompt has them."""
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
-    assert evaluate_harness(model, other, prepared, batch_size=3).records == found.records
+    assert evaluate_harness(model, other, harness, batch_size=3).records == evaluation.records
     path = {"include_path": str(folder), "system": "Be [PAD]."}
     for task in (CHOICE, ANSWER):
         with pytest.raises(DataError, match=r"does not know: '\[PAD\]'"):

@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
+def hostile_report(tmp_path_factory):
     """A report with markup in every text that comes from a task or a model."""
     groups = (f"<b>{EVIL}", "multi | hop")
     conditions = [Condition("state", "own", "nothing", EVIL), Condition("<i>lora</i>", None, "nothing", "a | b")]
@@ -125,7 +125,7 @@ def test_a_margin_is_in_the_figures_and_on_the_page(tmp_path):
     assert "margin" not in read_evaluation(report_folder(tmp_path / "none", evaluation_of()) / "evaluation.json")
 
 
-@pytest.mark.parametrize("which", ["folder", "hostile"])
+@pytest.mark.parametrize("which", ["folder", "hostile_report"])
 def test_the_page_is_valid_html_and_loads_nothing(which, request):
     folder = request.getfixturevalue(which)
     text, page = (folder / "index.html").read_text(), page_of(folder)
@@ -146,8 +146,8 @@ def test_the_page_is_valid_html_and_loads_nothing(which, request):
     assert len(page.of("svg")) == 4 and all(one.get("viewbox") for one in page.of("svg"))
 
 
-def test_answers_are_escaped(hostile):
-    page, markdown = page_of(hostile), (hostile / "report.md").read_text()
+def test_answers_are_escaped(hostile_report):
+    page, markdown = page_of(hostile_report), (hostile_report / "report.md").read_text()
     shown = EVIL.replace("\ud83d", "?")
     assert page.text.count(shown) > 8  # answers, right answers, the question, a group, a meaning, the command
     tables = [line for line in markdown.splitlines() if line.startswith("| ")]

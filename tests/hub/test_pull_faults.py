@@ -30,7 +30,7 @@ AT_STORAGE = {name: ("storage rejected", "Try again") for name in ("401", "403")
 
 
 @pytest.fixture
-def at_hub(hub: HubServer, tmp_path) -> HubServer:
+def hub_with_repo(hub: HubServer, tmp_path) -> HubServer:
     folder = trained(adapter_folder(tmp_path / "adapter"))
     onnx_folder(folder / "onnx")
     hub.add_repo(REPO, folder)
@@ -53,31 +53,31 @@ def refused(out: Path | None) -> HubError:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_failed_pull_leaves_nothing_and_a_second_succeeds(at_hub, tmp_path, monkeypatch, stage):
+def test_a_failed_pull_leaves_nothing_and_a_second_succeeds(hub_with_repo, tmp_path, monkeypatch, stage):
     for name, (fault, words) in FAULTS.items():
         (tmp_path / name).mkdir()
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / f"cache of {name}"))
-        at_hub.fail(STAGES[stage], fault, times=None)
+        hub_with_repo.fail(STAGES[stage], fault, times=None)
         error = refused(tmp_path / name / "out")
         words = AT_STORAGE.get(name, words) if stage == "large" else words
         assert all(word in str(error) for word in words), f"{name}: {error}"
-        at_hub.faults.clear()
-        assert read(pull(REPO, out=tmp_path / name / "out").path) == at_hub.files_at(REPO), name
+        hub_with_repo.faults.clear()
+        assert read(pull(REPO, out=tmp_path / name / "out").path) == hub_with_repo.files_at(REPO), name
 
 
-def test_temporary_faults_are_retried(at_hub):
+def test_temporary_faults_are_retried(hub_with_repo):
     for match in ("GET .*/resolve/.*config.json", STAGES["large"]):
-        at_hub.fail(match, cut_answer())
-        at_hub.fail(match, lose_answer())
-    assert read(pull(REPO).path) == at_hub.files_at(REPO)
+        hub_with_repo.fail(match, cut_answer())
+        hub_with_repo.fail(match, lose_answer())
+    assert read(pull(REPO).path) == hub_with_repo.files_at(REPO)
 
 
 @pytest.mark.parametrize("path", ["deltamem.safetensors", "onnx/model.onnx.data", "training.json"])
-def test_wrong_content_is_detected(at_hub, tmp_path, path):
+def test_wrong_content_is_detected(hub_with_repo, tmp_path, path):
     """Content of the right size, which is all that the client checks."""
-    right = at_hub.files_at(REPO)[path]
+    right = hub_with_repo.files_at(REPO)[path]
     wrong = right[:-9] + bytes(byte ^ 1 for byte in right[-9:])
-    at_hub.fail(lambda r: r.method == "GET" and r.raw_path.endswith(path), Fault(reply=Reply(200, {}, wrong)))
+    hub_with_repo.fail(lambda r: r.method == "GET" and r.raw_path.endswith(path), Fault(reply=Reply(200, {}, wrong)))
     (tmp_path / "here").mkdir()
     error = refused(tmp_path / "here" / "out")
     assert (
@@ -85,44 +85,44 @@ def test_wrong_content_is_detected(at_hub, tmp_path, path):
         and "does not match the file on the Hub" in error.what
         and "Pull again" in error.next
     )
-    assert read(pull(REPO, out=tmp_path / "here" / "out").path) == at_hub.files_at(REPO)
+    assert read(pull(REPO, out=tmp_path / "here" / "out").path) == hub_with_repo.files_at(REPO)
 
 
-def test_a_wrong_size_is_detected(at_hub):
-    at_hub.fail(STAGES["large"], Fault(reply=Reply(200, {}, b"short")), times=None)
+def test_a_wrong_size_is_detected(hub_with_repo):
+    hub_with_repo.fail(STAGES["large"], Fault(reply=Reply(200, {}, b"short")), times=None)
     assert "size" in refused(None).why
-    at_hub.faults.clear()
-    assert read(pull(REPO).path) == at_hub.files_at(REPO)
+    hub_with_repo.faults.clear()
+    assert read(pull(REPO).path) == hub_with_repo.files_at(REPO)
 
 
-def test_a_partial_file_in_the_cache_is_not_used(at_hub, monkeypatch):
-    at_hub.fail(lambda r: r.method in ("HEAD", "GET") and "/onnx/" in r.raw_path, answer(500), times=None)
+def test_a_partial_file_in_the_cache_is_not_used(hub_with_repo, monkeypatch):
+    hub_with_repo.fail(lambda r: r.method in ("HEAD", "GET") and "/onnx/" in r.raw_path, answer(500), times=None)
     refused(None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         pull(REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    at_hub.faults.clear()
+    hub_with_repo.faults.clear()
     pulled = pull(REPO)
-    assert pulled.contents.parts == ["adapter", "ONNX folder"] and read(pulled.path) == at_hub.files_at(REPO)
+    assert pulled.contents.parts == ["adapter", "ONNX folder"] and read(pulled.path) == hub_with_repo.files_at(REPO)
 
 
-def test_a_slow_hub_times_out_and_a_second_pull_succeeds(at_hub, monkeypatch):
+def test_a_slow_hub_times_out_and_a_second_pull_succeeds(hub_with_repo, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    at_hub.fail(STAGES["large"], delay(60), times=None)
+    hub_with_repo.fail(STAGES["large"], delay(60), times=None)
     assert "did not answer in time" in refused(None).why
-    at_hub.faults.clear()
-    assert read(pull(REPO).path) == at_hub.files_at(REPO)
+    hub_with_repo.faults.clear()
+    assert read(pull(REPO).path) == hub_with_repo.files_at(REPO)
 
 
-def test_an_old_folder_is_kept_until_the_new_one_is_complete(at_hub, tmp_path):
+def test_an_old_folder_is_kept_until_the_new_one_is_complete(hub_with_repo, tmp_path):
     out = tmp_path / "here" / "out"
     out.mkdir(parents=True)
     (out / "mine").write_text("1")
-    at_hub.fail(STAGES["large"], cut_answer(), times=None)
+    hub_with_repo.fail(STAGES["large"], cut_answer(), times=None)
     with pytest.raises(HubError):
         pull(REPO, out=out, overwrite=True)
     assert read(out) == {"mine": b"1"} and list(out.parent.iterdir()) == [out]
-    at_hub.faults.clear()
+    hub_with_repo.faults.clear()
     pull(REPO, out=out, overwrite=True)
-    assert read(out) == at_hub.files_at(REPO)
+    assert read(out) == hub_with_repo.files_at(REPO)

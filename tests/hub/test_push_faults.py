@@ -62,7 +62,7 @@ LANDS = {  # the Hub has done it, or the answer had nothing that is needed
 
 
 @pytest.fixture
-def at_hub(hub: HubServer, monkeypatch) -> HubServer:
+def hub_with_repo(hub: HubServer, monkeypatch) -> HubServer:
     """A Hub on which `REPO` holds `OLD`, and to which the larger files are sent in parts."""
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     hub.multipart_size = hub.part_size = 200_000
@@ -125,129 +125,138 @@ def when(hub: HubServer, monkeypatch, match, act) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_failed_push_keeps_the_repository_and_a_second_succeeds(at_hub, adapter, stage):
+def test_a_failed_push_keeps_the_repository_and_a_second_succeeds(hub_with_repo, adapter, stage):
     old = None if stage == "create" else OLD
     options = {"branch": "v2"} if stage == "branch" else {}
-    start_anew(at_hub, old)
-    new = finished(at_hub, adapter, old, **options)
+    start_anew(hub_with_repo, old)
+    new = finished(hub_with_repo, adapter, old, **options)
     assert new.keys() >= {"deltamem_config.json", "training.png", "README.md"} and new != old
     for name, (fault, words) in FAULTS.items():
-        at_hub.fail(STAGES[stage], fault, times=None)
+        hub_with_repo.fail(STAGES[stage], fault, times=None)
         if (stage, name) in LANDS:
-            assert push(adapter, REPO, **options).commit == at_hub.head(REPO, options.get("branch", "main")), name
-            assert files(at_hub, **options) == new
+            assert push(adapter, REPO, **options).commit == hub_with_repo.head(REPO, options.get("branch", "main")), (
+                name
+            )
+            assert files(hub_with_repo, **options) == new
         else:
             error = refused(adapter, **options)
             words = AT_STORAGE.get(name, words) if stage == "put" else words
             assert all(word in str(error) for word in words), f"{name}: {error}"
-            assert files(at_hub, **options) == (old or {}), name
-        at_hub.faults.clear()
+            assert files(hub_with_repo, **options) == (old or {}), name
+        hub_with_repo.faults.clear()
         push(adapter, REPO, **options)
-        assert files(at_hub, **options) == new, name
-        assert not options or files(at_hub) == OLD
-        start_anew(at_hub, old)
+        assert files(hub_with_repo, **options) == new, name
+        assert not options or files(hub_with_repo) == OLD
+        start_anew(hub_with_repo, old)
 
 
-def test_pushes_without_permission_raise(at_hub, adapter):
+def test_pushes_without_permission_raise(hub_with_repo, adapter):
     for stage in ("look", "commit"):
-        at_hub.fail(STAGES[stage], answer(403))
+        hub_with_repo.fail(STAGES[stage], answer(403))
         assert ("write access" in refused(adapter).next) == (stage == "commit")
-    start_anew(at_hub, OLD)
-    at_hub.fail("^PUT", answer(403, "Request has expired"), times=None)
+    start_anew(hub_with_repo, OLD)
+    hub_with_repo.fail("^PUT", answer(403, "Request has expired"), times=None)
     error = refused(adapter)
     assert "storage rejected" in error.why and "has expired" in error.why and "clock" in error.next
 
 
-def test_temporary_faults_are_retried(at_hub, adapter):
-    new = finished(at_hub, adapter)
+def test_temporary_faults_are_retried(hub_with_repo, adapter):
+    new = finished(hub_with_repo, adapter)
     for stage in ("tree", "preupload", "batch", "put", "complete", "verify"):
-        at_hub.fail(STAGES[stage], answer(429, Retry_After="3"))
-        at_hub.fail(STAGES[stage], lose_answer())
+        hub_with_repo.fail(STAGES[stage], answer(429, Retry_After="3"))
+        hub_with_repo.fail(STAGES[stage], lose_answer())
     push(adapter, REPO)
-    assert files(at_hub) == new and at_hub.waits.count(4) == 6  # the client adds a second
+    assert files(hub_with_repo) == new and hub_with_repo.waits.count(4) == 6  # the client adds a second
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(start, start + 10) for start in (0, 10, 20, 30)], ids=lambda seeds: seeds[0])
-def test_a_connection_cut_at_any_byte_leaves_old_or_new_files(at_hub, adapter, seeds):
-    new = finished(at_hub, adapter)
+def test_a_connection_cut_at_any_byte_leaves_old_or_new_files(hub_with_repo, adapter, seeds):
+    new = finished(hub_with_repo, adapter)
     for seed in seeds:
         chance = random.Random(seed)
         at, how = chance.randrange(17), chance.choice([Fault(cut_request=SOMEWHERE), Fault(cut_answer=SOMEWHERE)])
-        at_hub.faults = Faults(seed)
-        at_hub.fail(lambda _, at=at: len(at_hub.requests) > at, how, chance.choice([1, None]))
+        hub_with_repo.faults = Faults(seed)
+        hub_with_repo.fail(lambda _, at=at: len(hub_with_repo.requests) > at, how, chance.choice([1, None]))
         try:
             push(adapter, REPO)
-            assert files(at_hub) == new, seed
+            assert files(hub_with_repo) == new, seed
         except HubError:
-            assert files(at_hub) in (OLD, new), seed
-        at_hub.faults.clear()
+            assert files(hub_with_repo) in (OLD, new), seed
+        hub_with_repo.faults.clear()
         push(adapter, REPO)
-        assert files(at_hub) == new, seed
-        start_anew(at_hub, OLD)
+        assert files(hub_with_repo) == new, seed
+        start_anew(hub_with_repo, OLD)
 
 
-def test_a_commit_whose_answer_is_lost_is_found(at_hub, adapter):
-    new = finished(at_hub, adapter)
-    at_hub.fail("/commit/", lose_answer())
+def test_a_commit_whose_answer_is_lost_is_found(hub_with_repo, adapter):
+    new = finished(hub_with_repo, adapter)
+    hub_with_repo.fail("/commit/", lose_answer())
     pushed = push(adapter, REPO)
-    assert pushed.commit == at_hub.head(REPO) and files(at_hub) == new
-    assert len(at_hub.asked("/commit/")) == 1
+    assert pushed.commit == hub_with_repo.head(REPO) and files(hub_with_repo) == new
+    assert len(hub_with_repo.asked("/commit/")) == 1
 
 
-def test_a_lost_answer_and_an_unreachable_hub_are_reported(at_hub, adapter):
-    new = finished(at_hub, adapter)
-    at_hub.fail("/commit/", lose_answer())
-    at_hub.fail(lambda request: request.matches(LOOK) and bool(at_hub.asked("/commit/")), answer(503), times=None)
+def test_a_lost_answer_and_an_unreachable_hub_are_reported(hub_with_repo, adapter):
+    new = finished(hub_with_repo, adapter)
+    hub_with_repo.fail("/commit/", lose_answer())
+    hub_with_repo.fail(
+        lambda request: request.matches(LOOK) and bool(hub_with_repo.asked("/commit/")), answer(503), times=None
+    )
     error = refused(adapter)
     assert "answer was lost" in error.what and "all of this push or none" in error.what and "Push again" in error.next
-    at_hub.faults.clear()
-    at_hub.requests.clear()
-    assert push(adapter, REPO).commit == at_hub.head(REPO) and files(at_hub) == new
-    assert not at_hub.asked("^(POST|PUT)")
+    hub_with_repo.faults.clear()
+    hub_with_repo.requests.clear()
+    assert push(adapter, REPO).commit == hub_with_repo.head(REPO) and files(hub_with_repo) == new
+    assert not hub_with_repo.asked("^(POST|PUT)")
 
 
-def test_a_lost_commit_is_reported(at_hub, adapter):
-    at_hub.fail("/commit/", cut_request(after=99))
+def test_a_lost_commit_is_reported(hub_with_repo, adapter):
+    hub_with_repo.fail("/commit/", cut_request(after=99))
     error = refused(adapter)
-    assert "answer was lost" in error.what and "nothing of this push" in error.what and files(at_hub) == OLD
+    assert "answer was lost" in error.what and "nothing of this push" in error.what and files(hub_with_repo) == OLD
 
 
-def test_a_lost_answer_is_told_apart_from_another_commit(at_hub, adapter, monkeypatch):
-    new = finished(at_hub, adapter)
+def test_a_lost_answer_is_told_apart_from_another_commit(hub_with_repo, adapter, monkeypatch):
+    new = finished(hub_with_repo, adapter)
     theirs = {**new, "deltamem.safetensors": b"theirs"}
-    at_hub.fail("/commit/", lose_answer())
+    hub_with_repo.fail("/commit/", lose_answer())
     looks = (request for request in [False, True])  # the second look is after the commit
-    when(at_hub, monkeypatch, lambda r: r.matches(LOOK) and next(looks), lambda: at_hub.add_repo(REPO, theirs))
+    when(
+        hub_with_repo,
+        monkeypatch,
+        lambda r: r.matches(LOOK) and next(looks),
+        lambda: hub_with_repo.add_repo(REPO, theirs),
+    )
     error = refused(adapter)
-    assert "somebody else" in error.what and "push again" in error.next and files(at_hub) == theirs
+    assert "somebody else" in error.what and "push again" in error.next and files(hub_with_repo) == theirs
 
 
-def test_a_lost_pull_request_is_reported(at_hub, adapter):
-    at_hub.fail("^PUT", answer(500), times=None)
+def test_a_lost_pull_request_is_reported(hub_with_repo, adapter):
+    hub_with_repo.fail("^PUT", answer(500), times=None)
     assert "pull request" not in str(refused(adapter, create_pr=True))  # none has been asked for
-    at_hub.faults.clear()
-    new = finished(at_hub, adapter)
-    at_hub.fail("/commit/", lose_answer())
+    hub_with_repo.faults.clear()
+    new = finished(hub_with_repo, adapter)
+    hub_with_repo.fail("/commit/", lose_answer())
     error = refused(adapter, create_pr=True)
     assert "may or may not have been opened" in error.what and "/discussions" in error.next
-    assert files(at_hub) == OLD and at_hub.files_at(REPO, "refs/pr/1") == new
+    assert files(hub_with_repo) == OLD and hub_with_repo.files_at(REPO, "refs/pr/1") == new
 
 
 @pytest.mark.parametrize("old", [OLD, None], ids=["there", "new"])
-def test_one_of_two_concurrent_pushes_raises(at_hub, adapter, tmp_path, monkeypatch, old):
-    start_anew(at_hub, old)
+def test_one_of_two_concurrent_pushes_raises(hub_with_repo, adapter, tmp_path, monkeypatch, old):
+    start_anew(hub_with_repo, old)
     folders = (adapter, other_adapter(tmp_path / "other"))
-    new = [finished(at_hub, folder, old) for folder in folders]
+    new = [finished(hub_with_repo, folder, old) for folder in folders]
     both = threading.Barrier(2, timeout=30)
-    answer, stage = at_hub.answer, STAGES["commit" if old else "create"]
+    answer, stage = hub_with_repo.answer, STAGES["commit" if old else "create"]
 
     def answer_both(request):
         if request.matches(stage):
             both.wait()
         return answer(request)
 
-    monkeypatch.setattr(at_hub, "answer", answer_both)
+    monkeypatch.setattr(hub_with_repo, "answer", answer_both)
     ended: dict[int, PushResult | HubError] = {}
 
     def run(which: int) -> None:
@@ -263,52 +272,57 @@ def test_one_of_two_concurrent_pushes_raises(at_hub, adapter, tmp_path, monkeypa
         thread.join()
     (winner,) = [which for which, end in ended.items() if isinstance(end, PushResult)]
     message = ended[1 - winner]
-    assert files(at_hub) == new[winner] and isinstance(message, HubError)
+    assert files(hub_with_repo) == new[winner] and isinstance(message, HubError)
     assert "changed in the meantime" in message.why and "push again" in message.next
 
 
 @pytest.mark.parametrize("stage", ["card", "validate", "put", "commit"])
-def test_a_concurrent_commit_is_not_overwritten(at_hub, adapter, monkeypatch, stage):
+def test_a_concurrent_commit_is_not_overwritten(hub_with_repo, adapter, monkeypatch, stage):
     theirs = OLD | {"README.md": b"---\nlicense: mit\n---\n# Mine\nTheir words\n", "theirs.md": b"1"}
-    when(at_hub, monkeypatch, STAGES[stage], lambda: at_hub.add_repo(REPO, theirs))
+    when(hub_with_repo, monkeypatch, STAGES[stage], lambda: hub_with_repo.add_repo(REPO, theirs))
     error = refused(adapter)
-    assert "changed in the meantime" in error.why and files(at_hub) == theirs
+    assert "changed in the meantime" in error.why and files(hub_with_repo) == theirs
     push(adapter, REPO)
-    now = files(at_hub)
+    now = files(hub_with_repo)
     assert now["theirs.md"] == b"1" and b"Their words" in now["README.md"] and b"deltamem.load" in now["README.md"]
 
 
-def test_a_repository_created_meanwhile_is_not_overwritten(at_hub, adapter, monkeypatch):
-    start_anew(at_hub, None)
+def test_a_repository_created_meanwhile_is_not_overwritten(hub_with_repo, adapter, monkeypatch):
+    start_anew(hub_with_repo, None)
     theirs = {"README.md": b"# Theirs\n"}
-    when(at_hub, monkeypatch, STAGES["create"], lambda: at_hub.add_repo(REPO, theirs))
+    when(hub_with_repo, monkeypatch, STAGES["create"], lambda: hub_with_repo.add_repo(REPO, theirs))
     assert "changed in the meantime" in refused(adapter, private=True).why  # theirs is public
-    assert files(at_hub) == theirs
-    start_anew(at_hub, None)
+    assert files(hub_with_repo) == theirs
+    start_anew(hub_with_repo, None)
     looks = iter([False, True])
-    when(at_hub, monkeypatch, lambda r: r.matches(LOOK) and next(looks), lambda: at_hub.add_repo(REPO, theirs))
-    assert "created by somebody else" in refused(adapter).what and files(at_hub) == theirs
+    when(
+        hub_with_repo,
+        monkeypatch,
+        lambda r: r.matches(LOOK) and next(looks),
+        lambda: hub_with_repo.add_repo(REPO, theirs),
+    )
+    assert "created by somebody else" in refused(adapter).what and files(hub_with_repo) == theirs
 
 
-def test_a_part_that_cannot_be_fetched_raises(at_hub, adapter, tmp_path):
+def test_a_part_that_cannot_be_fetched_raises(hub_with_repo, adapter, tmp_path):
     push(onnx_folder(tmp_path / "graph"), REPO)
-    old = files(at_hub)
-    at_hub.fail("GET .*onnx/deltamem_onnx.json", answer(500), times=None)
+    old = files(hub_with_repo)
+    hub_with_repo.fail("GET .*onnx/deltamem_onnx.json", answer(500), times=None)
     refused(adapter)  # and not a card that leaves it out
-    assert files(at_hub) == old
-    at_hub.faults.clear()
+    assert files(hub_with_repo) == old
+    hub_with_repo.faults.clear()
     assert "OnnxModel" in push(adapter, REPO).card
 
 
-def test_a_slow_hub_times_out_and_a_second_push_succeeds(at_hub, adapter, monkeypatch):
-    new = finished(at_hub, adapter)
-    at_hub.fail(LOOK, delay(60))
+def test_a_slow_hub_times_out_and_a_second_push_succeeds(hub_with_repo, adapter, monkeypatch):
+    new = finished(hub_with_repo, adapter)
+    hub_with_repo.fail(LOOK, delay(60))
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.3)
         error = refused(adapter)
     assert "did not answer in time" in error.why and "Check the network" in error.next
     push(adapter, REPO)
-    assert files(at_hub) == new
+    assert files(hub_with_repo) == new
 
 
 class InAHurry(Client):
@@ -320,10 +334,10 @@ class InAHurry(Client):
         return super().send(request, **options)
 
 
-def test_a_commit_that_is_applied_late_is_reported(at_hub, adapter, monkeypatch):
+def test_a_commit_that_is_applied_late_is_reported(hub_with_repo, adapter, monkeypatch):
     """The client has long gone, and has looked too."""
-    new = finished(at_hub, adapter)
-    client_gone, landed, reply = threading.Event(), threading.Event(), at_hub.answer
+    new = finished(hub_with_repo, adapter)
+    client_gone, landed, reply = threading.Event(), threading.Event(), hub_with_repo.answer
 
     def reply_late(request):
         if not request.matches(STAGES["commit"]):
@@ -333,53 +347,53 @@ def test_a_commit_that_is_applied_late_is_reported(at_hub, adapter, monkeypatch)
         landed.set()
         return late
 
-    monkeypatch.setattr(at_hub, "answer", reply_late)
+    monkeypatch.setattr(hub_with_repo, "answer", reply_late)
     with monkeypatch.context() as patch:
         patch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", InAHurry)
         _http.close_session()
         try:
             error = refused(adapter)
-            assert files(at_hub) == OLD
+            assert files(hub_with_repo) == OLD
         finally:
             client_gone.set()
     _http.close_session()
     assert "answer was lost" in error.what and "so far" in error.what and "in time" in error.why
     landed.wait()
-    at_hub.requests.clear()
-    assert push(adapter, REPO).commit == at_hub.head(REPO) and files(at_hub) == new
-    assert not at_hub.asked("^(POST|PUT)")
+    hub_with_repo.requests.clear()
+    assert push(adapter, REPO).commit == hub_with_repo.head(REPO) and files(hub_with_repo) == new
+    assert not hub_with_repo.asked("^(POST|PUT)")
 
 
-def test_an_unreachable_hub_raises(at_hub, adapter, monkeypatch):
+def test_an_unreachable_hub_raises(hub_with_repo, adapter, monkeypatch):
     with HubServer() as gone:
         nowhere = gone.endpoint
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
     error = refused(adapter)
-    assert "connection failed" in error.why and files(at_hub) == OLD
+    assert "connection failed" in error.why and files(hub_with_repo) == OLD
 
 
-def test_an_interrupted_upload_leaves_the_old_files(at_hub, adapter, monkeypatch):
-    new = finished(at_hub, adapter)
-    when(at_hub, monkeypatch, "^PUT", _thread.interrupt_main)
+def test_an_interrupted_upload_leaves_the_old_files(hub_with_repo, adapter, monkeypatch):
+    new = finished(hub_with_repo, adapter)
+    when(hub_with_repo, monkeypatch, "^PUT", _thread.interrupt_main)
     with pytest.raises(KeyboardInterrupt):
         push(adapter, REPO)
-    assert at_hub.asked("^PUT") and not at_hub.asked("/commit/") and files(at_hub) == OLD
+    assert hub_with_repo.asked("^PUT") and not hub_with_repo.asked("/commit/") and files(hub_with_repo) == OLD
     push(adapter, REPO)
-    assert files(at_hub) == new
+    assert files(hub_with_repo) == new
 
 
-def test_an_unreadable_file_raises(at_hub, adapter, monkeypatch):
+def test_an_unreadable_file_raises(hub_with_repo, adapter, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "deltamem.safetensors")
 
     monkeypatch.setattr("huggingface_hub._commit_api.lfs_upload", refuse)
     with pytest.raises(PermissionError, match=r"deltamem.safetensors"):  # the system's words, not the Hub's
         push(adapter, REPO)
-    assert files(at_hub) == OLD
+    assert files(hub_with_repo) == OLD
 
 
-def test_a_card_that_is_not_text_raises(at_hub, adapter):
-    start_anew(at_hub, {"README.md": b"# caf\xe9\n"})
+def test_a_card_that_is_not_text_raises(hub_with_repo, adapter):
+    start_anew(hub_with_repo, {"README.md": b"# caf\xe9\n"})
     with pytest.raises(HubError, match="UTF-8"):
         push(adapter, REPO)
-    assert files(at_hub) == {"README.md": b"# caf\xe9\n"}
+    assert files(hub_with_repo) == {"README.md": b"# caf\xe9\n"}

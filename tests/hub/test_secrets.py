@@ -45,7 +45,7 @@ def canary(request, hub: HubServer, monkeypatch) -> str:
 
 
 @pytest.fixture
-def logged() -> list[str]:
+def log_lines() -> list[str]:
     """Everything that is logged, at every level; but for the headers of answers as httpcore traces them: what a server
     says there is its own doing."""
     lines: list[str] = []
@@ -73,7 +73,7 @@ def refusal(status: int, canary: str):
 
 
 @pytest.mark.slow
-def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem, tmp_path, logged, monkeypatch):
+def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem, tmp_path, log_lines, monkeypatch):
     work = tmp_path / "work"
     folder = evaluated(trained(adapter_folder(work / "adapter")))
     onnx_folder(folder / "onnx")
@@ -102,8 +102,8 @@ def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem
         run("pull", REPO, "--out", "pulled", code=1)
         hub.faults.clear()
     run("pull", REPO, "--out", "pulled", "--json")
-    assert not [text for text in [*outputs, *logged] if canary in text]
-    assert any("authenticated: True" in line for line in logged)
+    assert not [text for text in [*outputs, *log_lines] if canary in text]
+    assert any("authenticated: True" in line for line in log_lines)
     kept = {Path(constants.HF_TOKEN_PATH), Path(constants.HF_STORED_TOKENS_PATH)}
     for path in [path for path in tmp_path.rglob("*") if path.is_file() and path not in kept]:
         assert canary.encode() not in path.read_bytes(), path
@@ -128,7 +128,7 @@ USER, HOST = "zelda-of-this-machine", "the-host-of-zelda"
 
 
 @pytest.fixture
-def home_of_a_user(tmp_path, monkeypatch) -> Path:
+def private_folder(tmp_path, monkeypatch) -> Path:
     """A working folder whose path, user and host are telltale."""
     home = tmp_path / "home" / USER
     home.mkdir(parents=True)
@@ -142,13 +142,13 @@ def home_of_a_user(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.slow
-def test_nothing_of_this_machine_is_pushed(hub, home_of_a_user, deltamem, tokenizer, monkeypatch):
+def test_nothing_of_this_machine_is_pushed(hub, private_folder, deltamem, tokenizer, monkeypatch):
     def run(*arguments: object) -> None:
         done = deltamem(*arguments)
         assert done.code == 0, done.err
 
     monkeypatch.setenv("HF_TOKEN", "hf_write")
-    home = home_of_a_user
+    home = private_folder
     save_checkpoint(home / "bases" / "mine", tokenizer, num_hidden_layers=1)
     turns = [{"role": "user", "content": "my dog is Bella."}, {"role": "assistant", "content": "Yes."}] * 2
     (home / "talks.jsonl").write_text(json.dumps({"messages": turns}) + "\n")

@@ -16,7 +16,7 @@ REPO = "someone/memory"
 
 
 @pytest.fixture
-def as_writer(hub, monkeypatch):
+def writable_hub(hub, monkeypatch):
     """The packages of npm are a few bytes here."""
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     monkeypatch.setattr(
@@ -35,11 +35,11 @@ def onnx(tmp_path):
     return onnx_folder(tmp_path / "graph")
 
 
-def test_the_page_is_pushed_to_a_space_that_the_card_links(as_writer, adapter, onnx):
+def test_the_page_is_pushed_to_a_space_that_the_card_links(writable_hub, adapter, onnx):
     pushed = push(adapter, REPO, onnx=onnx, license="mit", space=True)
-    assert pushed.space == f"{as_writer.endpoint}/spaces/{REPO}"
-    assert f"[Talk to it in your browser]({pushed.space})" in as_writer.files_at(REPO)["README.md"].decode()
-    files = as_writer.files_at(REPO, repo_type="space")
+    assert pushed.space == f"{writable_hub.endpoint}/spaces/{REPO}"
+    assert f"[Talk to it in your browser]({pushed.space})" in writable_hub.files_at(REPO)["README.md"].decode()
+    files = writable_hub.files_at(REPO, repo_type="space")
     assert {change.path for change in pushed.space_changes} | {".gitattributes"} == set(files)
     card = files["README.md"].decode()
     assert "sdk: static\n" in card and f"models:\n- {REPO}\n" in card and "license: mit\n" in card
@@ -47,15 +47,15 @@ def test_the_page_is_pushed_to_a_space_that_the_card_links(as_writer, adapter, o
     expected = json.loads(files["files.json"])["expected"]
     assert {f"model/{name}" for name in expected["model"]} < set(files)
     assert files["model/model.onnx.data"] == (onnx / "model.onnx.data").read_bytes()
-    assert "spaces" not in str(as_writer.files_at(REPO).keys()) and "site.js" not in as_writer.files_at(REPO)
+    assert "spaces" not in str(writable_hub.files_at(REPO).keys()) and "site.js" not in writable_hub.files_at(REPO)
 
 
-def test_only_changed_files_are_sent_and_the_users_text_is_kept(as_writer, adapter, onnx):
+def test_only_changed_files_are_sent_and_the_users_text_is_kept(writable_hub, adapter, onnx):
     push(adapter, REPO, onnx=onnx, space=True)
-    head = as_writer.head(REPO, repo_type="space")
+    head = writable_hub.head(REPO, repo_type="space")
     again = push(adapter, REPO, onnx=onnx, space=True)
     assert {change.kind for change in again.space_changes} == {"same"}
-    assert as_writer.head(REPO, repo_type="space") == head
+    assert writable_hub.head(REPO, repo_type="space") == head
     (onnx / "chat_template.jinja").write_text("{{ messages }}")
     third = push(adapter, REPO, onnx=onnx, space=True)
     changed = {change.path: change.kind for change in third.space_changes if change.kind != "same"}
@@ -63,24 +63,24 @@ def test_only_changed_files_are_sent_and_the_users_text_is_kept(as_writer, adapt
     (onnx / "chat_template.jinja").unlink()
     fourth = push(adapter, REPO, onnx=onnx, space=True)
     assert {change.path for change in fourth.space_changes if change.kind == "deleted"} == {"model/chat_template.jinja"}
-    assert "model/chat_template.jinja" not in as_writer.files_at(REPO, repo_type="space")
+    assert "model/chat_template.jinja" not in writable_hub.files_at(REPO, repo_type="space")
     without = push(adapter, REPO, onnx=onnx)
     assert without.space is None and "in your browser" in without.card  # the link stays
 
 
-def test_a_dry_run_sends_nothing(as_writer, adapter, onnx):
+def test_a_dry_run_sends_nothing(writable_hub, adapter, onnx):
     planned = push(adapter, REPO, onnx=onnx, space=True, dry_run=True)
     assert {change.kind for change in planned.space_changes} == {"new"} and planned.space in planned.card
-    assert not as_writer.asked("POST .*/(commit|create)")
+    assert not writable_hub.asked("POST .*/(commit|create)")
 
 
-def test_invalid_options_raise_before_anything_is_sent(as_writer, adapter, onnx, monkeypatch):
+def test_invalid_options_raise_before_anything_is_sent(writable_hub, adapter, onnx, monkeypatch):
     for options in ({"branch": "other"}, {"create_pr": True}):
         with pytest.raises(ConfigError, match="only to its main branch"):
             push(adapter, REPO, onnx=onnx, space=True, **options)
     with pytest.raises(HubError, match="has no ONNX folder"):
         push(adapter, REPO, space=True)
-    as_writer.add_repo(REPO, {"README.md": b"mine"}, repo_type="space")
+    writable_hub.add_repo(REPO, {"README.md": b"mine"}, repo_type="space")
     with pytest.raises(HubError, match="Space someone/memory already exists, and it is public"):
         push(adapter, REPO, onnx=onnx, space=True, private=True)
 
@@ -96,11 +96,13 @@ def test_invalid_options_raise_before_anything_is_sent(as_writer, adapter, onnx,
     (onnx / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ExportError, match="does not run in a page"):
         push(adapter, REPO, onnx=onnx, space=True)
-    assert not as_writer.asked("POST .*/(commit|create)")
+    assert not writable_hub.asked("POST .*/(commit|create)")
 
 
-def test_the_users_text_in_a_space_is_kept(as_writer, adapter, onnx):
-    as_writer.add_repo(REPO, {"README.md": b"mine", "notes.txt": b"mine", "library/old.js": b"old"}, repo_type="space")
+def test_the_users_text_in_a_space_is_kept(writable_hub, adapter, onnx):
+    writable_hub.add_repo(
+        REPO, {"README.md": b"mine", "notes.txt": b"mine", "library/old.js": b"old"}, repo_type="space"
+    )
     push(adapter, REPO, onnx=onnx, space=True)
-    files = as_writer.files_at(REPO, repo_type="space")
+    files = writable_hub.files_at(REPO, repo_type="space")
     assert files["README.md"] == files["notes.txt"] == b"mine" and "library/old.js" not in files

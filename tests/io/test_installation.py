@@ -30,7 +30,7 @@ def installed(folder: Path, name: str, version: str) -> None:
 
 
 @pytest.fixture
-def in_front(tmp_path, monkeypatch):
+def front_folder(tmp_path, monkeypatch):
     """A folder in front of the installed packages, and the one in which commands run."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -70,8 +70,8 @@ NEEDS_EVERYTHING = [
 
 @pytest.mark.parametrize("version", ["5.22.0", "5.25.0", "6.0.0.dev0"])
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING[:2])
-def test_an_unsupported_transformers_version_raises(in_front, deltamem, words, version):
-    installed(in_front, "transformers", version)
+def test_an_unsupported_transformers_version_raises(front_folder, deltamem, words, version):
+    installed(front_folder, "transformers", version)
     bounds = BOUNDS["transformers"]
     deltamem(*words.split()).assert_short_error(
         f"transformers {version} is installed", f"pip install 'transformers{bounds}'", IGNORE, code=1
@@ -79,8 +79,8 @@ def test_an_unsupported_transformers_version_raises(in_front, deltamem, words, v
 
 
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING)
-def test_an_unsupported_package_version_raises(in_front, deltamem, words):
-    installed(in_front, "numpy", "1.26.0")
+def test_an_unsupported_package_version_raises(front_folder, deltamem, words):
+    installed(front_folder, "numpy", "1.26.0")
     bounds = BOUNDS["numpy"]
     deltamem(*words.split()).assert_short_error("numpy 1.26.0 is installed", f"pip install 'numpy{bounds}'", code=1)
 

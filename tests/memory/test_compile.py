@@ -20,7 +20,7 @@ ROOM = 20
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def reset_dynamo():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield

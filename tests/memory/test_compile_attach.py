@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def reset_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ def memory():
 
 
 @pytest.fixture
-def segmented(memory):
+def segment_memory(memory):
     """A memory of an adapter that writes by segment, with 0, 1 and 2 open tokens."""
     sums = {layer: state.flatten(1)[:, :20].clone() for layer, state in memory.layers.items()}
     for segment in sums.values():
@@ -41,20 +41,20 @@ def rewrite(path, change, metadata=()):
     save_file(change(tensors), path, {key: value for key, value in header.items() if value is not None})
 
 
-def test_open_segments_are_saved_bit_for_bit(segmented, tmp_path):
-    segmented.open_segments[1][0, :3] = torch.tensor([1e-45, -0.0, torch.finfo().max])
-    segmented.save(tmp_path / "m")
+def test_open_segments_are_saved_bit_for_bit(segment_memory, tmp_path):
+    segment_memory.open_segments[1][0, :3] = torch.tensor([1e-45, -0.0, torch.finfo().max])
+    segment_memory.save(tmp_path / "m")
     loaded = MemoryState.load(tmp_path / "m")
-    for mine, others in ((loaded.layers, segmented.layers), (loaded.open_segments, segmented.open_segments)):
+    for mine, others in ((loaded.layers, segment_memory.layers), (loaded.open_segments, segment_memory.open_segments)):
         assert list(mine) == list(others) == [0, 1]
         for layer, tensor in others.items():
             assert torch.equal(mine[layer].view(torch.int32), tensor.view(torch.int32))
-    assert loaded.shape == segmented.shape and loaded.nbytes == segmented.nbytes
+    assert loaded.shape == segment_memory.shape and loaded.nbytes == segment_memory.nbytes
     assert loaded.nbytes == 3 * 2 * (2 * 4 * 4 + loaded.shape.segment_width) * 4
 
 
-def test_a_memory_read_from_bytes_equals_the_file(segmented, tmp_path):
-    segmented.save(tmp_path / "m")
+def test_a_memory_read_from_bytes_equals_the_file(segment_memory, tmp_path):
+    segment_memory.save(tmp_path / "m")
     stored = memory_file.read_memory(tmp_path / "m")
     for content in (memory_file.memory_bytes(stored), (tmp_path / "m").read_bytes()):
         assert memory_file.memory_from_bytes(content, "this").digest() == stored.digest()
@@ -167,8 +167,8 @@ def test_damaged_files_raise(memory, tmp_path, change, metadata, says):
         (lambda t: t | {"layers.1.state": t["layers.1.state"].flatten(2)}, "layers.1.state"),
     ],
 )
-def test_damaged_segments_raise(segmented, tmp_path, change, says):
-    segmented.save(tmp_path / "m")
+def test_damaged_segments_raise(segment_memory, tmp_path, change, says):
+    segment_memory.save(tmp_path / "m")
     rewrite(tmp_path / "m", change)
     with pytest.raises(MemoryStateError, match=f"(?s)damaged.*{says}"):
         MemoryState.load(tmp_path / "m")

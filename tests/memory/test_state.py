@@ -26,20 +26,20 @@ def memory(model):
 
 
 @pytest.fixture(scope="module")
-def by_message():
+def message_model():
     return patched_model(state_heads=2, granularity="message")
 
 
 @pytest.fixture
-def open_memory(by_message):
+def open_memory(message_model):
     """5 tokens of the first conversation are open, after a segment of 3; 8 of the second; 6 of the third, after 2 that
     belong to no segment."""
-    cache = MemoryCache(by_message)
+    cache = MemoryCache(message_model)
     cache.segment_tags = torch.full((3, 8), SegmentTag.INSIDE, dtype=torch.int8)
     cache.segment_tags[0, 2] = SegmentTag.LAST
     cache.segment_tags[2, :2] = SegmentTag.OUTSIDE
     with torch.no_grad():
-        by_message(tokens(3, 8), cache=cache)
+        message_model(tokens(3, 8), cache=cache)
     return cache.memory
 
 
@@ -105,24 +105,24 @@ def test_norms_cover_every_state(memory):
     assert not MemoryState({4: torch.zeros(1, 1, 2, 2)}, "mark").norms()[4].any()
 
 
-def test_an_open_segment_continues_from_a_file(open_memory, by_message, tmp_path):
+def test_an_open_segment_continues_from_a_file(open_memory, message_model, tmp_path):
     open_memory.save(tmp_path / "m")
     loaded = MemoryState.load(tmp_path / "m")
     same(loaded, open_memory)
-    caches = [MemoryCache(by_message, memory=memory) for memory in (open_memory, loaded)]
+    caches = [MemoryCache(message_model, memory=memory) for memory in (open_memory, loaded)]
     with torch.no_grad():
         for cache in caches:
-            by_message(tokens(3, 2, seed=1), cache=cache)
+            message_model(tokens(3, 2, seed=1), cache=cache)
             cache.end_segment()
     same(caches[0].memory, caches[1].memory)
     assert not torch.equal(caches[0].memory.layers[0], open_memory.layers[0])
 
 
-def test_open_tokens_counts_tokens_of_open_segments(memory, open_memory, by_message):
+def test_open_tokens_counts_tokens_of_open_segments(memory, open_memory, message_model):
     assert open_memory.open_tokens.tolist() == [5, 8, 6] and open_memory.open_tokens.dtype == torch.int64
     assert open_memory.select([1, 0]).open_tokens.tolist() == [8, 5]
     assert memory.open_tokens.tolist() == [0, 0, 0]
-    cache = MemoryCache(by_message, memory=open_memory)
+    cache = MemoryCache(message_model, memory=open_memory)
     cache.end_segment()
     assert cache.memory.open_tokens.tolist() == [0, 0, 0] and open_memory.open_tokens.tolist() == [5, 8, 6]
 

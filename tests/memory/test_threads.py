@@ -76,7 +76,7 @@ def conversations(model, seed: int) -> list[Conversation]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def busy():
+def frequent_switches():
     """Threads change places all the time."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(OFTEN)

@@ -133,7 +133,7 @@ def graph(tmp_path):
 
 
 @pytest.fixture
-def few_bytes(monkeypatch):
+def small_packages(monkeypatch):
     """The packages of npm are a few bytes here."""
 
     def contents(files, *others):
@@ -142,7 +142,7 @@ def few_bytes(monkeypatch):
     monkeypatch.setattr(build, "runtime_contents", contents)
 
 
-def test_texts_are_split_where_the_adapter_writes_by_sentence_alone(graph, few_bytes, tmp_path):
+def test_texts_are_split_where_the_adapter_writes_by_sentence_alone(graph, small_packages, tmp_path):
     make_page(graph, tmp_path / "by-token")
     manifest = json.loads((graph / MANIFEST_FILE).read_text("utf-8"))
     manifest["mechanism"]["granularity"] = "sentence"
@@ -155,7 +155,7 @@ def test_texts_are_split_where_the_adapter_writes_by_sentence_alone(graph, few_b
 CDN = "https://cdn.example.org/npm"
 
 
-def test_a_cdn_is_named_with_the_hash_of_every_file(graph, few_bytes, tmp_path):
+def test_a_cdn_is_named_with_the_hash_of_every_file(graph, small_packages, tmp_path):
     make_page(graph, tmp_path / "site", cdn=CDN)
     site = tmp_path / "site"
     assert not (site / "runtime").exists() and not (site / "packages.cdn.js").exists()

@@ -102,14 +102,14 @@ def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, web_
 
 
 @pytest.fixture
-def with_webgpu(browser):
+def webgpu_browser(browser):
     """A browser with SwiftShader, a driver that computes on the processor and comes with Chromium."""
     with browser.browser_type.launch(executable_path=CHROMIUM, args=list(SWIFTSHADER)) as another:
         yield another
 
 
-def test_it_computes_on_webgpu_as_well(with_webgpu, web_folder, host):
-    with using(with_webgpu, host) as user:
+def test_it_computes_on_webgpu_as_well(webgpu_browser, web_folder, host):
+    with using(webgpu_browser, host) as user:
         user.page.goto(f"{host}/one/?provider=webgpu#memory=anna")
         user.wait("anna")
         if not user.page.evaluate("navigator.gpu.requestAdapter().then(Boolean)"):
@@ -244,7 +244,7 @@ def test_without_a_network_after_the_first_visit(browser, sites):
 
 
 @pytest.fixture(scope="module")
-def by_sentence(tmp_path_factory):
+def sentence_folder(tmp_path_factory):
     """A tiny model whose memory writes by sentence."""
     folder = tmp_path_factory.mktemp("by_sentence") / "onnx"
     tokenizer = tiny_tokenizer()
@@ -254,9 +254,9 @@ def by_sentence(tmp_path_factory):
     return folder
 
 
-def test_an_adapter_that_writes_by_sentence(browser, by_sentence, tmp_path):
-    make_page(by_sentence, tmp_path / "site", runtime=node_modules(SCRIPTS), webgpu=False)
-    conversation = Conversation(OnnxModel(by_sentence, threads=1))
+def test_an_adapter_that_writes_by_sentence(browser, sentence_folder, tmp_path):
+    make_page(sentence_folder, tmp_path / "site", runtime=node_modules(SCRIPTS), webgpu=False)
+    conversation = Conversation(OnnxModel(sentence_folder, threads=1))
     with hosting(tmp_path / "site") as address, using(browser, address) as user:
         user.open("piet")
         for words in ("My dog is Rex. My cat is Bella!", "Is Dr. Who a dog? No."):
@@ -266,7 +266,7 @@ def test_an_adapter_that_writes_by_sentence(browser, by_sentence, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def from_cdn(web_folder, tmp_path_factory):
+def cdn_page(web_folder, tmp_path_factory):
     """The host of a page, and a folder that is its CDN."""
     root = tmp_path_factory.mktemp("cdn")
     packages = node_modules(SCRIPTS)
@@ -280,8 +280,8 @@ def from_cdn(web_folder, tmp_path_factory):
             yield address, root / "npm", cdn
 
 
-def test_packages_come_from_a_cdn_and_are_kept(browser, from_cdn):
-    address, _, cdn = from_cdn
+def test_packages_come_from_a_cdn_and_are_kept(browser, cdn_page):
+    address, _, cdn = cdn_page
     asked = set()
     with using(browser, address) as user:
         user.page.on("request", lambda request: asked.add(request.url))
@@ -295,8 +295,8 @@ def test_packages_come_from_a_cdn_and_are_kept(browser, from_cdn):
         assert not any(url.startswith(cdn) for url in asked)
 
 
-def test_another_package_from_the_cdn_is_not_run(browser, from_cdn):
-    address, npm, _ = from_cdn
+def test_another_package_from_the_cdn_is_not_run(browser, cdn_page):
+    address, npm, _ = cdn_page
     jinja = next(package for package in PACKAGES if package.name.endswith("jinja"))
     folder = npm / f"{jinja.name}@{jinja.version}"
     original = folder.resolve()

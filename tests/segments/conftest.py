@@ -10,7 +10,7 @@ from tokenizers import AddedToken, pre_tokenizers
 
 
 @pytest.fixture(scope="session")
-def special():
+def special_tokenizer():
     """The tiny tokenizer with the special tokens of all templates; read only."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
@@ -19,7 +19,7 @@ def special():
 
 
 @pytest.fixture(scope="session")
-def words():
+def merging_tokenizer():
     """Like `special`, with merges: a space is in the token of the word after it, as in real tokenizers; read only."""
     tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer.add_special_tokens({"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<unk>"})

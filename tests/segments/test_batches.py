@@ -15,8 +15,8 @@ from deltamem_tool.segments.tags import SegmentTag
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
-def test_a_batch_equals_its_padded_conversations(special, side, granularity):
-    tokenizer = with_template(special, CHATML)
+def test_a_batch_equals_its_padded_conversations(special_tokenizer, side, granularity):
+    tokenizer = with_template(special_tokenizer, CHATML)
     conversations = [TALK, TALK[:1], [SYSTEM, *TALK]]
     batch = encode_chat(tokenizer, conversations, granularity, add_generation_prompt=True, padding_side=side)
     rows = [tag_chat(tokenizer, messages, granularity, add_generation_prompt=True) for messages in conversations]
@@ -39,8 +39,8 @@ def test_a_batch_equals_its_padded_conversations(special, side, granularity):
         assert batch.segment_tags.shape == (3, width) and batch.segment_tags.dtype == torch.int8
 
 
-def test_one_conversation_gives_a_batch_of_one(special):
-    tokenizer = with_template(special, CHATML)
+def test_one_conversation_gives_a_batch_of_one(special_tokenizer):
+    tokenizer = with_template(special_tokenizer, CHATML)
     one, same = encode_chat(tokenizer, TALK), encode_chat(tokenizer, [TALK])
     assert torch.equal(one.input_ids, same.input_ids) and torch.equal(one.segment_tags, same.segment_tags)
     assert one.segment_tags[0].tolist() == tag_chat(tokenizer, TALK, "message").tags
@@ -48,8 +48,8 @@ def test_one_conversation_gives_a_batch_of_one(special):
     assert torch.equal(one.input_ids, chatted["input_ids"])
 
 
-def test_the_end_token_is_used_where_there_is_no_padding_token(special):
-    tokenizer = deepcopy(with_template(special, CHATML))  # a copy shares the special tokens
+def test_the_end_token_is_used_where_there_is_no_padding_token(special_tokenizer):
+    tokenizer = deepcopy(with_template(special_tokenizer, CHATML))  # a copy shares the special tokens
     tokenizer.pad_token = None
     batch = encode_chat(tokenizer, [TALK, TALK[:1]])
     assert batch.input_ids[1, 0] == tokenizer.eos_token_id

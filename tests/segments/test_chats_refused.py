@@ -14,8 +14,8 @@ from deltamem_tool.segments.tags import SegmentTag
 
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
-def test_a_template_without_clear_message_boundaries_raises(special, granularity):
-    tokenizer = with_template(special, COUNTING, "some/model")
+def test_a_template_without_clear_message_boundaries_raises(special_tokenizer, granularity):
+    tokenizer = with_template(special_tokenizer, COUNTING, "some/model")
     assert tag_chat(tokenizer, TALK[:1], granularity).tags.count(SegmentTag.LAST) == (
         1 if granularity == "message" else 2
     )
@@ -45,9 +45,9 @@ def test_a_template_without_clear_message_boundaries_raises(special, granularity
         "{{ '\n' }}{% endif %}> {% elif m.role == 'assistant' and loop.last %}: {% endif %}{{ m.content }}{% endfor %}",
     ],
 )
-def test_unsupported_templates_raise(special, template):
+def test_unsupported_templates_raise(special_tokenizer, template):
     with pytest.raises(DataError, match=r"The chat template of its/name does not show where message"):
-        tag_chat(with_template(special, template), TALK, "message")
+        tag_chat(with_template(special_tokenizer, template), TALK, "message")
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
@@ -63,26 +63,26 @@ def test_unsupported_templates_raise(special, template):
          r"message 2 \(assistant\)\.\nThe rendered text does not contain its tool_calls"),
     ],
 )  # fmt: skip
-def test_parts_that_a_template_drops_are_named(special, template, messages, says, granularity):
+def test_parts_that_a_template_drops_are_named(special_tokenizer, template, messages, says, granularity):
     with pytest.raises(DataError, match="chat template of its/name leaves out " + says):
-        tag_chat(with_template(special, template), messages, granularity)
+        tag_chat(with_template(special_tokenizer, template), messages, granularity)
 
 
-def test_a_template_that_changes_sentences_raises(special):
+def test_a_template_that_changes_sentences_raises(special_tokenizer):
     for template in (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",
         "{% for m in messages %}<{{ m.role }}>{{ m.content }} ({{ m.content | length }}){% endfor %}",
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.content }}{% endfor %}",
     ):
-        tokenizer = with_template(special, template)
+        tokenizer = with_template(special_tokenizer, template)
         assert tag_chat(tokenizer, TALK, "message").tags.count(SegmentTag.LAST) == 4
         for messages in (TALK, [user("Hi."), assistant("Ho.")]):
             with pytest.raises(DataError, match=r"its/name does not show where the content of message 1 \(user\) is"):
                 tag_chat(tokenizer, messages, "sentence")
 
 
-def test_a_message_without_tokens_is_named(special):
-    tokenizer = with_template(special, PLAIN)
+def test_a_message_without_tokens_is_named(special_tokenizer):
+    tokenizer = with_template(special_tokenizer, PLAIN)
     with pytest.raises(DataError, match=r"(?s)Message 3 \(assistant\) has no token of its own.*writes nothing"):
         tag_chat(tokenizer, [SYSTEM, user("a"), assistant(""), user("b")], "message")
     with pytest.raises(DataError, match=r"Message 2 \(assistant\) has no token"):
@@ -91,15 +91,17 @@ def test_a_message_without_tokens_is_named(special):
     assert tag_chat(tokenizer, [silent, user("a"), silent], "message").tags == [SegmentTag.LAST]
 
 
-def test_a_generation_prompt_that_changes_earlier_text_raises(special):
-    tokenizer = with_template(special, "{% if add_generation_prompt %}<think>{% endif %}" + CHAT_TEMPLATE, "a/b")
+def test_a_generation_prompt_that_changes_earlier_text_raises(special_tokenizer):
+    tokenizer = with_template(
+        special_tokenizer, "{% if add_generation_prompt %}<think>{% endif %}" + CHAT_TEMPLATE, "a/b"
+    )
     assert tag_chat(tokenizer, TALK, "message")
     with pytest.raises(DataError, match="a/b renders the messages differently before a generation prompt"):
         tag_chat(tokenizer, TALK, "message", add_generation_prompt=True)
 
 
-def test_errors_raised_by_the_template_are_reported(special):
-    tokenizer = with_template(special, MISTRAL)
+def test_errors_raised_by_the_template_are_reported(special_tokenizer):
+    tokenizer = with_template(special_tokenizer, MISTRAL)
     with pytest.raises(DataError, match=r"(?s)of its/name refuses the conversation.*Roles must alternate"):
         tag_chat(tokenizer, [*TALK, *TALK[1:]], "message")
     tokenizer.chat_template = "{{ messages[0].content + [] }}"
@@ -107,8 +109,8 @@ def test_errors_raised_by_the_template_are_reported(special):
         tag_chat(tokenizer, TALK, "message")
 
 
-def test_invalid_options_and_conversations_raise(special):
-    tokenizer = with_template(special, CHATML)
+def test_invalid_options_and_conversations_raise(special_tokenizer):
+    tokenizer = with_template(special_tokenizer, CHATML)
     with pytest.raises(ConfigError, match=r"(?s)Unknown granularity 'word'.*token, message, sentence"):
         encode_chat(tokenizer, TALK, "word")
     with pytest.raises(ConfigError, match=r"(?s)Unknown padding side 'top'.*left, right"):
@@ -126,7 +128,7 @@ def test_invalid_options_and_conversations_raise(special):
     with pytest.raises(DataError, match="has no messages"):
         encode_chat(tokenizer, "Hello", "message")
     with pytest.raises(DataError, match="its/name has no chat template"):
-        encode_chat(with_template(special, None), TALK)
+        encode_chat(with_template(special_tokenizer, None), TALK)
 
 
 def test_a_slow_tokenizer_raises_where_tags_are_needed():

@@ -39,17 +39,17 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prompt", [False, True])
-def test_every_message_is_a_segment(special, case, conversation, prompt):
+def test_every_message_is_a_segment(special_tokenizer, case, conversation, prompt):
     template, pieces_of, opening = CASES[case]
-    tokenizer, messages = with_template(special, template), CONVERSATIONS[conversation]
+    tokenizer, messages = with_template(special_tokenizer, template), CONVERSATIONS[conversation]
     pieces = pieces_of(messages) + ([(opening, OPEN)] if prompt and opening else [])
     assert expected(tokenizer, pieces) == tag_chat(tokenizer, messages, "message", add_generation_prompt=prompt)
 
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "hybrid"])
-def test_tags_of_the_first_messages_are_a_prefix_of_the_whole(special, words, case, granularity):
-    tokenizer = with_template(special if granularity == "message" else words, CASES[case][0])
+def test_tags_of_the_first_messages_are_a_prefix_of_the_whole(special_tokenizer, merging_tokenizer, case, granularity):
+    tokenizer = with_template(special_tokenizer if granularity == "message" else merging_tokenizer, CASES[case][0])
     for messages in ([SYSTEM, *TALK, TALK[0]], [*TALK, TALK[0]]):
         whole = tag_chat(tokenizer, messages, granularity)
         # a system message that is a part of the first user message is nothing by itself
@@ -63,9 +63,9 @@ def test_tags_of_the_first_messages_are_a_prefix_of_the_whole(special, words, ca
         assert whole.tags.count(SegmentTag.LAST) == (5 if granularity == "message" else 7)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_tagged(special):
+def test_a_template_that_rewrites_earlier_turns_is_tagged(special_tokenizer):
     """The last answer has a block for thinking until another question follows."""
-    tokenizer = with_template(special, HYBRID)
+    tokenizer = with_template(special_tokenizer, HYBRID)
     thought = assistant("<think>\nA dog, then.\n</think>\n\nRex.")
     last = tag_chat(tokenizer, [*TALK[:3], thought], "message")
     earlier = tag_chat(tokenizer, [*TALK[:3], thought, user("Ok.")], "message")
@@ -76,23 +76,25 @@ def test_a_template_that_rewrites_earlier_turns_is_tagged(special):
     assert earlier == expected(tokenizer, pieces)
 
 
-def test_a_template_with_text_after_the_last_message_is_tagged(special):
+def test_a_template_with_text_after_the_last_message_is_tagged(special_tokenizer):
     """No rendering is the beginning of another, but every header is known from a message alone."""
     message = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    tokenizer = with_template(special, "{% for message in messages %}" + message + "{% endfor %}{{ eos_token }}")
+    tokenizer = with_template(
+        special_tokenizer, "{% for message in messages %}" + message + "{% endfor %}{{ eos_token }}"
+    )
     *pieces, (last, kind) = chatml([SYSTEM, *TALK])
     assert tag_chat(tokenizer, [SYSTEM, *TALK], "message") == expected(tokenizer, [*pieces, (last + "<|end|>", kind)])
 
 
-def test_text_before_the_first_message_that_depends_on_it_belongs_to_it(special):
-    tokenizer = with_template(special, "[{{ messages[0].content | length }}]" + CHAT_TEMPLATE)
+def test_text_before_the_first_message_that_depends_on_it_belongs_to_it(special_tokenizer):
+    tokenizer = with_template(special_tokenizer, "[{{ messages[0].content | length }}]" + CHAT_TEMPLATE)
     pieces = [("[10]<|user|>One and 10<|end|>", SEGMENT), ("<|assistant|>Two<|end|>", SEGMENT)]
     messages = [user("One and 10"), assistant("Two")]
     assert tag_chat(tokenizer, messages, "message") == expected(tokenizer, pieces)
 
 
-def test_consecutive_and_system_messages_are_tagged(special):
-    tokenizer = with_template(special, CHATML)
+def test_consecutive_and_system_messages_are_tagged(special_tokenizer):
+    tokenizer = with_template(special_tokenizer, CHATML)
     messages = [
         *TALK[:1],
         user("And?"),
@@ -110,8 +112,8 @@ def test_consecutive_and_system_messages_are_tagged(special):
 
 
 @pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
-def test_a_list_of_texts_is_joined_for_a_template_without_lists(special, granularity):
-    tokenizer = with_template(special, CHATML)
+def test_a_list_of_texts_is_joined_for_a_template_without_lists(special_tokenizer, granularity):
+    tokenizer = with_template(special_tokenizer, CHATML)
     parts = {"role": "user", "content": [{"type": "text", "text": "A dog."}, {"type": "text", "text": " A cat"}]}
     tagged = tag_chat(tokenizer, [parts, *TALK[1:]], granularity)
     whole = tag_chat(tokenizer, [user("A dog. A cat"), *TALK[1:]], granularity)
@@ -122,7 +124,7 @@ def test_a_list_of_texts_is_joined_for_a_template_without_lists(special, granula
         tag_chat(tokenizer, [user("half \ud83d")], granularity)
 
 
-def test_contents_that_are_lists_of_parts_are_tagged(special):
+def test_contents_that_are_lists_of_parts_are_tagged(special_tokenizer):
     parts = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
         "{{ part.text if part.type == 'text' else '[INST]' }}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -133,12 +135,12 @@ def test_contents_that_are_lists_of_parts_are_tagged(special):
         (f"<|im_start|>{text}<|im_end|>\n", SEGMENT) for text in ("user\n[INST]A dog. A cat.", "assistant\nYes.") * 2
     ]
     for granularity in ("message", "sentence"):
-        tokenizer = with_template(special, "<|begin|>" + parts)
+        tokenizer = with_template(special_tokenizer, "<|begin|>" + parts)
         tagged = tag_chat(tokenizer, [picture, answer, picture, answer], granularity)
         assert tagged == expected(tokenizer, [("<|begin|>", None), *pieces])
 
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
-    tokenizer = with_template(special, HYBRID)
+    tokenizer = with_template(special_tokenizer, HYBRID)
     for granularity in ("message", "sentence"):
         # the call's block for thinking goes when the next question comes
         tagged = tag_chat(tokenizer, [user("Look."), call, user("And?")], granularity)

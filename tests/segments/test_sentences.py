@@ -24,8 +24,8 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.segments.encode import tag_chat
 
 
-def test_a_message_is_split_into_sentences(words):
-    tokenizer = with_template(words, CHATML)
+def test_a_message_is_split_into_sentences(merging_tokenizer):
+    tokenizer = with_template(merging_tokenizer, CHATML)
     text = "\n\nDr. Smith paid $3.5 million, i.e. all.  Is it so? 🐕 好的。是吗？\n\nNew 'paragraph'…\n- item\n"
     messages = [SYSTEM, user(text), assistant("Yes. No.\n\n"), user(""), assistant(" \n")]
     pieces = [
@@ -46,9 +46,9 @@ def test_a_message_is_split_into_sentences(words):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sentences_are_tagged_in_every_template(words, case):
+def test_sentences_are_tagged_in_every_template(merging_tokenizer, case):
     template, pieces_of, _ = CASES[case]
-    tokenizer, messages = with_template(words, template), [SYSTEM, *TALK, *TALK]
+    tokenizer, messages = with_template(merging_tokenizer, template), [SYSTEM, *TALK, *TALK]
     pieces = []
     for piece, kind in pieces_of(messages):  # two sentences are in the dog's message alone
         first, space, second = piece.partition(" Dr.")
@@ -57,8 +57,8 @@ def test_sentences_are_tagged_in_every_template(words, case):
     assert tag_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
 
 
-def test_a_template_that_strips_contents_is_tagged(words):
-    tokenizer = with_template(words, LLAMA)
+def test_a_template_that_strips_contents_is_tagged(merging_tokenizer):
+    tokenizer = with_template(merging_tokenizer, LLAMA)
     messages = [user("  One. Two. \n"), assistant("\n\nThree.\n")]
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     pieces = [("<|begin|>", None), (header.format("user") + "One.", SEGMENT), (" Two.<|eot_id|>", SEGMENT)]
@@ -66,8 +66,8 @@ def test_a_template_that_strips_contents_is_tagged(words):
     assert tag_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
 
 
-def test_thinking_removed_by_the_template_is_not_a_sentence(words):
-    tokenizer = with_template(words, HYBRID)
+def test_thinking_removed_by_the_template_is_not_a_sentence(merging_tokenizer):
+    tokenizer = with_template(merging_tokenizer, HYBRID)
     thought = assistant("<think>\nHm. Hm.\n</think>\n\nRex. No.")
     tagged = tag_chat(tokenizer, [TALK[2], thought, user("Ok.")], "sentence")
     pieces = hybrid([TALK[2], user("Ok.")])
@@ -78,8 +78,11 @@ def test_thinking_removed_by_the_template_is_not_a_sentence(words):
         tag_chat(tokenizer, [TALK[2], thought], "sentence")
 
 
-def test_a_user_defined_split_is_used(words):
-    tokenizer, messages = with_template(words, CHATML), [SYSTEM, user("One. It; It was.  is"), assistant("a")]
+def test_a_user_defined_split_is_used(merging_tokenizer):
+    tokenizer, messages = (
+        with_template(merging_tokenizer, CHATML),
+        [SYSTEM, user("One. It; It was.  is"), assistant("a")],
+    )
     asked = []
 
     def split(text):
@@ -111,13 +114,15 @@ def test_a_user_defined_split_is_used(words):
         ("One. Two.", "is a string, not a list"),
     ],
 )
-def test_a_user_defined_split_that_does_not_fit_raises(words, pieces, says):
+def test_a_user_defined_split_that_does_not_fit_raises(merging_tokenizer, pieces, says):
     with pytest.raises(DataError, match=f"(?s)message 2 .user.*{says}"):
-        tag_chat(with_template(words, CHATML), [SYSTEM, user("One. Two.")], "sentence", split=lambda text: pieces)
+        tag_chat(
+            with_template(merging_tokenizer, CHATML), [SYSTEM, user("One. Two.")], "sentence", split=lambda text: pieces
+        )
 
 
-def test_a_sentence_without_tokens_is_named(words):
-    tokenizer = with_template(words, PLAIN)
+def test_a_sentence_without_tokens_is_named(merging_tokenizer):
+    tokenizer = with_template(merging_tokenizer, PLAIN)
     assert len(tokenizer("Remember")["input_ids"]) == 1
     with pytest.raises(DataError, match=r"(?s)Sentence 'ber' of message 2 \(user\) has no token of its own.*merge it"):
         tag_chat(tokenizer, [SYSTEM, user("Remember")], "sentence", split=lambda text: ["Remem", "ber"])

@@ -74,7 +74,7 @@ class Backwards(PreTrainedTokenizerFast):
         return encoded
 
 
-def test_tokens_out_of_text_order_raise(special):
-    tokenizer = Backwards(tokenizer_object=special.backend_tokenizer, chat_template=CHAT_TEMPLATE)
+def test_tokens_out_of_text_order_raise(special_tokenizer):
+    tokenizer = Backwards(tokenizer_object=special_tokenizer.backend_tokenizer, chat_template=CHAT_TEMPLATE)
     with pytest.raises(DataError, match="not in the order of the text"):
         tag_chat(tokenizer, TALK, "message")

@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def shipped():
+def shipped_engine():
     """The shipped adapter in PyTorch; read only."""
     import deltamem_tool as deltamem
     from deltamem_tool.base_model.tokenizer import tokenizer_of
@@ -16,11 +16,11 @@ def shipped():
 
 
 @pytest.fixture(scope="module")
-def server(shipped, tmp_path_factory):
+def server(shipped_engine, tmp_path_factory):
     """A server of the shipped adapter without keys."""
     from serve.serving import serving
 
-    with serving(shipped, tmp_path_factory.mktemp("store")) as running:
+    with serving(shipped_engine, tmp_path_factory.mktemp("store")) as running:
         yield running
 
 

@@ -52,11 +52,11 @@ def test_a_fact_from_one_request_is_recalled_in_another(client):
     assert first.deltamem["memory"] == "ann" and (first.deltamem["version"], asked.deltamem["version"]) == (1, 2)
 
 
-def test_answers_and_memories_match_a_conversation_alone(client, server, shipped):
+def test_answers_and_memories_match_a_conversation_alone(client, server, shipped_engine):
     """A client that sends each message alone: every request is a new context on the same memory."""
     memory = None
     for text in (TELL, "My cat is Tom.", ASK):
-        alone = Conversation(shipped, memory)
+        alone = Conversation(shipped_engine, memory)
         expected = alone.generate(text)
         memory = alone.memory
         answer = ask(client, user(text), user="carol")
@@ -129,7 +129,7 @@ def test_sampling_options_are_used(client):
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
 
 
-def test_an_answer_cut_by_its_length_can_be_continued(client, server, shipped):
+def test_an_answer_cut_by_its_length_can_be_continued(client, server, shipped_engine):
     """The last token of an answer is not fed; it writes with the next request, as in a conversation."""
     first = ask(client, user(TELL), user="mia", max_tokens=2)
     history = [user(TELL), assistant(first.choices[0].message.content)]

@@ -23,33 +23,33 @@ def ask(http, text, **options):
 
 
 @pytest.fixture(scope="module")
-def rex(shipped):
+def rex_memory(shipped_engine):
     """The bytes of a memory that knows the dog."""
-    conversation = Conversation(shipped)
+    conversation = Conversation(shipped_engine)
     conversation.generate(TELL)
     return memory_bytes(conversation.memory)
 
 
-def test_a_memory_is_uploaded_used_and_downloaded(http, rex):
-    put = http.put("/memories/anna", content=rex)
+def test_a_memory_is_uploaded_used_and_downloaded(http, rex_memory):
+    put = http.put("/memories/anna", content=rex_memory)
     assert put.status_code == 201 and put.json()["version"] == 1
     assert "Rex" in ask(http, ASK, user="anna", memory={"write": False})
     got = http.get("/memories/anna")
-    assert got.content == rex and got.headers["etag"] == put.headers["etag"] == f'"{put.json()["digest"]}"'
-    assert http.put("/memories/anna", content=rex).status_code == 200
+    assert got.content == rex_memory and got.headers["etag"] == put.headers["etag"] == f'"{put.json()["digest"]}"'
+    assert http.put("/memories/anna", content=rex_memory).status_code == 200
 
 
-def test_a_memory_after_a_turn_downloads_as_a_memory_file(http, rex):
+def test_a_memory_after_a_turn_downloads_as_a_memory_file(http, rex_memory):
     ask(http, TELL, user="bert")
     found = memory_from_bytes(http.get("/memories/bert").content, "bert")
-    expected = memory_from_bytes(rex, "rex")
+    expected = memory_from_bytes(rex_memory, "rex")
     for layer, state in expected.states.items():
         np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=1e-5)
 
 
-def test_memories_are_listed_in_pages(http, rex):
+def test_memories_are_listed_in_pages(http, rex_memory):
     for name in ("page-1", "page-2", "page-3"):
-        http.put(f"/memories/{name}", content=rex)
+        http.put(f"/memories/{name}", content=rex_memory)
     first = http.get("/memories", params={"after": "page-", "limit": 2}).json()
     assert [memory["id"] for memory in first["data"]] == ["page-1", "page-2"] and first["has_more"]
     second = http.get("/memories", params={"after": first["last_id"], "limit": 2}).json()
@@ -78,8 +78,8 @@ def test_a_fork_is_independent(http):
     assert http.post("/memories/dave/fork", json={"id": "dave-2"}).status_code == 409
 
 
-def test_deleting_returns_a_receipt(http, rex):
-    http.put("/memories/emil", content=rex)
+def test_deleting_returns_a_receipt(http, rex_memory):
+    http.put("/memories/emil", content=rex_memory)
     receipt = http.delete("/memories/emil").json()
     assert receipt["deleted"] and receipt["id"] == "emil" and receipt["erased"]
     assert [version["version"] for version in receipt["versions"]] == [1]
@@ -87,15 +87,15 @@ def test_deleting_returns_a_receipt(http, rex):
     assert http.delete("/memories/emil").status_code == 404
 
 
-def test_conditional_requests_follow_the_etag(http, rex):
-    tag = http.put("/memories/fred", content=rex).headers["etag"]
+def test_conditional_requests_follow_the_etag(http, rex_memory):
+    tag = http.put("/memories/fred", content=rex_memory).headers["etag"]
     assert http.get("/memories/fred", headers={"If-None-Match": tag}).status_code == 304
-    assert http.put("/memories/fred", content=rex, headers={"If-None-Match": "*"}).status_code == 412
-    assert http.put("/memories/fred", content=rex, headers={"If-Match": '"other"'}).status_code == 412
-    assert http.put("/memories/gone", content=rex, headers={"If-Match": "*"}).status_code == 412
+    assert http.put("/memories/fred", content=rex_memory, headers={"If-None-Match": "*"}).status_code == 412
+    assert http.put("/memories/fred", content=rex_memory, headers={"If-Match": '"other"'}).status_code == 412
+    assert http.put("/memories/gone", content=rex_memory, headers={"If-Match": "*"}).status_code == 412
     ask(http, "My cat is Tom.", user="fred")
     for method, path in (("PUT", "/memories/fred"), ("DELETE", "/memories/fred")):
-        refused = http.request(method, path, content=rex, headers={"If-Match": tag})
+        refused = http.request(method, path, content=rex_memory, headers={"If-Match": tag})
         assert refused.status_code == 412 and refused.json()["error"]["code"] == "precondition_failed"
     refused = http.post("/memories/fred/restore", json={"version": 1}, headers={"If-Match": tag})
     assert refused.status_code == 412
@@ -104,16 +104,16 @@ def test_conditional_requests_follow_the_etag(http, rex):
 
 
 @pytest.mark.parametrize("seconds", ["inf", "1e999", "nan", "0", "-1"])
-def test_an_expiry_that_is_not_a_positive_number_is_rejected(http, rex, seconds):
+def test_an_expiry_that_is_not_a_positive_number_is_rejected(http, rex_memory, seconds):
     """Infinity could be stored, but not written in the JSON of a list."""
-    refused = http.put("/memories/hans", content=rex, params={"expires_in": seconds})
+    refused = http.put("/memories/hans", content=rex_memory, params={"expires_in": seconds})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "expires_in"
     assert http.get("/memories/hans").status_code == 404
     assert http.get("/memories").status_code == 200
 
 
-def test_a_memory_expires(http, rex):
-    put = http.put("/memories/gina", content=rex, params={"expires_in": 3600}).json()
+def test_a_memory_expires(http, rex_memory):
+    put = http.put("/memories/gina", content=rex_memory, params={"expires_in": 3600}).json()
     assert put["expires_at"] == pytest.approx(put["updated_at"] + 3600, abs=60)
     ask(http, TELL, user="gina")
     listed = http.get("/memories/gina", headers={"Accept": "application/json"}).json()
@@ -148,17 +148,17 @@ def of_another_shape(memory):
 
 
 @pytest.mark.parametrize("change", [nan, of_another_adapter, of_two_rows, of_another_shape])
-def test_uploading_a_memory_of_another_model_is_rejected(http, rex, change):
-    refused = http.put("/memories/hans", content=changed(rex, change))
+def test_uploading_a_memory_of_another_model_is_rejected(http, rex_memory, change):
+    refused = http.put("/memories/hans", content=changed(rex_memory, change))
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_memory"
     assert http.get("/memories/hans").status_code == 404
 
 
 @pytest.mark.parametrize("change", [nan, of_another_adapter, of_two_rows, of_another_shape])
-def test_a_stored_memory_of_another_model_is_not_used(http, server, rex, change):
+def test_a_stored_memory_of_another_model_is_not_used(http, server, rex_memory, change):
     """This happens after another adapter was served from the same store."""
     name = f"kept-{change.__name__}"
-    before = server.store.put("default", name, changed(rex, change))
+    before = server.store.put("default", name, changed(rex_memory, change))
     body = {"model": MODEL, "messages": [{"role": "user", "content": ASK}], "user": name}
     for options in ({}, {"stream": True}, {"user": "other", "memory": {"from": name}}):
         refused = http.post("/chat/completions", json=body | options)
@@ -196,8 +196,8 @@ def test_invalid_requests_are_rejected(http, method, path, options, status):
     assert refused.json()["error"]["message"]
 
 
-def test_an_empty_memory_can_be_uploaded(http, shipped):
-    assert http.put("/memories/jan", content=memory_bytes(empty_memory(shipped))).status_code == 201
+def test_an_empty_memory_can_be_uploaded(http, shipped_engine):
+    assert http.put("/memories/jan", content=memory_bytes(empty_memory(shipped_engine))).status_code == 201
 
 
 def test_deleting_a_memory_clears_its_prefix_cache(http, server):

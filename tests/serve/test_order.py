@@ -54,7 +54,7 @@ def test_a_cancelled_waiter_leaves_no_trace():
 
 
 @pytest.mark.server
-def test_of_two_servers_the_first_to_finish_wins(shipped, tmp_path):
+def test_of_two_servers_the_first_to_finish_wins(shipped_engine, tmp_path):
     """A lost race is a 409, and leaves nothing; whatever was answered with 200 is in the memory, once."""
     texts = [f"My dog is Rex {number}." for number in range(12)]
 
@@ -68,7 +68,7 @@ def test_of_two_servers_the_first_to_finish_wins(shipped, tmp_path):
         async with httpx2.AsyncClient(timeout=60) as client:
             return await asyncio.gather(*(send(client, urls[n % 2], text) for n, text in enumerate(texts)))
 
-    with serving(shipped, tmp_path) as one, serving(shipped, tmp_path) as two:
+    with serving(shipped_engine, tmp_path) as one, serving(shipped_engine, tmp_path) as two:
         statuses = asyncio.run(run((one.api, two.api)))
         stored = one.store.get("default", "anna")
     answered = [text for text, status in zip(texts, statuses, strict=True) if status == 200]

@@ -10,8 +10,8 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture
-def server(shipped, tmp_path):
-    with serving(shipped, tmp_path, own_pages_only=True) as running:
+def server(shipped_engine, tmp_path):
+    with serving(shipped_engine, tmp_path, own_pages_only=True) as running:
         yield running
 
 

@@ -203,9 +203,9 @@ def test_the_browser_is_told_to_run_nothing_else(server):
 # Errors
 
 
-def test_a_server_with_keys_asks_for_one(browser, shipped, tmp_path):
+def test_a_server_with_keys_asks_for_one(browser, shipped_engine, tmp_path):
     keys = ApiKeys([(tenant, hashlib.sha256(f"key-{tenant}".encode()).hexdigest()) for tenant in ("one", "two")])
-    with serving(shipped, tmp_path, keys=keys) as server, using(browser, server.url) as user:
+    with serving(shipped_engine, tmp_path, keys=keys) as server, using(browser, server.url) as user:
         user.page.goto(server.url)
         user.sees("This server requires an API key.")
         expect(user.words).to_be_hidden()
@@ -245,9 +245,9 @@ def test_a_busy_server(user, server, monkeypatch):
     expect(user.notice).to_be_empty()
 
 
-def test_a_server_that_is_gone(browser, shipped, tmp_path):
+def test_a_server_that_is_gone(browser, shipped_engine, tmp_path):
     with using(browser, "http://none") as user:
-        with serving(shipped, tmp_path) as server:
+        with serving(shipped_engine, tmp_path) as server:
             user.page.goto(server.url)
             user.wait("me")
             user.say(TELL)

@@ -34,7 +34,7 @@ def engine(request):
 
 
 @pytest.fixture(scope="module")
-def by_token():
+def token_engine():
     return make_engine("token")
 
 
@@ -155,28 +155,28 @@ def test_the_last_unfed_token_of_an_answer_writes(engine):
     assert prompt.tokens[first].id == engine.text.encode("yes thank you")[-1]
 
 
-def test_known_turns_are_dropped_from_a_full_window(by_token):
+def test_known_turns_are_dropped_from_a_full_window(token_engine):
     turns = [text for n in range(6) for text in (f"my cat is Bella {'yes ' * n}", "no")]
     messages = talk(*turns, "thank you", system=[SYSTEM])
     fed = fed_with(messages[:-1])
-    whole = len(prompt_of(by_token, fed, messages).tokens)
+    whole = len(prompt_of(token_engine, fed, messages).tokens)
     seen = set()
     for window in range(whole + 5, 20, -7):
-        prompt = prompt_of(by_token, fed, messages, window=window)
+        prompt = prompt_of(token_engine, fed, messages, window=window)
         kept = [SYSTEM, *messages[1 + prompt.dropped :]]
-        assert [token.id for token in prompt.tokens] == [token.id for token in expected(by_token, kept, 0)]
+        assert [token.id for token in prompt.tokens] == [token.id for token in expected(token_engine, kept, 0)]
         assert len(prompt.tokens) + prompt.room == window and prompt.room >= 4
         assert prompt.written == 1 and prompt.tokens[-1].writes and not prompt.tokens[0].writes
         if prompt.dropped:  # and no more than has to
             more = [SYSTEM, *messages[1 + prompt.dropped - 2 :]]
-            assert len(expected(by_token, more, 0)) + 4 > window
+            assert len(expected(token_engine, more, 0)) + 4 > window
         seen.add(prompt.dropped)
     assert {0, 12} <= seen
 
 
-def test_new_messages_must_fit_into_the_window(by_token):
+def test_new_messages_must_fit_into_the_window(token_engine):
     with pytest.raises(RequestError, match="maximum context length is 8 tokens") as refused:
-        prompt_of(by_token, MessageHistory.empty(), talk("my cat is Bella and my dog is Max"), window=8)
+        prompt_of(token_engine, MessageHistory.empty(), talk("my cat is Bella and my dog is Max"), window=8)
     assert refused.value.code == "context_length_exceeded"
 
 

@@ -15,16 +15,16 @@ TELL, ASK = "My dog is Rex.", "What is my dog's name?"
 
 
 @pytest.fixture(scope="module")
-def keyed(shipped, tmp_path_factory):
+def server_and_keys(shipped_engine, tmp_path_factory):
     """A server with two tenants, and their keys."""
     folder = tmp_path_factory.mktemp("keyed")
     keys = {tenant: new_key(folder / "keys", tenant) for tenant in ("acme", "globex")}
-    with serving(shipped, folder, keys=ApiKeys.read(folder / "keys")) as running:
+    with serving(shipped_engine, folder, keys=ApiKeys.read(folder / "keys")) as running:
         yield running, keys
 
 
-def client_of(keyed, tenant):
-    server, keys = keyed
+def client_of(server_and_keys, tenant):
+    server, keys = server_and_keys
     return httpx2.Client(base_url=server.api, headers={"Authorization": f"Bearer {keys[tenant]}"}, timeout=60)
 
 
@@ -50,21 +50,21 @@ def ask(client, text, **options):
         ("POST", "/memories/anna/restore"),
     ],
 )
-def test_every_route_needs_a_key(keyed, method, path):
+def test_every_route_needs_a_key(server_and_keys, method, path):
     for headers in ({}, {"Authorization": "Bearer dm-wrong"}):
-        refused = httpx2.request(method, keyed[0].api + path, headers=headers, content=b"{}")
+        refused = httpx2.request(method, server_and_keys[0].api + path, headers=headers, content=b"{}")
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
         assert refused.json()["error"]["code"] == "invalid_api_key"
 
 
-def test_the_official_client_raises_an_authentication_error(keyed):
-    client = openai.OpenAI(base_url=keyed[0].api, api_key="wrong", max_retries=0)
+def test_the_official_client_raises_an_authentication_error(server_and_keys):
+    client = openai.OpenAI(base_url=server_and_keys[0].api, api_key="wrong", max_retries=0)
     with client, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
         client.models.list()
 
 
-def test_tenants_do_not_see_each_other(keyed):
-    with client_of(keyed, "acme") as acme, client_of(keyed, "globex") as globex:
+def test_tenants_do_not_see_each_other(server_and_keys):
+    with client_of(server_and_keys, "acme") as acme, client_of(server_and_keys, "globex") as globex:
         ask(acme, TELL, user="anna")
         assert "Rex" in ask(acme, ASK, user="anna") and "Rex" not in ask(globex, ASK, user="anna")
         assert [memory["id"] for memory in globex.get("/memories").json()["data"]] == ["anna"]
@@ -85,8 +85,8 @@ def test_tenants_do_not_see_each_other(keyed):
         assert acme.get("/memories/secret").status_code == 200
 
 
-def test_responses_belong_to_their_tenant(keyed):
-    with client_of(keyed, "acme") as acme, client_of(keyed, "globex") as globex:
+def test_responses_belong_to_their_tenant(server_and_keys):
+    with client_of(server_and_keys, "acme") as acme, client_of(server_and_keys, "globex") as globex:
         response = acme.post("/responses", json={"model": MODEL, "input": TELL}).json()["id"]
         body = {"model": MODEL, "input": ASK, "previous_response_id": response}
         assert globex.post("/responses", json=body).status_code == 400

@@ -44,7 +44,7 @@ def chats(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory):
+def deep_base(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("deep"), num_hidden_layers=LAYERS, intermediate_size=128)
 
 
@@ -80,7 +80,7 @@ def config_alone(folder: Path, **changes) -> Path:
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def no_step_peaks(monkeypatch):
     """No step without numbers, where it is not the point."""
     monkeypatch.setattr(peak_bytes, "step_peaks", lambda *_: {"forward": 1})
 
@@ -89,7 +89,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])
-def test_parameters_and_steps_match_the_real_run(quick, granularity, checkpoint, chats, tmp_path):
+def test_parameters_and_steps_match_the_real_run(no_step_peaks, granularity, checkpoint, chats, tmp_path):
     memory = {"granularity": granularity, "delta_init": "base_slice"}
     recipe = make_recipe(checkpoint, tmp_path / "adapter", chats, epochs=2.0, gradient_accumulation=2, memory=memory)
     plan = dry_run(recipe)
@@ -104,7 +104,7 @@ def test_parameters_and_steps_match_the_real_run(quick, granularity, checkpoint,
 
 
 @pytest.mark.parametrize("supervise", ["last", "all"])
-def test_data_statistics_match_the_real_run(quick, supervise, checkpoint, chats, tokenizer):
+def test_data_statistics_match_the_real_run(no_step_peaks, supervise, checkpoint, chats, tokenizer):
     recipe = make_recipe(checkpoint, path=chats, gradient_accumulation=2, data={"supervise": supervise})
     plan = dry_run(recipe)
     data = run_data(recipe, tokenizer, "token", 1)
@@ -114,7 +114,7 @@ def test_data_statistics_match_the_real_run(quick, supervise, checkpoint, chats,
     assert plan.steps == 2 and plan.tokens_per_step == pytest.approx(sum(tokens) / 2)
 
 
-def test_tokens_of_recent_turns_are_counted_by_their_probability(quick, checkpoint, chats, tokenizer):
+def test_tokens_of_recent_turns_are_counted_by_their_probability(no_step_peaks, checkpoint, chats, tokenizer):
     options = {"data": {"recent_turns": 1}, "objective": {"context_dropout": 0.25}}
     shown, hidden = (
         make_recipe(checkpoint, path=chats, **options | {"objective": {"context_dropout": p}}) for p in (0.0, 1.0)
@@ -128,7 +128,7 @@ def test_tokens_of_recent_turns_are_counted_by_their_probability(quick, checkpoi
     assert between == pytest.approx(0.75 * most + 0.25 * fewest)
 
 
-def test_generated_dialogues_are_sampled_from_the_whole_run(quick, checkpoint, tokenizer, monkeypatch):
+def test_generated_dialogues_are_sampled_from_the_whole_run(no_step_peaks, checkpoint, tokenizer, monkeypatch):
     recipe = make_recipe(checkpoint, steps=50, batch_size=4, data={"facts_first": 1, "facts_last": 8, "growth": 1.0})
     seen = []
     own = DialogueEpisodes.__getitem__
@@ -143,7 +143,7 @@ def test_generated_dialogues_are_sampled_from_the_whole_run(quick, checkpoint, t
     assert dry_run(few).tokens_per_step == pytest.approx(tokens / 3)
 
 
-def test_both_parts_of_mixed_episodes_are_sampled(quick, checkpoint, chats):
+def test_both_parts_of_mixed_episodes_are_sampled(no_step_peaks, checkpoint, chats):
     data = {"path": str(chats), "mix": 0.5, "facts_first": 8, "facts_last": 8, "fewest": 1.0}
     plan = dry_run(make_recipe(checkpoint, steps=64, batch_size=4, data=data))
     assert plan.is_sample and plan.episodes.episodes == 64 and plan.epochs is None
@@ -151,7 +151,7 @@ def test_both_parts_of_mixed_episodes_are_sampled(quick, checkpoint, chats):
     assert own == 7 * 32
 
 
-def test_steps_are_divided_among_processes(quick, checkpoint, chats, monkeypatch):
+def test_steps_are_divided_among_processes(no_step_peaks, checkpoint, chats, monkeypatch):
     alone = dry_run(make_recipe(checkpoint, path=chats))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -160,11 +160,11 @@ def test_steps_are_divided_among_processes(quick, checkpoint, chats, monkeypatch
     assert both.tokens_per_step == pytest.approx(2 * alone.tokens_per_step)
 
 
-def test_sharded_base_memory_is_divided_among_processes(quick, deep):
+def test_sharded_base_memory_is_divided_among_processes(no_step_peaks, deep_base):
     """Each of eight processes holds an eighth of the deep base. Sizes that eight does not divide are rounded up."""
-    alone, shared = dry_run(make_recipe(deep)), dry_run(make_recipe(deep, shard="fsdp2"), processes=8)
+    alone, shared = dry_run(make_recipe(deep_base)), dry_run(make_recipe(deep_base, shard="fsdp2"), processes=8)
     assert alone.peak.weights == alone.base_bytes == shared.base_bytes
-    weights = load_file(deep / "model.safetensors")
+    weights = load_file(deep_base / "model.safetensors")
     assert shared.peak.weights == sum(-(-weight.shape[0] // 8) * weight[0].nbytes for weight in weights.values())
     layer = sum(weight.nbytes for name, weight in weights.items() if ".layers.0." in name)
     head = sum(weights[name].nbytes for name in ("lm_head.weight", "model.norm.weight"))
@@ -173,7 +173,7 @@ def test_sharded_base_memory_is_divided_among_processes(quick, deep):
     assert shared.processes == 8 and shared.is_main
 
 
-def test_bad_rows_and_missing_files_raise_as_in_training(quick, checkpoint, chats, tmp_path):
+def test_bad_rows_and_missing_files_raise_as_in_training(no_step_peaks, checkpoint, chats, tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_text(chats.read_text() + '{"messages": 3}\n')
     with pytest.raises(DataError):
@@ -184,7 +184,7 @@ def test_bad_rows_and_missing_files_raise_as_in_training(quick, checkpoint, chat
         dry_run(make_recipe(checkpoint, path=tmp_path / "none.jsonl"))
 
 
-def test_a_run_from_an_adapter_uses_its_memory_options(quick, checkpoint, chats, tmp_path):
+def test_a_run_from_an_adapter_uses_its_memory_options(no_step_peaks, checkpoint, chats, tmp_path):
     first = make_recipe(checkpoint, tmp_path / "first", chats, steps=1, memory={"granularity": "message"})
     parameters = train(first).parameters
     plan = dry_run(dataclasses.replace(first, adapter=str(tmp_path / "first"), memory=DeltaMemConfig()))
@@ -251,10 +251,10 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_activation_memory_matches_a_real_step(variant, deep, tokenizer, monkeypatch):
+def test_activation_memory_matches_a_real_step(variant, deep_base, tokenizer, monkeypatch):
     """The real step computes through all layers; the dry run computes nothing, with three and with four layers."""
     monkeypatch.setattr("deltamem_tool.training.run.read_tokenizer", lambda folder: tokenizer)
-    recipe = make_recipe(deep, **VARIANTS[variant])
+    recipe = make_recipe(deep_base, **VARIANTS[variant])
     step, base, _ = step_model(recipe)
     gc.collect()
     with use_implementation("chunked"):
@@ -262,7 +262,7 @@ def test_activation_memory_matches_a_real_step(variant, deep, tokenizer, monkeyp
     counts = []
     own = peak_bytes.with_layers
     monkeypatch.setattr(peak_bytes, "with_layers", lambda config, n: counts.append(n) or own(config, n))
-    estimated = activation_bytes(recipe, BaseCheckpoint(str(deep)), recipe.memory, SHAPE)
+    estimated = activation_bytes(recipe, BaseCheckpoint(str(deep_base)), recipe.memory, SHAPE)
     assert counts == [3, 4]
     assert estimated == pytest.approx(real, rel=0.02)
 
@@ -280,36 +280,36 @@ def test_memory_saving_options_lower_the_estimate(tmp_path):
 
 
 @pytest.mark.parametrize(("quantize", "width"), [("int8", 1.0), ("nf4", 0.5625)])
-def test_quantised_weights_are_counted_at_their_packed_size(quick, quantize, width, deep):
-    plain, packed = (dry_run(make_recipe(deep, dtype="bfloat16", quantize=kind)) for kind in ("none", quantize))
+def test_quantised_weights_are_counted_at_their_packed_size(no_step_peaks, quantize, width, deep_base):
+    plain, packed = (dry_run(make_recipe(deep_base, dtype="bfloat16", quantize=kind)) for kind in ("none", quantize))
     assert plain.peak.weights == 2 * plain.base_parameters
     linear = plain.base_parameters - 2 * 96 * 32 - (2 * LAYERS + 1) * 32 - 2 * LAYERS * 16
     assert packed.peak.weights == pytest.approx(2 * (plain.base_parameters - linear) + width * linear, abs=1)
     assert packed.peak.activations > plain.peak.activations  # one weight is unpacked at a time
-    assert dry_run(make_recipe(deep)).peak.weights == 4 * plain.base_parameters  # "auto": the config's own
+    assert dry_run(make_recipe(deep_base)).peak.weights == 4 * plain.base_parameters  # "auto": the config's own
 
 
-def test_the_total_is_the_sum_and_adam_has_two_moments(quick, deep):
-    plan = dry_run(make_recipe(deep, optimizer="sgd"))
+def test_the_total_is_the_sum_and_adam_has_two_moments(no_step_peaks, deep_base):
+    plan = dry_run(make_recipe(deep_base, optimizer="sgd"))
     peak = plan.peak
     assert peak.adapter == peak.gradients == peak.optimizer // 2 == 4 * plan.trained_parameters
     assert peak.total == peak.weights + peak.adapter + peak.gradients + peak.optimizer + peak.activations
     assert any("sgd is counted as AdamW" in note for note in plan.notes)
 
 
-def test_an_unknown_activation_size_is_reported_and_not_zero(deep, monkeypatch):
+def test_an_unknown_activation_size_is_reported_and_not_zero(deep_base, monkeypatch):
     def data_dependent(*args, **kwargs):
         raise RuntimeError("the model looks at values\nand more")
 
     monkeypatch.setattr(peak_bytes, "step_peaks", data_dependent)
-    plan = dry_run(make_recipe(deep))
+    plan = dry_run(make_recipe(deep_base))
     assert plan.peak.activations is None and plan.peak.total is None and plan.trained_parameters
     assert "Activations: not computed (RuntimeError: the model looks at values)" in plan.notes
 
 
-def test_recipes_that_training_rejects_raise(deep):
+def test_recipes_that_training_rejects_raise(deep_base):
     with pytest.raises(ConfigError, match="LoRA does not fit"):
-        dry_run(make_recipe(deep, lora=LoraOptions(targets=("nothing",))))
+        dry_run(make_recipe(deep_base, lora=LoraOptions(targets=("nothing",))))
 
 
 def test_layer_period_finds_the_repeating_pattern():
@@ -324,9 +324,9 @@ def test_layer_period_finds_the_repeating_pattern():
     assert BaseCheckpoint("builtin:backbone").from_config(tiny_config()).config.eos_token_id == END != PAD
 
 
-def test_activations_of_a_memory_in_some_layers_are_counted_for_all(quick, deep):
-    plan = dry_run(make_recipe(deep, memory={"layers": "back:2"}))
-    assert plan.trained_parameters * LAYERS == dry_run(make_recipe(deep)).trained_parameters * 2
+def test_activations_of_a_memory_in_some_layers_are_counted_for_all(no_step_peaks, deep_base):
+    plan = dry_run(make_recipe(deep_base, memory={"layers": "back:2"}))
+    assert plan.trained_parameters * LAYERS == dry_run(make_recipe(deep_base)).trained_parameters * 2
     assert any("every layer" in note for note in plan.notes)
 
 

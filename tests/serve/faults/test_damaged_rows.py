@@ -17,8 +17,8 @@ def ask(server, user, text):
     return httpx2.post(f"{server.api}/chat/completions", json=body, timeout=60)
 
 
-def test_swapped_memories_are_not_read(shipped, tmp_path):
-    with serving(shipped, tmp_path) as server:
+def test_swapped_memories_are_not_read(shipped_engine, tmp_path):
+    with serving(shipped_engine, tmp_path) as server:
         for user, name in (("ann", "Rex"), ("ben", "Bella"), ("eve", "Luna")):
             assert ask(server, user, f"My dog is {name}.").status_code == 200
         with closing(sqlite3.connect(tmp_path / "memories.sqlite")) as connection:

@@ -17,7 +17,7 @@ MEMORIES = {f"memory {number}": b"%d " % number * 4000 for number in range(30)}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def store_file(tmp_path_factory):
     """A store's file; read only."""
     path = tmp_path_factory.mktemp("whole") / "memories.db"
     with closing(MemoryStore(f"sqlite:///{path}")) as store:
@@ -45,17 +45,17 @@ def read_all(path) -> int:
     return right
 
 
-def test_a_truncated_file_raises_and_returns_no_wrong_memory(whole, tmp_path):
-    content = whole.read_bytes()
-    assert read_all(shutil.copy(whole, tmp_path / "copy.db")) == len(MEMORIES)
+def test_a_truncated_file_raises_and_returns_no_wrong_memory(store_file, tmp_path):
+    content = store_file.read_bytes()
+    assert read_all(shutil.copy(store_file, tmp_path / "copy.db")) == len(MEMORIES)
     for length in (1, 50, 100, 4096, 4097, len(content) // 2, len(content) - 4096):
         path = tmp_path / f"{length}.db"
         path.write_bytes(content[:length])
         assert read_all(path) < len(MEMORIES)
 
 
-def test_changed_bytes_raise_and_return_no_wrong_memory(whole, tmp_path):
-    content = whole.read_bytes()
+def test_changed_bytes_raise_and_return_no_wrong_memory(store_file, tmp_path):
+    content = store_file.read_bytes()
     rng = random.Random(0)
     for number in range(20):
         changed = bytearray(content)
@@ -79,8 +79,8 @@ def test_a_foreign_file_raises_and_is_unchanged(tmp_path):
         assert path.read_bytes() == before
 
 
-def test_a_store_file_is_readable_only_by_its_owner(whole):
-    assert whole.stat().st_mode & 0o077 == 0
+def test_a_store_file_is_readable_only_by_its_owner(store_file):
+    assert store_file.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(("version", "hint"), [(0, "empty database"), (2, "Update")])

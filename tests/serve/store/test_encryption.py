@@ -24,7 +24,7 @@ def key(monkeypatch) -> str:
 
 
 @pytest.fixture
-def forge(store_url):
+def execute(store_url):
     """Runs a statement in the database, behind the store's back."""
     engine = create_engine(store_url.replace("postgresql:", "postgresql+psycopg:"))
 
@@ -84,7 +84,7 @@ def test_a_key_that_is_not_32_bytes_raises(key, tmp_path, monkeypatch):
 SWAP = "UPDATE {0} SET content = (SELECT content FROM {0} WHERE tenant = 'acme' AND id = :source) WHERE id = :target"
 
 
-def test_rows_cannot_be_swapped(key, store, forge):
+def test_rows_cannot_be_swapped(key, store, execute):
     """Two memories with one content, so that a digest alone would not tell them apart."""
     for tenant, name in (("acme", "ada"), ("acme", "eve"), ("umbrella", "bob")):
         store.put(tenant, name, b"state")
@@ -94,29 +94,29 @@ def test_rows_cannot_be_swapped(key, store, forge):
         ("deltamem_responses", "resp_", store.get_response),
     ):
         for tenant, name in (("acme", "eve"), ("umbrella", "bob")):
-            forge(SWAP.format(table), source=f"{prefix}ada", target=prefix + name)
+            execute(SWAP.format(table), source=f"{prefix}ada", target=prefix + name)
             with pytest.raises(StoreDamaged):
                 read(tenant, prefix + name)
         assert read("acme", f"{prefix}ada").data == b"state"
 
 
-def test_an_earlier_version_cannot_replace_a_later_one(key, store, forge):
+def test_an_earlier_version_cannot_replace_a_later_one(key, store, execute):
     store.put("acme", "ada", b"state")
     store.put("acme", "ada", b"state")
-    forge("UPDATE deltamem_versions SET content = (SELECT min(content) FROM deltamem_versions)")
+    execute("UPDATE deltamem_versions SET content = (SELECT min(content) FROM deltamem_versions)")
     assert store.get("acme", "ada", 1).data == b"state"
     with pytest.raises(StoreDamaged):
         store.get("acme", "ada")
 
 
 @pytest.mark.parametrize("encrypted", [True, False])
-def test_changed_content_raises(encrypted, open_store, forge, monkeypatch):
+def test_changed_content_raises(encrypted, open_store, execute, monkeypatch):
     if encrypted:
         monkeypatch.setenv(KEY_VARIABLE, new_key())
     store = open_store()
     store.put("acme", "ada", b"state")
     for content in (b"", b"\xff" * 5, b"\0" * 5000, b"\xff" * 5000):
-        forge("UPDATE deltamem_contents SET content = :content", content=content)
+        execute("UPDATE deltamem_contents SET content = :content", content=content)
         with pytest.raises(StoreDamaged):
             store.get("acme", "ada")
         with pytest.raises(StoreDamaged):

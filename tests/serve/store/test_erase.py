@@ -122,11 +122,11 @@ def test_nothing_is_left_after_many_writes_and_deletions(store, tmp_path):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_lock_timeout(monkeypatch):
     monkeypatch.setattr(sqlite, "LOCK_SECONDS", 0.1)
 
 
-def test_a_reader_delays_erasure_and_the_receipt_reports_it(impatient, store, tmp_path):
+def test_a_reader_delays_erasure_and_the_receipt_reports_it(short_lock_timeout, store, tmp_path):
     rng = random.Random(0)
     markers = []
     for name in ("ada", "eve"):

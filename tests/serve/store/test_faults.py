@@ -36,7 +36,7 @@ def test_a_killed_server_loses_no_acknowledged_write(store_url, open_store):
 
 
 @pytest.fixture
-def counting(postgres):
+def counter_thread(postgres):
     """Counts in a thread, again after each error; the numbers that were answered, and the errors."""
     store = MemoryStore(postgres.new_schema())
     answered, errors, stopped = [], [], Event()
@@ -68,8 +68,8 @@ def wait_for_more(answered, number=5):
 @pytest.mark.server
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_restarted_database_is_reconnected(counting, postgres, end):
-    store, answered, errors = counting
+def test_a_restarted_database_is_reconnected(counter_thread, postgres, end):
+    store, answered, errors = counter_thread
     wait_for_more(answered)
     getattr(postgres, end)()
     with pytest.raises(StoreUnavailable, match="cannot be used"):
