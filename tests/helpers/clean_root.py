@@ -1,4 +1,4 @@
-"""A Dockerfile's own steps, in order, in folders that become roots: an engine's work without one. Linux, as root."""
+"""Run a Dockerfile's steps in folders that become roots, without a container engine. Needs Linux and root."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.dockerfile import Copy, Stage, copy_of, expand, ignore_patterns, ig
 
 SHELL = ["/bin/sh", "-c"]
 DEVICES = {name: Path(name) for name in ("/dev", "/proc", "/sys")}
-NETWORK = {name: Path(name) for name in ("/etc/hosts", "/etc/resolv.conf")}  # an engine brings these, too
+NETWORK = {name: Path(name) for name in ("/etc/hosts", "/etc/resolv.conf")}  # a container engine provides these, too
 TIMEOUT = 1800
 
 
@@ -28,7 +28,7 @@ class Image:
     entrypoint: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     volumes: list[str] = field(default_factory=list)
-    borrowed: dict[str, Path] = field(default_factory=dict)  # what lies where, read only, and is no part of the image
+    borrowed: dict[str, Path] = field(default_factory=dict)  # read-only mounts, which are not part of the image
 
     def path(self, inside: str) -> Path:
         """The path of a file as seen from outside. Relative paths start at the working folder."""
@@ -36,7 +36,7 @@ class Image:
 
 
 def why_not() -> str:
-    """Why no root can be entered here; "" if one can."""
+    """The reason why no root can be entered here, or ""."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("unshare"):
         return "a clean root needs Linux and its root user"
     tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True)
@@ -53,9 +53,9 @@ def run(
     read_only: Mapping[str, Path] | None = None,
     stdin: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """A command in the image's root, as its user, in its folder, with its environment and nothing of ours.
+    """Run a command in the image's root, with its user, folder and environment, and nothing from this process.
 
-    Mounts are the command's own and go with it.
+    Mounts exist only for this command.
     """
     lent = {**NETWORK, **image.borrowed, **(read_only or {})}
     script = ["set -e"]
@@ -77,13 +77,13 @@ def run(
 class Builder:
     """
     Args:
-        context: the folder that is sent to the build, less what its .dockerignore names.
-        folder: where roots are made.
-        base: what `FROM` gives, by the name of an image, in an empty folder.
+        context: the folder that is sent to the build, without the files that its .dockerignore excludes.
+        folder: the folder for the roots.
+        base: fills an empty folder with the image that `FROM` names.
         build_args: as `--build-arg`.
-        build_env: what else RUN steps see, as an engine's proxy settings; no part of the image.
-        build_read_only: and what is mounted for them.
-        after_run: what is done to an image after each RUN step.
+        build_env: more variables for RUN steps, such as proxy settings, which are not part of the image.
+        build_read_only: mounts for RUN steps.
+        after_run: called with the image after each RUN step.
     """
 
     context: Path
@@ -96,7 +96,7 @@ class Builder:
     made: dict[str, Image] = field(default_factory=dict)
 
     def build(self, stages: Sequence[Stage]) -> Image:
-        """The last stage, as an image. The others stay in `made`."""
+        """Build all stages, and return the last one. The others are in `made`."""
         for stage in stages:
             image = self.made[stage.name] = self._start(stage)
             args: dict[str, str] = {}
@@ -149,7 +149,7 @@ class Builder:
             _copy_tree(source, target / source.name if into and source.is_file() else target)
 
     def _sent(self, name: str) -> Path:
-        """The files of `name` that are sent to a build."""
+        """The files below `name` that are sent to a build."""
         for file in sent(self.context, name):
             at = self.folder / "context" / file.relative_to(self.context)
             at.parent.mkdir(parents=True, exist_ok=True)
@@ -158,14 +158,14 @@ class Builder:
 
 
 def sent(context: Path, name: str) -> list[Path]:
-    """The files of `name`, itself one or a folder of them, that are sent to a build."""
+    """The files of `name`, a file or a folder, that are sent to a build."""
     patterns = ignore_patterns((context / ".dockerignore").read_text(encoding="utf-8"))
     found = [context / name, *(context / name).rglob("*")]
     return [file for file in found if file.is_file() and not ignored(file.relative_to(context).as_posix(), patterns)]
 
 
 def _copy_tree(source: Path, target: Path) -> None:
-    """A folder's content goes into the target folder."""
+    """Copy a folder's content into the target folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["cp", "-a", "-T", source, target], check=True)
 

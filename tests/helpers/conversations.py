@@ -1,6 +1,6 @@
-"""Random memories and conversations for property tests, and one function to feed all of them.
+"""Random memories and conversations for property tests, and one function that feeds them to a model.
 
-Run as a program, this file answers what `Elsewhere` asks: it continues conversations in a process of their own.
+Run as a program, this file is the process that `Elsewhere` starts, which continues conversations.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from deltamem_tool.config import BRANCHES, GATES, GRANULARITIES, MAX_RANK, UPDAT
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.segments.tags import SegmentTag
 
-# Float32 against float32: the same sums in another order, among other columns, at other positions. A share of the
-# largest number compared, or absolute where that is below 1. 28,000 comparisons of random examples were off by 7e-6 at
-# most; one write that is left out changed the state by more than 4e-4 in 98 of 100.
+# Float32 against float32: the same sums in another order, with other columns and positions. Relative to the
+# largest number compared, or absolute if that is below 1. In 28,000 comparisons, the largest error was 7e-6; leaving
+# out one write changed the state by more than 4e-4 in 98 of 100 cases.
 TOLERANCE = 5e-5
 WIDTH = 32
-NEVER = VOCABULARY - 1  # a stop token that no text says
+NEVER = VOCABULARY - 1  # a stop token that occurs in no text
 
 
 def examples(count: int) -> settings:
@@ -43,7 +43,7 @@ def examples(count: int) -> settings:
 
 @dataclass(frozen=True)
 class Setup:
-    """A patched model in words: equal setups are equal to the bit, in any process."""
+    """The description of a patched model. Equal setups give bit-identical models in any process."""
 
     architecture: str
     attention: str
@@ -51,7 +51,7 @@ class Setup:
     options: dict
 
     def model(self) -> PreTrainedModel:
-        """Every weight is random; the gates' biases lie around what `beta_bias` says."""
+        """The model with random weights; the gates' biases are close to `beta_bias`."""
         config = DeltaMemConfig(**self.options)
         model = tiny_model(self.architecture, self.seed, self.attention, hidden_size=max(WIDTH, config.rank))
         adapter = randomise(attach(model, config), self.seed)
@@ -68,7 +68,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens of one conversation; what each is to the segments (where there are any); and which of them write."""
+    """The tokens of one conversation, their segment tags, if any, and which of them write."""
 
     tokens: tuple[int, ...]
     tags: tuple[int, ...]
@@ -118,7 +118,7 @@ def segmented_setups() -> st.SearchStrategy[Setup]:
 
 @st.composite
 def texts(draw: st.DrawFn, least: int = 1, most: int = 16) -> Text:
-    """`least` to `most` tokens, or that several times over: the scan has other ways for long texts than for short."""
+    """`least` to `most` tokens, or several times that, because the scan treats long texts differently."""
     token = st.tuples(
         st.integers(len(SPECIAL), NEVER - 1),
         st.sampled_from((SegmentTag.INSIDE, SegmentTag.OUTSIDE, SegmentTag.LAST)),
@@ -130,7 +130,7 @@ def texts(draw: st.DrawFn, least: int = 1, most: int = 16) -> Text:
 
 @st.composite
 def long_texts(draw: st.DrawFn) -> Text:
-    """A text several times over: the scan has another way for long texts, and a chunk of it holds 32 tokens."""
+    """A repeated text, because the scan treats long texts differently, in chunks of 32 tokens."""
     text, whole = draw(texts(4, 20)), NOTHING
     for _ in range(draw(st.integers(1, 3))):
         whole += text
@@ -138,7 +138,7 @@ def long_texts(draw: st.DrawFn) -> Text:
 
 
 def rooms(tokens: int) -> st.SearchStrategy[int | None]:
-    """A cache that grows, or one with room for so many tokens or a few more."""
+    """A growing cache (None), or one with room for this many tokens or a few more."""
     return st.none() | st.integers(tokens, tokens + 4)
 
 
@@ -153,7 +153,7 @@ def cuts(text: int) -> st.SearchStrategy[list[int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts as the tensors of one call, `[B, T]` each; `valid` is None where no row is padded."""
+    """Texts as the tensors of one call, `[B, T]` each; `valid` is None if no row is padded."""
 
     ids: Tensor
     tags: Tensor
@@ -162,7 +162,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Text]) -> Batch:
-        """Texts of one length."""
+        """A batch of texts of one length."""
         return cls(
             torch.tensor([row.tokens for row in rows]),
             torch.tensor([row.tags for row in rows], dtype=torch.int8),
@@ -171,7 +171,7 @@ class Batch:
 
     @classmethod
     def padded(cls, rows: Sequence[Text], places: Sequence[Sequence[int]], fill: int = PAD) -> Batch:
-        """Texts at the given columns, of any length. Padding says that it writes: the mask must know better."""
+        """A batch of texts of any length at the given columns. The write mask is true for padding, to no effect."""
         width = max(row[-1] for row in places) + 1
         ids = torch.full((len(rows), width), fill)
         tags = torch.full((len(rows), width), SegmentTag.OUTSIDE, dtype=torch.int8)
@@ -209,10 +209,10 @@ def feed(
     """Logits `[B, T, vocabulary]` of `batch` in pieces that end at `bounds`.
 
     Args:
-        positions: the model is told every token's position; or else it counts columns.
-        ahead: the tags of all pieces are given before the first.
-        by_hand: of one row, a segment that ends with its piece is ended by `end_segment()`.
-        run: what is called in the model's stead, such as the model compiled.
+        positions: pass every token's position; otherwise, the model counts columns.
+        ahead: set the tags of all pieces before the first one.
+        by_hand: end a segment that ends with its piece by `end_segment()`, for one row.
+        run: called instead of the model, for example the compiled model.
     """
     segmented = adapter_of(model).config.granularity != "token"
     logits, mask = [], batch.valid
@@ -222,7 +222,7 @@ def feed(
         ends = by_hand and segmented and bool(tags[0, -1] == SegmentTag.LAST) and bool(writes[0, -1])
         if ends:
             tags = torch.cat([tags[:, :-1], torch.full_like(tags[:, -1:], SegmentTag.INSIDE)], dim=1)
-        if segmented and not ahead:  # tokens of which nothing is said are inside
+        if segmented and not ahead:  # untagged tokens are inside a segment
             cache.segment_tags = None if bool((tags == SegmentTag.INSIDE)[valid].all()) else tags
         elif segmented and a == 0:
             cache.segment_tags = batch.tags
@@ -267,7 +267,7 @@ def same_memory(memory: MemoryState, expected: MemoryState, row: int = 0) -> Non
 
 
 def equal(memory: MemoryState, expected: MemoryState) -> bool:
-    """To the bit."""
+    """Whether two memories are bit-identical."""
     return memory.adapter == expected.adapter and all(
         mine.keys() == other.keys() and all(torch.equal(mine[layer], other[layer]) for layer in other)
         for mine, other in ((memory.layers, expected.layers), (memory.open_segments, expected.open_segments))
@@ -275,7 +275,7 @@ def equal(memory: MemoryState, expected: MemoryState) -> bool:
 
 
 class Elsewhere:
-    """A process that has seen nothing but what it is told: a setup, a memory file and how the text goes on."""
+    """A process that knows only a setup, a memory file and the rest of the text."""
 
     def __init__(self) -> None:
         root = Path(__file__).resolve().parents[2]
@@ -298,7 +298,7 @@ class Elsewhere:
         return load_file(f"{memory}.logits")["logits"], MemoryState.load(f"{memory}.after")
 
     def close(self) -> None:
-        self._process.communicate()  # the end of its input is the end of its work
+        self._process.communicate()  # it ends when its input ends
 
 
 def _serve() -> None:

@@ -1,4 +1,4 @@
-"""The `docker` lines of a document, parsed like in a shell, and a root folder to run them in."""
+"""The `docker` lines of a document, parsed as in a shell, and run in a root folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from helpers.clean_root import Image, run
 
 SWITCHES = {"--rm", "-i", "-t", "-it"}
 VALUED = {"--entrypoint", "--gpus", "--user", "-e", "-v"}
-# Not an engine: it shows the words, and what comes through a pipe.
+# Prints the arguments and the piped input, in the place of `docker`.
 SHOW_WORDS = r"""
 docker() { printf '%s\0' "$@"; printf '\1'; if [ -p /dev/stdin ]; then cat; fi; printf '\2'; }
 id() { echo 4321; }
 """
-SOMEBODY = 4321  # no user of the image's, and not root
+SOMEBODY = 4321  # neither the image's user nor root
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Docker:
     line: str
     words: tuple[str, ...]
     stdin: str
-    answer: str  # what the comment behind it says
+    answer: str  # the comment after it
 
     @property
     def build_args(self) -> dict[str, str]:
@@ -43,7 +43,7 @@ class DockerRun:
 
 
 def docker_lines(text: str, folder: Path) -> list[Docker]:
-    """Every line of a ```bash block that calls docker, by a user who is in `folder`."""
+    """Every line of a ```bash block that calls docker, for a user whose working folder is `folder`."""
     blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     lines = [line for line in blocks.splitlines() if re.search(r"(^|\| )docker ", line)]
     return [docker for line in lines for docker in _words(line, folder)]
@@ -52,7 +52,7 @@ def docker_lines(text: str, folder: Path) -> list[Docker]:
 def parse_run(docker: Docker, image: str) -> DockerRun:
     """
     Raises:
-        ValueError: it is no `docker run` of that image, or has an option that is not known here.
+        ValueError: it is not a `docker run` of that image, or has an unknown option.
     """
     command, *words = docker.words
     parsed = DockerRun()
@@ -74,7 +74,7 @@ def run_line(image: Image, docker: Docker, name: str) -> subprocess.CompletedPro
     """Runs the line. Unlike a real container, `image` keeps what is written outside the mounts."""
     parsed = parse_run(docker, name)
     pairs = [value.partition(":") for value in parsed.values("-v")]
-    mounts = {target: Path(source) for source, _, target in pairs}  # of folders: named volumes need the Hub
+    mounts = {target: Path(source) for source, _, target in pairs}  # only folders: named volumes need the Hub
     words = [*image.entrypoint, *(parsed.arguments or image.command)]
     user = (parsed.values("--user") or [None])[0]
     return run(image, words, user=user, mounts=mounts, stdin=docker.stdin)

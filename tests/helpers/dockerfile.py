@@ -1,4 +1,4 @@
-"""A Dockerfile as stages and steps: the instructions that ours uses, and an error for any other."""
+"""Parse a Dockerfile into stages and steps. Instructions that ours does not use raise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Step:
     value: str
 
     def words(self, env: Mapping[str, str]) -> list[str]:
-        """Its arguments, from JSON or as a shell would split them."""
+        """The arguments, from JSON or split as in a shell."""
         if self.value.startswith("["):
             return list(json.loads(self.value))
         return [expand(word, env) for word in shlex.split(self.value)]
@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Copy:
-    origin: str  # a stage's name; "" is what is sent to the build
+    origin: str  # a stage's name; "" is the build context
     sources: tuple[str, ...]
     target: str
 
@@ -47,7 +47,7 @@ class Stage:
 def parse(text: str) -> list[Stage]:
     """
     Raises:
-        ValueError: an instruction that is not known here, or one before the first FROM.
+        ValueError: an instruction is unknown, or comes before the first FROM.
     """
     stages: list[Stage] = []
     for line in _logical_lines(text):

@@ -1,4 +1,4 @@
-"""Processes that start quickly: each is forked from one that has imported everything already."""
+"""Processes that start quickly, forked from one that has already imported everything."""
 
 from __future__ import annotations
 

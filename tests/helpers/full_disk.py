@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def small_files(limit: int) -> Iterator[None]:
-    """Inside, no file may grow beyond `limit` bytes: a full disk, for a user that need not be root."""
+    """Inside, no file may grow beyond `limit` bytes, which simulates a full disk without root."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -24,7 +24,7 @@ def small_files(limit: int) -> Iterator[None]:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A disk of this size in `folder`; the test is skipped where it may not be mounted."""
+    """A disk of this size in `folder`; the test is skipped if it may not be mounted."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:

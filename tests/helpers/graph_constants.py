@@ -1,4 +1,4 @@
-"""The constants of an exported graph, as ONNX Runtime has them once it has loaded it."""
+"""The constants of an exported graph, as they are after ONNX Runtime has loaded it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 
 def constants(folder: Path) -> dict[str, np.ndarray]:
-    """By name: the initializers, and the rows and columns of them that are gathered by others."""
+    """The initializers by name, and the rows and columns that other nodes gather from them."""
     graph = onnx.load(folder / "model.onnx").graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:

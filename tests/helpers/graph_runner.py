@@ -1,4 +1,4 @@
-"""An exported graph in a runtime other than ours, usable wherever a `Graph` is."""
+"""An exported graph in another runtime, usable like a `Graph`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]  # inputs by 
 
 
 class GraphRunner(Graph):
-    """A graph that `run` runs: no session is loaded, and nothing is checked. Keys and values grow, packed ones too."""
+    """A graph that `run` computes, without a session or checks. Keys and values grow, even packed ones."""
 
     def __init__(self, run: Run, interface: Interface) -> None:
         self.run, self.interface, self.device = run, interface, "cpu"

@@ -17,7 +17,7 @@ def continue_greedily(
     pad: int,
     stop_tokens: int | list[int] | None = None,
 ) -> Tensor:
-    """`ids` `[1, T]`, of which `cache` holds the beginning, and what is generated greedily after them."""
+    """`ids` `[1, T]` with their greedy continuation; `cache` holds the beginning of `ids`."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

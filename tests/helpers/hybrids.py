@@ -1,4 +1,4 @@
-"""Tiny hybrids: models some of whose layers have convolutions or linear attention beside attention or instead of it."""
+"""Tiny hybrids: models with convolutions or linear attention in some layers, with attention or instead of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from deltamem_tool import DeltaMemConfig, attach
 
-# One of each kind: convolutions alone, gated delta rule, Mamba 2, both in one layer, layers without either.
+# One of each kind: only convolutions, gated delta rule, Mamba 2, both in one layer, layers with neither.
 HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h")
-# Types that keep something else beside keys and values, and how many layers show it: the keys of an indexer, by token
-# and in blocks, what is compressed, convolutions beside windows, and n-grams. All but the first are fed row by row.
+# Types that keep other tensors besides keys and values, with the number of layers that this needs: an indexer's keys by
+# token and in blocks, compressed keys, convolutions with windows, and n-grams. All but the first run row by row.
 OTHER_CACHES = dict(deepseek_v32=1, minimax_m3_vl_text=2, deepseek_v4=3, inkling_text=2, qwen4_exp_text=2)
 
 
@@ -27,7 +27,7 @@ def hybrid_base(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMode
 
 
 def hybrid(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedModel:
-    """The same with a memory that matters."""
+    """A tiny model of the type, with a memory of random weights."""
     model = hybrid_base(name, tokenizer)
     randomise(attach(model, DeltaMemConfig(**{"rank": 4, "state_heads": 2, "branches": ("q", "o"), **options})))
     return model

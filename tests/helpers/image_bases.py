@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from helpers.clean_root import Image, run
 
 SYSTEM = ("bin", "lib", "lib64", "sbin", "usr")
-DEBIAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # the official image's, too
+DEBIAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as in the official image
 PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy")
 
 
@@ -35,7 +35,7 @@ def tag_of(name: str) -> Tag:
 
 
 def debian(name: str, root: Path) -> Image:
-    """The Debian release that the image is made of, with its own Python, from the mirrors that apt knows here."""
+    """The Debian release of the image, with Debian's own Python, from the mirrors that apt uses here."""
     tag = tag_of(name)
     command = ["mmdebstrap", "--variant=minbase", "--include=python3-venv,ca-certificates", tag.release, str(root), "-"]
     result = subprocess.run(command, input=_sources(tag.release), capture_output=True, text=True)
@@ -47,7 +47,7 @@ def debian(name: str, root: Path) -> Image:
 
 
 def borrowed(name: str, root: Path) -> Image:
-    """An empty root in which this machine's system and this Python are, read only."""
+    """An empty root with this machine's system and this Python, read only."""
     tag_of(name)
     for folder in ("etc", "root"):
         (root / folder).mkdir(parents=True)
@@ -65,16 +65,16 @@ def borrowed(name: str, root: Path) -> Image:
 
 
 def lend_packages(image: Image) -> None:
-    """Have the image's virtual environment, once it is there, see the packages of this one after its own."""
+    """Let the image's virtual environment, once it exists, import the packages of this one after its own."""
     environment = image.path(image.env["VIRTUAL_ENV"])
     for folder in environment.glob("lib/python*/site-packages"):
         (folder / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
-        for old in folder.glob("setuptools*"):  # venv's own, before Python 3.12: it would hide the one that torch wants
+        for old in folder.glob("setuptools*"):  # venv's own, before Python 3.12, which is too old for torch
             shutil.rmtree(old)
 
 
 def pip_settings() -> tuple[dict[str, str], dict[str, Path]]:
-    """This machine's configuration of pip as an environment, and the files and folders that it names."""
+    """This machine's pip configuration as environment variables, and the files and folders that it names."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     env = {name: os.environ[name] for name in (*PROXIES, *map(str.upper, PROXIES)) if name in os.environ}
@@ -90,7 +90,7 @@ def pip_settings() -> tuple[dict[str, str], dict[str, Path]]:
 
 
 def _sources(release: str) -> str:
-    """apt's own sources of the release; Debian's usual mirror where this machine has another release's."""
+    """apt's sources for the release, or Debian's usual mirror if this machine has another release."""
     command = ["apt-get", "indextargets", "--format", "$(CODENAME) $(SITE) $(COMPONENT)", "Created-By: Packages"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     found = [line.split() for line in lines if line.split()[0].split("-")[0] == release]

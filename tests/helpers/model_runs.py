@@ -37,7 +37,7 @@ def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANC
 
 
 def cache_of(output):
-    """The cache that a model's output gives back, which transformers 5.24 has renamed."""
+    """The cache in a model's output, which transformers 5.24 has renamed."""
     return output.get("cache") or output.get("past_key_values")
 
 

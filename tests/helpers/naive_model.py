@@ -1,6 +1,6 @@
 """A Llama-style decoder with δ-mem, written out in float64, one token at a time: no hooks, no scan, no module of ours.
 
-It is what the equations say (arXiv 2605.12357), and knows the model by its weights' names alone.
+It implements the equations (arXiv 2605.12357), and uses only the model's weights, by their names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def naive_run(
     """Logits `[T, V]` and states `[H, R, R]` by layer after one conversation.
 
     Args:
-        states: where it starts, with no segment open.
+        states: the initial states, with no segment open.
         writes: which tokens write; the others only read.
         tags: OUTSIDE, INSIDE or LAST of every token. Without them, a token is a segment of its own where the adapter
             writes token by token, and belongs to one that does not end where it writes by segments.

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 LOCK = "package-lock.json"
 NO_ADAPTER = 3  # exit status of graph.mjs
-# Types of onnxruntime-web. It has float16 as uint16.
+# Types of onnxruntime-web, which stores float16 as uint16.
 TYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
 _HEADER_LENGTH = struct.Struct("<I")
 
 
 def node_folder(folder: Path, out: Path) -> Path:
-    """Copy the scripts of `folder` to `out`, where what its package-lock.json names can be imported.
+    """Copy the scripts of `folder` to `out`, where they can import the packages of its package-lock.json.
 
-    Skips the test where there is no Node, or npm does not get the packages.
+    Skips the test if Node is missing or npm cannot install the packages.
     """
     modules = node_modules(folder)
     out.mkdir()
@@ -40,7 +40,7 @@ def node_folder(folder: Path, out: Path) -> Path:
 def node_modules(folder: Path) -> Path:
     """The packages that the package-lock.json of `folder` names.
 
-    Skips the test where there is no Node, or npm does not get them.
+    Skips the test if Node is missing or npm cannot install them.
     """
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("needs Node and npm")
@@ -63,12 +63,12 @@ def node_modules(folder: Path) -> Path:
 
 
 class WebGraph:
-    """A folder's graph in onnxruntime-web: `graph.mjs` in a process of its own.
+    """A folder's graph in onnxruntime-web, run by `graph.mjs` in its own process.
 
     Args:
         scripts: `node_folder` of the script.
         folder: the ONNX folder.
-        provider: "wasm" or "webgpu"; the test is skipped where the second has no adapter.
+        provider: "wasm" or "webgpu"; the test is skipped if WebGPU has no adapter.
     """
 
     def __init__(self, scripts: Path, folder: Path, provider: str = "wasm") -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's headers for C++: Debian's, fetched once and kept. Packages of PyPI and npm have none."""
+"""ONNX Runtime's C++ headers from Debian, downloaded once. The packages on PyPI and npm lack them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import platformdirs
 import pytest
 from filelock import FileLock
 
-VARIABLE = "ONNXRUNTIME_INCLUDE"  # a folder that has them
+VARIABLE = "ONNXRUNTIME_INCLUDE"  # a folder with the headers
 SYSTEM = Path("/usr/include/onnxruntime")
 HEADER = "onnxruntime_cxx_api.h"
-# The first release of Debian that has the package. A newer library takes older headers: they say the API's version.
+# The first Debian release with the package. A newer library accepts older headers, which name their API version.
 RELEASE, PACKAGE = "trixie", "libonnxruntime-dev"
 KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
@@ -23,7 +23,7 @@ KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 def ort_include() -> Path:
     """The folder of the headers.
 
-    Skips the test where there are none and apt does not get Debian's package.
+    Skips the test if there are none and apt cannot download Debian's package.
     """
     for folder in (Path(os.environ.get(VARIABLE, SYSTEM)), SYSTEM):
         if (folder / HEADER).is_file():
@@ -40,7 +40,7 @@ def ort_include() -> Path:
 
 
 def _fetch(folder: Path) -> None:
-    """Put the package's files into `package` of `folder`; the machine's own lists of packages stay as they are."""
+    """Unpack the package into `package` of `folder`, without changing the machine's package lists."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         pytest.skip(f"needs ONNX Runtime's headers ({VARIABLE}), or apt to fetch Debian's {PACKAGE}")
     known = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]

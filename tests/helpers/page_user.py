@@ -1,4 +1,4 @@
-"""The pages of `deltamem serve` and `deltamem page` in Chromium, as somebody uses them."""
+"""The pages of `deltamem serve` and `deltamem page` in Chromium, operated like by a user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 expect.set_options(timeout=60_000)  # a machine may be busy with other tests
 EMPTY = "This memory is empty."
 LEAST_CONTRAST = 4.5  # of WCAG 2.2, AA
-# Every text that is shown, with its contrast to what is behind it; and what has no name.
+# Every visible text with its contrast to the background, and the controls without a name.
 CONTRASTS = """() => {
   const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const light = (colour) => {
@@ -36,7 +36,7 @@ UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, a, ca
 
 
 class User:
-    """Somebody before the page.
+    """A user of the page.
 
     Args:
         page: Playwright's.

@@ -25,11 +25,11 @@ class Call:
     states: dict[int, Tensor]  # [B, H, R, R] by layer
     fresh_kv_cache: bool
     writes: bool
-    one_message: bool  # the call is a segment by itself
+    one_message: bool  # the call is a segment
 
     @property
     def valid(self) -> Tensor:
-        """[B, T], the tokens of this call that are no padding."""
+        """[B, T], the tokens of this call that are not padding."""
         return self.attention_mask[:, -self.input_ids.shape[1] :].bool()
 
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-ACCOUNTS = ("postgres", "nobody")  # what runs the server where the tests are root's, for whom it does not run
+ACCOUNTS = ("postgres", "nobody")  # runs the server if the tests run as root, which PostgreSQL rejects
 DEBIAN = "/usr/lib/postgresql/*/bin"
 
 
 class PostgresServer:
-    """A running server; the test is skipped where PostgreSQL is not installed."""
+    """A running server; the test is skipped if PostgreSQL is not installed."""
 
     def __init__(self) -> None:
         self._programs = _programs()
         self._account = _account()
-        self.folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path is short, and not below what is root's
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short, and not in a folder of root
         self.own(self.folder)
         self._data = self.folder / "data"
         self._names = (f"test{number}" for number in itertools.count())
@@ -32,12 +32,12 @@ class PostgresServer:
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it answers. What the tests end is the server, not the machine: it need not sync."""
+        """Start it, and wait until it answers. It need not sync, since tests kill the server but not the machine."""
         options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
         self._run("pg_ctl", "start", "-w", "-D", self._data, "-l", self.folder / "log", "-o", options)
 
     def stop(self) -> None:
-        """End it with the transactions that are running."""
+        """Stop it, and abort running transactions."""
         self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self._data)
 
     def kill(self) -> None:
@@ -46,7 +46,7 @@ class PostgresServer:
         self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", self._data, check=False)
 
     def remove(self) -> None:
-        """End it, and delete its files."""
+        """Stop it, and delete its files."""
         self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", self._data, check=False)
         shutil.rmtree(self.folder)
 
@@ -55,7 +55,7 @@ class PostgresServer:
         shutil.chown(path, self._account)
 
     def new_schema(self) -> str:
-        """Create a schema, and return the URL that names it: as good as a database of its own, and made faster."""
+        """Create a schema, and return its URL. It serves as a database of its own, but is created faster."""
         name = next(self._names)
         self.execute(f"CREATE SCHEMA {name}")
         return f"postgresql://deltamem@/postgres?host={self.folder}&options=-csearch_path%3D{name}"

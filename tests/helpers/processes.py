@@ -1,4 +1,4 @@
-"""The processes of one launch, without a launcher: forked from a process that has imported everything."""
+"""The processes of one launch without a launcher, forked from a process that has imported everything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 @contextmanager
 def started(count: int, target: Callable, *args) -> Iterator[list[BaseProcess]]:
     """Start `target(*args)` in `count` processes, with the variables that torchrun sets."""
-    # They meet in a store of this process, as under torchrun: a port that is chosen for one of theirs could be taken.
+    # As under torchrun, they meet in a store of this process. A port chosen for one of them could be taken.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [forked_process(_run, rank, count, store.port, target, args) for rank in range(count)]
     for process in processes:
@@ -23,7 +23,7 @@ def started(count: int, target: Callable, *args) -> Iterator[list[BaseProcess]]:
 
 
 def together(count: int, target: Callable, *args) -> None:
-    """Run `target(*args)` in `count` processes; all of them succeed."""
+    """Run `target(*args)` in `count` processes, and check that all succeed."""
     with started(count, target, *args) as processes:
         for process in processes:
             process.join()

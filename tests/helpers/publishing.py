@@ -23,7 +23,7 @@ CONDITIONS = {"state": "the memory", "zero_state": "zeros", "donor_state": "anot
 
 
 def adapter_folder(folder: Path, name: str = BASE, revision: str | None = COMMIT) -> Path:
-    """The shipped adapter, as one that was made for `name`."""
+    """The shipped adapter, with `name` as its base."""
     shutil.copytree(ASSETS / "adapter", folder)
     config = folder / CONFIG_FILE
     content = json.loads(config.read_text())
@@ -65,7 +65,7 @@ def evaluated(folder: Path, adapter: str | None = None) -> Path:
 
 
 def onnx_folder(folder: Path, adapter: str | None = None, base_model: str | None = BASE) -> Path:
-    """A folder whose files are all there and whose manifest is right; its graph is empty, so nothing may run it."""
+    """A complete folder with a valid manifest. Its graph is empty, so it cannot run."""
     found = read_adapter(ASSETS / "adapter")
     layers = (Layer((1, 8), (1, 8), found.config.state_shape),) * len(found.layer_indices)
     manifest = Manifest(
@@ -92,7 +92,7 @@ def onnx_folder(folder: Path, adapter: str | None = None, base_model: str | None
 
 
 def other_adapter(folder: Path, **changes) -> Path:
-    """The same weights under another option: another fingerprint."""
+    """An adapter with the same weights and another option, and so another fingerprint."""
     adapter_folder(folder)
     found = read_adapter(folder)
     config = folder / CONFIG_FILE

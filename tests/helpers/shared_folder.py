@@ -12,7 +12,7 @@ from filelock import FileLock
 def folder_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder that `make` fills, called once for all workers; read only."""
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # workers have folders of their own in one
+    shared = base.parent if base.name.startswith("popen-") else base  # the workers' folders are in one folder
     folder = shared / "once" / name
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):

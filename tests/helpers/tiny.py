@@ -36,7 +36,7 @@ _CONFIGS = {
     "smollm3": SmolLM3Config,
     "lfm2": Lfm2Config,
 }
-# What is special in each: heads wider than the hidden size, grouped keys, a layer without positions, a convolution.
+# Their features: heads wider than the hidden size, grouped keys, a layer without positions, a convolution.
 _OWN = {
     "qwen2": {"num_key_value_heads": 2},  # biases of q, k and v
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
@@ -54,7 +54,7 @@ def tiny_config(name: str = "qwen3", **changes) -> PretrainedConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
-        "initializer_range": 0.2,  # at 0.02 the logits of so small a model are all but equal
+        "initializer_range": 0.2,  # with 0.02, the logits of so small a model would be almost equal
         "tie_word_embeddings": False,
         "pad_token_id": PAD,
         "eos_token_id": END,
@@ -70,7 +70,7 @@ def tiny_model(name: str = "qwen3", seed: int = 0, attention: str = "sdpa", **ch
 
 
 def patched_model(name: str = "qwen3", seed: int = 0, attention: str = "sdpa", **options) -> PreTrainedModel:
-    """A tiny model with a memory that matters: no weight of its adapter is at its initial value."""
+    """A tiny model with a memory whose weights are all random, none at its initial value."""
     model = tiny_model(name, seed, attention)
     randomise(attach(model, DeltaMemConfig(**{"rank": 4, **options})), seed)
     return model
@@ -124,14 +124,14 @@ def write_jsonl(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
 
 
 def listing(folder: Path) -> dict[str, int]:
-    """Every path below `folder` with its size: what a command that fails must leave as it was."""
+    """Every path below `folder` with its size, to check that a failed command changes nothing."""
     return {
         str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
     } | {f"{path.relative_to(folder)}/": 0 for path in folder.rglob("*") if path.is_dir()}
 
 
 def as_bin(model, folder: Path, pieces: int = 1, zipped: bool = True) -> Path:
-    """Save a checkpoint in torch's format, as before safetensors."""
+    """Save a checkpoint in torch's format, which was used before safetensors."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     weights = dict(model.state_dict())

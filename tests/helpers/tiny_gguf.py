@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-BLOCK = 32  # columns that are quantised together
+BLOCK = 32  # number of columns that are quantised together
 MERGES = ("h e", "t he", "Ġ t", "Ġt he", "m y", "Ġ my", "i s", "Ġ is")
 
 
 def vocabulary() -> list[str]:
-    """A byte-level vocabulary: special tokens, an alphabet, and what the merges make."""
+    """A byte-level vocabulary: special tokens, an alphabet, and the merged tokens."""
     return [*SPECIAL, *bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in MERGES)]
 
 
@@ -33,12 +33,12 @@ def tiny_gguf(
     """Write a model with random weights and a tokenizer as `file`, and return the model as it was before.
 
     Args:
-        file: where to.
+        file: the file to write.
         name: of `helpers.tiny`, or gpt2.
         seed: of the weights.
         kind: how matrices are stored, such as Q8_0; vectors and small convolutions are float32.
         template: the chat template, if any.
-        leave_out: weights that the file does not get, by their names in it.
+        leave_out: weights that are not written, by their names in the file.
         changes: of the model's config.
     """
     changes = {"vocab_size": len(vocabulary()), **changes}
@@ -131,7 +131,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, NDArray[np.
 
 
 def _permuted(weight: NDArray[np.float32], heads: int | None) -> NDArray[np.float32]:
-    """Rows of a head for rotary positions that are pairs of neighbours, not of halves."""
+    """The rows of a head, reordered for rotary positions of neighbouring rows instead of halves."""
     if heads is None:
         return weight
     size = weight.shape[0] // heads

@@ -19,7 +19,7 @@ LIBRARY = Path(__file__).parents[2] / "web"
 
 
 def library_folder(out: Path) -> Path:
-    """The tests' scripts beside the library, where both find their packages."""
+    """The tests' scripts and the library, in a folder in which both find their packages."""
     scripts = node_folder(SCRIPTS, out)
     shutil.copytree(LIBRARY / "src", scripts / "src")
     return scripts
@@ -57,12 +57,12 @@ def shipped_for_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_of(content: bytes) -> str:
-    """Bytes as JSON takes them."""
+    """Bytes as text for JSON."""
     return base64.b64encode(content).decode()
 
 
 def in_javascript(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of sampling by their names there."""
+    """Sampling options by their names in JavaScript."""
 
     def camel(name: str) -> str:
         first, *others = name.split("_")

@@ -33,7 +33,7 @@ def test_an_error_status_reaches_the_client(hub, api, status):
         commit(api, {"a.txt": b"1"})
     assert caught.value.response.status_code == status and caught.value.request_id == "abc"
     assert hub.files_at(REPO) == {}
-    commit(api, {"a.txt": b"1"})  # once alone
+    commit(api, {"a.txt": b"1"})  # only once
     assert hub.files_at(REPO) == {"a.txt": b"1"} and [r.status for r in hub.asked("/commit/")] == [status, 200]
 
 
@@ -70,7 +70,7 @@ def test_a_connection_cut_while_sending_is_retried(hub, api):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.bin"])
 def test_a_connection_cut_while_fetching_is_resumed(hub, api, name, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # of a chunk that is cut nothing is kept
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # nothing of a truncated chunk is kept
     content = b"abcdefgh" * 10_000
     hub.add_repo(REPO, {name: content})
     at = "GET /download/" if name == "a.bin" else "GET .*/resolve/"
@@ -143,7 +143,7 @@ def test_this_process_reaches_no_other_hub(hub):
     with pytest.raises(httpx2.ConnectError, match="not to leave this machine"):
         httpx2.get("https://huggingface.co/api/models")
     assert hub.sought == ["huggingface.co"]
-    hub.sought.clear()  # it would fail this test
+    hub.sought.clear()  # it would make this test fail
 
 
 _FETCH = """

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 REPO = "someone/memory"
 STAGES = {"look": "GET /api/models/", "small": "(HEAD|GET) .*/resolve/.*config.json", "large": "GET /download/"}
-FAULTS = {  # and what the message says
+FAULTS = {  # with words of the error message
     "401": (answer(401, "bad token"), ("token", "hf auth login")),
     "403": (answer(403, "not yours"), ("token", "read access")),
     "429": (answer(429, "slow down", Retry_After="17"), ("too many requests", "Try again in 17 s")),

@@ -91,7 +91,7 @@ def test_other_files_of_the_repository_are_kept(writable_hub, adapter, onnx):
     push(onnx, REPO)
     files = writable_hub.files_at(REPO)
     assert files.items() >= others.items() and "deltamem.safetensors" in files
-    assert "onnx/genai_config.json" not in files  # of an export that was there before
+    assert "onnx/genai_config.json" not in files  # from an earlier export
 
 
 def test_parts_pushed_separately_share_one_card(writable_hub, adapter, onnx):
@@ -104,7 +104,7 @@ def test_parts_pushed_separately_share_one_card(writable_hub, adapter, onnx):
 
 
 def test_parts_of_two_adapters_raise(writable_hub, adapter, onnx, tmp_path):
-    """A client that fetched them together would reject them."""
+    """A client that downloads them together would reject them."""
     first = push(adapter, REPO, onnx=onnx, license="mit").commit
     writable_hub.requests.clear()
     with pytest.raises(HubError, match=r"of another adapter. Nothing was sent"):
@@ -115,7 +115,7 @@ def test_parts_of_two_adapters_raise(writable_hub, adapter, onnx, tmp_path):
 
 
 def test_an_evaluation_is_pushed_with_its_adapter(writable_hub, adapter, onnx):
-    """Pushed again without one, the card no longer shows what is no longer there."""
+    """After a push without an evaluation, the card no longer shows it."""
     push(adapter, REPO, onnx=onnx, license="mit")
     (adapter / "evaluation.json").unlink()
     pushed = push(adapter, REPO)
@@ -171,7 +171,7 @@ def test_a_local_path_is_never_recorded_as_the_base(writable_hub, tmp_path, monk
     at_hub = read_adapter(pull(REPO).path)
     assert (at_hub.base.name, at_hub.base.revision) == (BASE, COMMIT)
     assert Manifest.read(find_onnx(REPO)).base_model == BASE
-    assert str(tmp_path) in (folder / "deltamem_config.json").read_text()  # what is here stays as it was
+    assert str(tmp_path) in (folder / "deltamem_config.json").read_text()  # the local files are unchanged
     push(graph, "someone/graph")
     assert Manifest.read(find_onnx("someone/graph")).base_model is None
     for repo_id in (REPO, "someone/graph"):
@@ -250,7 +250,7 @@ def test_a_pull_holds_exactly_the_adapter(writable_hub, adapter, onnx, tmp_path)
     assert here == files.keys() - {".gitattributes", "setup.py", "weights.pt", "onnx/op.so"}
     assert all(files[path] == (tmp_path / "out" / path).read_bytes() for path in here)
     assert not [path for path in writable_hub.fetched() if path.endswith((".py", ".pt", ".so"))]
-    assert push(tmp_path / "out", REPO).commit == commit  # what was pulled is what is there
+    assert push(tmp_path / "out", REPO).commit == commit  # the pulled files are those of the repository
     writable_hub.add_repo("someone/else", {"model.bin": b"1"})
     with pytest.raises(HubError, match="no adapter"):
         pull("someone/else")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 REPO = "someone/memory"
 OLD = {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "deltamem.safetensors": b"old" * 9, "notes.md": b"mine"}
 LOOK = "GET /api/models/[^/]+/[^/]+/revision/"
-STAGES = {  # the requests of a push, in their order
+STAGES = {  # the requests of a push, in order
     "look": LOOK,
     "tree": "GET .*/tree/",
     "card": "(HEAD|GET) .*/resolve/.*README",
@@ -39,7 +39,7 @@ STAGES = {  # the requests of a push, in their order
     "commit": "POST .*/commit/",
 }
 READING = ("look", "tree", "card")
-FAULTS = {  # and what the message says
+FAULTS = {  # with words of the error message
     "401": (answer(401, "bad token"), ("token", "hf auth login")),
     "403": (answer(403, "not yours"), ("token", "access")),
     "404": (answer(404, "gone"), ("cannot find it", "Check the name")),
@@ -54,7 +54,7 @@ FAULTS = {  # and what the message says
     "garbled answer": (garble_answer(), ("HF_ENDPOINT",)),
 }
 AT_STORAGE = {name: ("storage rejected", "Try again") for name in ("401", "403")}
-LANDS = {  # the Hub has done it, or the answer had nothing that is needed
+LANDS = {  # the Hub has handled the request, or its answer is not needed
     *(("commit", fault) for fault in ("cut answer", "lost answer", "garbled answer")),
     ("put", "cut answer"),
     *((stage, "garbled answer") for stage in ("branch", "complete", "verify")),
@@ -76,7 +76,7 @@ def adapter(tmp_path) -> Path:
 
 
 def start_anew(hub: HubServer, files: dict[str, bytes] | None) -> None:
-    """`REPO` with these files and no history; not there for None."""
+    """Reset `REPO` to these files without history, or remove it for None."""
     hub.faults.clear()
     hub.repositories.clear()
     if files is not None:
@@ -93,7 +93,7 @@ def files(hub: HubServer, branch: str = "main") -> dict[str, bytes]:
 
 
 def finished(hub: HubServer, folder: Path, old: dict[str, bytes] | None = OLD, **options) -> dict[str, bytes]:
-    """The files after a push with which nothing goes wrong; everything is again as it was."""
+    """The files after a push without faults. The Hub is reset afterwards."""
     push(folder, REPO, **options)
     new = files(hub, options.get("branch", "main"))
     start_anew(hub, old)
@@ -112,7 +112,7 @@ def refused(folder: Path, **options) -> HubError:
 
 
 def when(hub: HubServer, monkeypatch, match, act) -> None:
-    """Have `act` happen once, just before a request that matches is answered."""
+    """Call `act` once, just before the answer to a matching request."""
     answer, left = hub.answer, [act]
 
     def answer_after(request):
@@ -234,7 +234,7 @@ def test_a_lost_answer_is_told_apart_from_another_commit(hub_with_repo, adapter,
 
 def test_a_lost_pull_request_is_reported(hub_with_repo, adapter):
     hub_with_repo.fail("^PUT", answer(500), times=None)
-    assert "pull request" not in str(refused(adapter, create_pr=True))  # none has been asked for
+    assert "pull request" not in str(refused(adapter, create_pr=True))  # no fault was added for it
     hub_with_repo.faults.clear()
     new = finished(hub_with_repo, adapter)
     hub_with_repo.fail("/commit/", lose_answer())
@@ -291,7 +291,7 @@ def test_a_repository_created_meanwhile_is_not_overwritten(hub_with_repo, adapte
     start_anew(hub_with_repo, None)
     theirs = {"README.md": b"# Theirs\n"}
     when(hub_with_repo, monkeypatch, STAGES["create"], lambda: hub_with_repo.add_repo(REPO, theirs))
-    assert "changed in the meantime" in refused(adapter, private=True).why  # theirs is public
+    assert "changed in the meantime" in refused(adapter, private=True).why  # the other one is public
     assert files(hub_with_repo) == theirs
     start_anew(hub_with_repo, None)
     looks = iter([False, True])
@@ -308,7 +308,7 @@ def test_a_part_that_cannot_be_fetched_raises(hub_with_repo, adapter, tmp_path):
     push(onnx_folder(tmp_path / "graph"), REPO)
     old = files(hub_with_repo)
     hub_with_repo.fail("GET .*onnx/deltamem_onnx.json", answer(500), times=None)
-    refused(adapter)  # and not a card that leaves it out
+    refused(adapter)  # and not a card without it
     assert files(hub_with_repo) == old
     hub_with_repo.faults.clear()
     assert "OnnxModel" in push(adapter, REPO).card
@@ -335,7 +335,7 @@ class InAHurry(Client):
 
 
 def test_a_commit_that_is_applied_late_is_reported(hub_with_repo, adapter, monkeypatch):
-    """The client has long gone, and has looked too."""
+    """The client has already disconnected, and has checked the repository."""
     new = finished(hub_with_repo, adapter)
     client_gone, landed, reply = threading.Event(), threading.Event(), hub_with_repo.answer
 

@@ -32,7 +32,7 @@ STAGES = {
 
 @pytest.fixture(params=CANARIES)
 def canary(request, hub: HubServer, monkeypatch) -> str:
-    """A token, and how the user gave it."""
+    """A token, set in one of the ways that users have."""
     token, how = request.param
     hub.tokens = {token: Account("someone")}
     if how == "HF_TOKEN":
@@ -46,8 +46,7 @@ def canary(request, hub: HubServer, monkeypatch) -> str:
 
 @pytest.fixture
 def log_lines() -> list[str]:
-    """Everything that is logged, at every level; but for the headers of answers as httpcore traces them: what a server
-    says there is its own doing."""
+    """All log lines, at every level, except the response headers in httpcore's traces, which the server chooses."""
     lines: list[str] = []
 
     class Keep(logging.Handler):
@@ -67,7 +66,7 @@ def log_lines() -> list[str]:
 
 
 def refusal(status: int, canary: str):
-    """An answer that says the token again, in each way that the client reads."""
+    """An answer that repeats the token in each part that the client reads."""
     message = f"Who is {canary}? You sent Authorization: Bearer {canary}"
     return answer(status, message, X_Error_Message=message, Retry_After="1", X_Request_Id=canary)
 
@@ -90,7 +89,7 @@ def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem
         for status in (401, 403, 409, 413, 429, 500):
             hub.fail(match, refusal(status, canary), times=None)
             run("push", "adapter", REPO, code=1)
-            assert "***" in outputs[-1], outputs[-1]  # it was there to be said
+            assert "***" in outputs[-1], outputs[-1]  # the answer did contain it
             hub.faults.clear()
             if stage == "create":
                 assert not hub.repositories
@@ -111,7 +110,7 @@ def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem
 
 
 def _assert_sent_to_the_hub_alone(hub: HubServer, canary: str) -> None:
-    """In a header of its own, to the Hub; never to the storage, whose addresses are somebody else's."""
+    """Checks that the token went to the Hub in its header, and never to the storage, which belongs to someone else."""
     for request in hub.requests:
         headers = {name: value for name, value in request.headers.items() if canary in value}
         assert canary not in request.target and canary.encode() not in request.body
@@ -129,7 +128,7 @@ USER, HOST = "zelda-of-this-machine", "the-host-of-zelda"
 
 @pytest.fixture
 def private_folder(tmp_path, monkeypatch) -> Path:
-    """A working folder whose path, user and host are telltale."""
+    """A working folder with a recognisable path, user and host."""
     home = tmp_path / "home" / USER
     home.mkdir(parents=True)
     for name in ("USER", "LOGNAME", "USERNAME"):

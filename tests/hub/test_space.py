@@ -17,7 +17,7 @@ REPO = "someone/memory"
 
 @pytest.fixture
 def writable_hub(hub, monkeypatch):
-    """The packages of npm are a few bytes here."""
+    """A Hub to which the user may write; the npm packages are a few bytes here."""
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     monkeypatch.setattr(
         build, "runtime_contents", lambda files, *others: {file.name: file.name.encode() for file in files}
@@ -65,7 +65,7 @@ def test_only_changed_files_are_sent_and_the_users_text_is_kept(writable_hub, ad
     assert {change.path for change in fourth.space_changes if change.kind == "deleted"} == {"model/chat_template.jinja"}
     assert "model/chat_template.jinja" not in writable_hub.files_at(REPO, repo_type="space")
     without = push(adapter, REPO, onnx=onnx)
-    assert without.space is None and "in your browser" in without.card  # the link stays
+    assert without.space is None and "in your browser" in without.card  # the link is kept
 
 
 def test_a_dry_run_sends_nothing(writable_hub, adapter, onnx):

@@ -18,7 +18,7 @@ from helpers.tiny import listing
 from deltamem_tool.errors import ConfigError, DeltaMemError, domain_error
 from deltamem_tool.io.atomic import atomic_folder, check_overwrite, check_writable, resolve, write_atomically
 
-# A program that writes half of the folder that it is told.
+# A program that writes half of the folder in its argument.
 WRITING = """
 import sys, time
 from deltamem_tool.io.atomic import atomic_folder
@@ -28,7 +28,7 @@ with atomic_folder(sys.argv[1]) as staged:
     print("writing", flush=True)
     time.sleep(60)
 """
-OTHER = 12345  # nobody's number
+OTHER = 12345  # a user id that belongs to nobody
 needs_root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
 
 
@@ -112,7 +112,7 @@ def test_the_owner_is_kept(tmp_path):
 
 @needs_root
 def test_a_file_of_another_user_is_written_in_place_or_raises(public_folder):
-    """By a user who may write the file and not its folder, or the folder and not the file."""
+    """Covers a user who may write the file but not its folder, and one who may write the folder but not the file."""
     ours, theirs = public_folder / "ours", public_folder / "theirs"
     ours.write_bytes(b"old and longer")
     ours.chmod(0o666)
@@ -127,7 +127,7 @@ def test_a_file_of_another_user_is_written_in_place_or_raises(public_folder):
     assert ours.read_bytes() == b"new" and ours.stat().st_uid == 0
     public_folder.chmod(0o777)
     with _as_user(OTHER):
-        with pytest.raises(PermissionError):  # a rename would not ask
+        with pytest.raises(PermissionError):  # a rename would ignore the file's permissions
             write_atomically(theirs, b"new")
         write_atomically(ours, b"newer")
     assert theirs.read_bytes() == b"old"
@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_renamed_is_written_in_place(tmp_path, monkeypatch
     write_atomically(file, b"new")
     assert file.read_bytes() == b"new" and file.stat().st_ino == inode
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    with pytest.raises(OSError, match="no rename"):  # there is nothing to write into
+    with pytest.raises(OSError, match="no rename"):  # there is no file to write into
         write_atomically(tmp_path / "other", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -200,7 +200,7 @@ def test_a_pipe_is_written_to(tmp_path):
 
 
 def test_leftovers_of_a_killed_program_are_removed_on_the_next_write(tmp_path):
-    """And nothing of a program that is still writing it, nor what only has a similar name."""
+    """The leftovers of a program that is still writing and files with similar names are kept."""
     killed = subprocess.Popen([sys.executable, "-c", WRITING, tmp_path / "onnx"], stdout=subprocess.PIPE)
     assert killed.stdout is not None and killed.stdout.readline()
     killed.kill()
@@ -218,12 +218,12 @@ def test_leftovers_of_a_killed_program_are_removed_on_the_next_write(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"onnx", "other", ".onnx.backup-1"}
 
 
-# Folders created or exchanged meanwhile
+# Folders created or replaced in the meantime
 
 
 @pytest.mark.parametrize("there_before", [True, False])
 def test_a_folder_created_meanwhile_is_kept_and_the_result_gets_another_name(tmp_path, there_before):
-    if there_before:  # empty, as whoever made it left it
+    if there_before:  # empty, as it was created
         (tmp_path / "onnx").mkdir()
 
     def write():
@@ -300,7 +300,7 @@ def test_a_tilde_in_an_output_is_the_home_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def public_folder():
-    """pytest's own are in one that only their owner enters."""
+    """A folder that every user may enter, unlike those of pytest."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)

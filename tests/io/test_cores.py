@@ -16,7 +16,7 @@ CORES = 16
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """`machine(groups, files)`: a machine of `CORES`, this process's control groups, and what their files say."""
+    """`machine(groups, files)`: a machine with `CORES`, the control groups of this process, and their files."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(CORES)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: CORES)

@@ -1,6 +1,6 @@
 """Problems of installed packages are reported before anything runs, and stop only commands that need them.
 
-Other versions are files in front of the real ones on the path: what pip would have left.
+Other versions are simulated by files that come before the real ones on the path, as pip would leave them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from deltamem_tool.io.installation import IGNORE, OPTIONAL, PACKAGE, check_insta
 
 
 def installed(folder: Path, name: str, version: str) -> None:
-    """Leave what says that a package of this version is installed."""
+    """Write the metadata of a package of this version."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
@@ -31,7 +31,7 @@ def installed(folder: Path, name: str, version: str) -> None:
 
 @pytest.fixture
 def front_folder(tmp_path, monkeypatch):
-    """A folder in front of the installed packages, and the one in which commands run."""
+    """A folder that comes before the installed packages on the path, and in which commands run."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -39,7 +39,7 @@ def front_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def process(tmp_path):
-    """`process(*arguments)` runs `deltamem` where `tmp_path` is in front of the installed packages."""
+    """`process(*arguments)` runs `deltamem` with `tmp_path` before the installed packages on the path."""
 
     def run(*arguments: object, **variables: str) -> Done:
         env = {**os.environ, "PYTHONPATH": str(tmp_path), **variables}
@@ -90,7 +90,7 @@ def test_commands_that_do_not_need_the_package_work(process, tmp_path):
     for words in ("--help", "train --help", "inspect builtin:adapter", "architectures qwen3"):
         result = process(*words.split())
         assert result.code == 0 and result.out and "5.22.0" not in result.err, words
-    # An ONNX folder needs ONNX Runtime alone: here the folder is what is missing.
+    # An ONNX folder needs only ONNX Runtime, so the error is about the missing folder.
     process("run", tmp_path, "--prompt", "Hello").assert_short_error("ONNX folder", code=1)
     process("chat", "builtin:adapter").assert_short_error("transformers 5.22.0 is installed", code=1)
 
@@ -205,7 +205,7 @@ def test_an_uninstalled_source_tree_has_no_bounds(monkeypatch):
 
 
 def pins(file: str) -> dict[str, list[Requirement]]:
-    """By name; one name may have pins for several versions of Python, or several systems."""
+    """The pins by name. A name may have pins for several versions of Python or several systems."""
     found: dict[str, list[Requirement]] = {}
     for line in (ROOT / file).read_text().splitlines():
         if line and not line.startswith("#"):

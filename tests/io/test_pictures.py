@@ -1,4 +1,4 @@
-"""A picture has the format of its suffix, whichever function draws it."""
+"""Every function that draws a picture writes the format of the file's suffix."""
 
 from __future__ import annotations
 

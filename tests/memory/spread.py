@@ -1,7 +1,7 @@
-"""A base that is spread over two devices which this machine lacks: fake tensors on devices that are only pretended.
+"""A base spread over two devices that this machine lacks: fake tensors on simulated devices.
 
-They have a device and a shape and no numbers, and torch raises where operands of one operation are on two devices. What
-is registered here stays in the process, so that these functions run in one of their own.
+Fake tensors have a device and a shape but no numbers, and torch raises if operands are on different devices. The
+backend cannot be unregistered, so these functions run in their own process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
 FIRST, SECOND = "pretended:0", "pretended:1"
 SPLIT = {"model.embed_tokens": FIRST, "model.layers.0": FIRST, "model.rotary_emb": FIRST}
 SPLIT |= {"model.layers.1": SECOND, "model.norm": SECOND, "lm_head": SECOND}
-Places = list[list[str]]  # the devices of what each layer has
+Places = list[list[str]]  # the devices of each layer's tensors
 
 
 def move(module: nn.Module, device: str | torch.device) -> nn.Module:
-    """Do what torch's own `Module.to` does, which cannot move fake tensors."""
+    """Replace torch's own `Module.to`, which cannot move fake tensors."""
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
@@ -60,7 +60,7 @@ def seen() -> dict[str, Any]:
 
 
 def split(model, places: dict[str, str]) -> None:
-    """Do to fake tensors what accelerate's `dispatch_model` does to others."""
+    """Do what accelerate's `dispatch_model` does, for fake tensors."""
 
     def bring(module, args, kwargs):
         device = next(module.parameters()).device
@@ -80,11 +80,11 @@ def places_of(memory: MemoryState, adapter) -> Places:
 
 
 def in_two_parts(options: dict[str, Any]) -> list[Places]:
-    """Calls of a model whose two layers are on two devices; before the first of them, all is on the CPU."""
+    """Places after calls of a model with two layers on two devices. Before the first call, all is on the CPU."""
     model = tiny_model()
     adapter = attach(model, DeltaMemConfig(rank=4, **options))
     split(model, SPLIT)
-    with adapter.in_training():  # there are no numbers for a fingerprint
+    with adapter.in_training():  # fake tensors have no fingerprint
         cache, places = MemoryCache(model), [places_of(adapter.empty_memory(2), adapter)]
         for past, length in ((0, 9), (9, 1), (10, 3)):
             if options:

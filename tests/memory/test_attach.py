@@ -121,7 +121,7 @@ def test_every_update_rule_matches_the_equations(rule, state_heads):
 
 
 def test_update_rules_give_different_results():
-    """So the comparison above fails if a rule is taken for another."""
+    """The comparison above would therefore notice a wrong rule."""
     ids = tokens(1, 10)
     states = {rule: run(patched_model(update_rule=rule), ids)[1].memory.layers[1] for rule in RULES}
     for rule, other in (RULES[:2], RULES[1:], RULES[::2]):
@@ -182,7 +182,7 @@ def test_padding_changes_no_result(name, attention, side):
 
 
 def test_the_mask_of_past_tokens_is_not_applied_to_new_ones():
-    """A mask over past and new tokens: columns of the past must not be taken for new ones."""
+    """In a mask over past and new tokens, columns of the past must not be applied to new tokens."""
     model = patched_model()
     ids, mask = tokens(1, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
     cache = MemoryCache(model)
@@ -248,12 +248,12 @@ def test_the_state_of_a_bfloat16_model_is_float32(autocast):
     assert all(parameter.dtype == torch.float32 for parameter in adapter_of(model).parameters())
     for layer, state in cache.memory.layers.items():
         assert state.dtype == other.memory.layers[layer].dtype == torch.float32
-        # bfloat16 has 8 bits: numbers that passed through it would all be equal to their own rounding
+        # bfloat16 has 8 bits: numbers that passed through it would all equal their rounded values
         assert not torch.equal(state, state.bfloat16().float())
 
 
 def test_the_memory_of_a_bfloat16_model_is_computed_in_float32():
-    """From the same hidden states, the memory of a bfloat16 model is the float32 one: layer 0 sees them."""
+    """Layer 0 gets the same hidden states, so the memory of a bfloat16 model must equal the float32 one."""
     exact, rounded = patched_model(), patched_model()
     with torch.no_grad():
         for parameter in base_parameters(exact):

@@ -50,7 +50,7 @@ def test_objects_that_are_not_models_raise(model):
 
 @pytest.mark.parametrize("where", ["hook_layers", "hook_decoder", "override", "override_methods"])
 def test_a_failed_attach_leaves_the_model_unchanged(where, monkeypatch):
-    """Whichever step fails, and whatever was done before it is undone."""
+    """Whichever step fails, everything before it is undone."""
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
     before, attributes, expected = fingerprint_of_base(model), set(vars(model)), logits(model)
@@ -58,7 +58,7 @@ def test_a_failed_attach_leaves_the_model_unchanged(where, monkeypatch):
     own = getattr(module, where)
 
     def broken(*args):
-        if where != "override":  # which sets all its methods or none
+        if where != "override":  # which must set all its methods or none
             own(*args)
         raise KeyboardInterrupt
 
@@ -100,7 +100,7 @@ def test_a_cache_without_a_memory_raises(kind):
 
 
 def _gated():
-    """Its q_proj gives [query | gate], which no row says of its type."""
+    """A model whose q_proj returns [query | gate], without a row for its type."""
     config = Qwen3NextConfig(
         vocab_size=32,
         hidden_size=32,
@@ -121,7 +121,7 @@ def _gated():
 
 
 def _fused():
-    """Its c_attn gives [query | key | value], which no row says of its type."""
+    """A model whose c_attn returns [query | key | value], without a row for its type."""
     model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     model.config.model_type = "new"
     return model
@@ -183,7 +183,7 @@ def test_a_memory_of_a_different_shape_raises():
         with pytest.raises(MemoryStateError, match="does not fit"):
             MemoryCache(model, memory=wrong)
         cache = MemoryCache(model)
-        cache.memory = wrong  # past the constructor
+        cache.memory = wrong  # after the constructor's check
         with pytest.raises(MemoryStateError, match="does not fit"):
             model(tokens(2, 1), cache=cache)
 
@@ -208,7 +208,7 @@ def test_a_mask_that_hides_the_padding_raises():
 @pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("length", [3, 8, 12])
 def test_a_mask_of_the_wrong_length_raises(sliding, length):
-    """Attention counts its columns from the left, the memory from the right: they would mean other tokens."""
+    """Attention counts columns from the left and the memory from the right, so they would mean different tokens."""
     changes = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4, "use_sliding_window": True}
     model = tiny_model(**(changes if sliding else {}))
     attach(model, DeltaMemConfig(rank=4))
@@ -253,7 +253,7 @@ def test_calling_an_attention_layer_directly_raises():
         model.model.layers[0].self_attn(torch.zeros(1, 2, 32), None, None)
 
 
-# State is an argument and a return value.
+# The state is an argument and a return value.
 
 
 def test_conversations_in_threads_match_each_one_run_alone():
@@ -266,7 +266,7 @@ def test_conversations_in_threads_match_each_one_run_alone():
     def converse(n: int) -> None:
         cache, pieces = MemoryCache(model), []
         for token in range(10):
-            steps.wait(timeout=30)  # every conversation is at the same token, in the model at the same time
+            steps.wait(timeout=30)  # all conversations are in the model at the same token at the same time
             with torch.no_grad():
                 pieces.append(model(texts[n][:, token : token + 1], cache=cache).logits)
         found[n] = torch.cat(pieces, dim=1), cache
@@ -325,7 +325,7 @@ def test_an_exception_in_the_decoder_leaves_the_memory_unchanged():
     model.model.layers[1].mlp = whole
     assert cache.memory is before
     assert all(torch.equal(before.layers[layer], state) for layer, state in copies.items())
-    # The model works on, and the memory goes on from where it was.
+    # The model still works, and the memory continues from its last state.
     again, _other = run(model, ids[:, 5:], memory=cache.memory)
     expected, _states = naive_run(model, ids[0, 5:].tolist(), {i: s[0] for i, s in copies.items()})
     close(again[0], expected, EQUATION_TOLERANCE)

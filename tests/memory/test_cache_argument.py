@@ -177,7 +177,7 @@ def test_a_none_cache_does_not_count_as_a_second_cache(model):
 
 
 class Counted:
-    """A `forward` that somebody has put on a model, as accelerate does: it does not take the model."""
+    """A `forward` set on a model instance, as accelerate does, which does not receive the model."""
 
     def __init__(self, model) -> None:
         self.own, self.calls = model.forward, 0

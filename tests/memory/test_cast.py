@@ -30,7 +30,7 @@ def rounded(adapter, dtype):
 
 
 def saved_model(tmp_path):
-    """A model on disk with an adapter, of which no weight is a number of half precision."""
+    """A model on disk with an adapter whose weights are not representable in half precision."""
     model = AutoModelForCausalLM.from_pretrained(save_checkpoint(tmp_path / "base"))
     randomise(attach(model, DeltaMemConfig(rank=4)))
     return model

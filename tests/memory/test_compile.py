@@ -15,7 +15,7 @@ from deltamem_tool.memory.attach import adapter_of
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-4  # of order 1 to 10; a memory that is left out changes logits by more than 1e-2
+TOLERANCE = 1e-4  # logits are of order 1 to 10; leaving out the memory changes them by more than 1e-2
 ROOM = 20
 
 
@@ -28,7 +28,7 @@ def reset_dynamo():
 
 
 def one_layer():
-    """A patched model of one layer: every layer is traced, and tracing takes seconds."""
+    """A patched model of one layer, because tracing takes seconds per layer."""
     model = tiny_model(num_hidden_layers=1)
     randomise(attach(model, DeltaMemConfig(rank=4)))
     return model
@@ -41,7 +41,7 @@ def compiled(model, backend="eager", **options):
 
 @torch.no_grad()
 def step(run, model, caches, column, **inputs):
-    """One token to both models: the graph, and the model as it is."""
+    """Feed one token to the compiled model and to the eager one."""
     ids = tokens(2, ROOM)[:, column : column + 1]
     logits = [each(ids, cache=cache, **inputs).logits for each, cache in zip((run, model), caches, strict=True)]
     close(*logits, TOLERANCE)
@@ -49,7 +49,7 @@ def step(run, model, caches, column, **inputs):
 
 
 def filled(model, room):
-    """Two caches with the same text, and room for so many tokens, or None."""
+    """Two caches with the same text, and room for this many tokens, or growing ones for None."""
     caches = [MemoryCache(model, max_length=room) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
@@ -63,7 +63,7 @@ def test_a_compiled_model_with_a_growing_cache_matches_eager():
     caches = filled(model, None)
     for column in range(4, 8):
         step(run, model, caches, column)
-    assert counter.frame_count == 2  # its length first has to be seen to vary
+    assert counter.frame_count == 2  # torch must first see its length vary
 
 
 def test_steps_over_a_static_cache_need_one_graph():
@@ -90,7 +90,7 @@ def test_steps_over_a_static_cache_need_one_graph():
 
 
 def test_a_whole_compiled_conversation_matches_eager():
-    """The prompt too, with padding, from no memory at all."""
+    """Includes the prompt, with padding, from an empty memory."""
     model = one_layer()
     run, _ = compiled(model)
     inputs = left_padded([tokens(1, 6), tokens(1, 3, seed=1)])
@@ -130,7 +130,7 @@ def test_generate_compiles_its_decoding_step_once():
         (rows, {"num_beams": 2}),
         (rows, {"changed": True}),
     ):
-        if options.pop("changed", False):  # what was compiled is not bound to the weights
+        if options.pop("changed", False):  # the compiled graph does not depend on the weights' values
             with torch.no_grad():
                 for weight in adapter_of(model).parameters():
                     weight.mul_(1.2)

@@ -54,7 +54,7 @@ def test_attach_and_detach_take_effect_on_a_compiled_model(compile_part, seeds):
         with_memory.append(logits(truth))
         detach(truth)
     model = compile_part(one_layer(), lambda part: torch.compile(part, backend="eager"))
-    close(logits(model), bare, CUT_TOLERANCE)  # and a graph without a memory is there
+    close(logits(model), bare, CUT_TOLERANCE)  # and a graph without a memory exists
     for seed, expected in zip(seeds, with_memory, strict=True):
         adapter = remember(model, seed)
         close(logits(model), expected, CUT_TOLERANCE)

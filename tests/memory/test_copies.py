@@ -20,7 +20,7 @@ OPT = {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_attenti
 
 
 def opt():
-    """Its decoder is a module of its base model."""
+    """An OPT, whose decoder is a module of its base model."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_a_deep_copy_of_only_the_base_model_is_independent():
 def test_changed_weights_of_a_copy_are_used():
     adapter = adapter_of(patched_model())
     with torch.no_grad():
-        adapter.layer(0).key.weight.mul_(1.0)  # the original counts more changes than the copy, which starts anew
+        adapter.layer(0).key.weight.mul_(1.0)  # the original has counted more changes than the copy will
     before = adapter.fingerprint
     copied = copy.deepcopy(adapter)
     assert copied.fingerprint == before

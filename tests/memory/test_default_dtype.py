@@ -55,7 +55,7 @@ def test_the_default_dtype_does_not_change_exported_weights(default_dtype, optio
 
 
 class _Validated:
-    """A step model whose every answer is certain."""
+    """A step model that is certain of every answer."""
 
     conditions = ("",)
 
@@ -64,7 +64,7 @@ class _Validated:
 
 
 def test_the_default_dtype_does_not_round_validation_counts(default_dtype):
-    count = 300  # bfloat16 counts to 256
+    count = 300  # bfloat16 counts only to 256
     batch = {"scored": torch.arange(count) * 4, "labels": torch.zeros(count, 4), "targets": torch.arange(count) % 5}
     torch.set_default_dtype(default_dtype)
     assert outcomes(_Validated(), [batch] * 11)[""].tolist()[1:] == [11 * count] * 3

@@ -26,7 +26,7 @@ def fail(*_):
 @pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("place", ["the second layer", "after the layers", "the embedding"])
 def test_a_failed_call_leaves_the_cache_unchanged(room, before, place):
-    """Wherever it fails: memory that runs out, a tensor of a wrong shape, a token without an embedding."""
+    """Covers running out of memory, a tensor of the wrong shape, and a token without an embedding."""
     model, ids = patched_model(), tokens(2, 12)
     cache, expected = MemoryCache(model, max_length=room), MemoryCache(model, max_length=room)
     if before:

@@ -77,7 +77,7 @@ def test_a_memory_replaced_while_it_is_read_is_one_of_both(memory, tmp_path, mon
 
 
 def test_denormals_and_extreme_numbers_survive_saving(tmp_path):
-    """Denormals, negative zero, the largest and the smallest."""
+    """Covers denormals, negative zero, and the largest and smallest numbers."""
     numbers = torch.tensor([1e-45, -0.0, torch.finfo().max, torch.finfo().min])
     memory = MemoryState({11: numbers.view(1, 1, 2, 2), 2: numbers.flip(0).view(1, 1, 2, 2)}, "mark")
     memory.save(tmp_path / "m")

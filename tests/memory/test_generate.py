@@ -21,7 +21,7 @@ every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def settings(**options):
-    """Decoding that always runs to its length, unless `options` say otherwise."""
+    """Generation options that decode to the maximum length, unless `options` change this."""
     return {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": NEVER, "pad_token_id": PAD} | (
         {"suppress_tokens": SUPPRESSED} | options
     )
@@ -29,7 +29,7 @@ def settings(**options):
 
 @torch.no_grad()
 def continue_alone(model, ids, memory=None, new=NEW, stop=NEVER):
-    """Greedy continuation of one conversation, token by token, without `generate`: what it says, and the cache."""
+    """Greedy continuation of one conversation, token by token, without `generate`: the new tokens and the cache."""
     cache = MemoryCache(model, memory=memory)
     generated, feed = [], ids
     for _ in range(new):
@@ -158,8 +158,8 @@ def test_each_beam_carries_its_own_state(name, loaded, tmp_path):
     output = model.generate(**left_padded(rows), cache=cache, **options)
     assert any(beams != sorted(set(beams)) for beams in cache.taken), "no beam ever replaced another"
     assert output.sequences.shape == (6, 6 + NEW)
-    # The beam that each sequence's last token came from has seen all of it but that token. (The reordering after the
-    # last step is by ties: transformers has no use for the cache any more.)
+    # The beam of each sequence's last token has seen everything but that token. (The reordering after the last step is
+    # arbitrary, since transformers no longer uses the cache.)
     for n, sequence in enumerate(output.sequences):
         row, beam = n // 3, int(output.beam_indices[n, -1])
         fed = MemoryCache(model, memory=start.select([row]) if loaded else None)
@@ -218,10 +218,10 @@ def test_a_row_that_ends_early_has_the_memory_it_has_alone(pad_is_end, loaded):
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
     start = memory_of(model, tokens(2, 12)) if loaded else None
     end = _ends_early(model, rows, start)
-    # The prompts hold the stop token too, as a chat's earlier turns do: it ends nothing there.
+    # The prompts contain the stop token too, like the earlier turns of a chat, where it ends nothing.
     rows = [torch.cat([row[:, :2], torch.tensor([[end]]), row[:, 2:]], dim=1) for row in rows]
     alone = [continue_alone(model, ids, start.select([n]) if loaded else None, stop=end) for n, ids in enumerate(rows)]
-    for width in (NEW, 3):  # the shorter one stops before the row that goes on is done
+    for width in (NEW, 3):  # the shorter one stops before the other row is finished
         cache = MemoryCache(model, memory=start)
         options = settings(max_new_tokens=width, eos_token_id=end, pad_token_id=end if pad_is_end else PAD)
         output = model.generate(**left_padded(rows), cache=cache, **options)
@@ -233,13 +233,13 @@ def test_a_row_that_ends_early_has_the_memory_it_has_alone(pad_is_end, loaded):
 
 
 def test_writing_padding_after_the_end_would_change_the_memory():
-    """Check that the test above can fail: a finished row is fed for several steps."""
+    """Checks that the test above can fail: a finished row is fed for several steps."""
     model = patched_model()
     rows = [tokens(1, 5), tokens(1, 7, seed=1)]
     end = _ends_early(model, rows)
     cache = MemoryCache(model)
     output = model.generate(**left_padded(rows), cache=cache, **settings(eos_token_id=end))
-    assert (output[0] == PAD).sum() - 2 >= 3  # two are the padding of its prompt
+    assert (output[0] == PAD).sum() - 2 >= 3  # two of them are padding of its prompt
     with torch.no_grad():
         fed = MemoryCache(model)
         model(output[:1, 2:-1], cache=fed)
@@ -255,11 +255,11 @@ def test_a_prompt_of_embeddings_can_end_early():
     cache = MemoryCache(model)
     embedded = model.get_input_embeddings()(ids).detach()
     model.generate(inputs_embeds=embedded, cache=cache, **settings(eos_token_id=first[0]))
-    close_memory(cache.memory.select([0]), memory_of(model, ids[:1]))  # it said nothing but its end
+    close_memory(cache.memory.select([0]), memory_of(model, ids[:1]))  # it generated only its end
 
 
 def test_rows_that_ended_can_be_continued_by_hand():
-    """Fed by hand, a row whose answer has ended goes on: it reads and writes, and stop tokens are tokens."""
+    """If fed by hand, a row whose answer has ended continues to read and write, stop tokens included."""
     model = patched_model()
     rows = [tokens(1, 5), tokens(1, 5, seed=1)]
     end = _ends_early(model, rows)
@@ -285,14 +285,14 @@ def test_a_second_generation_continues_the_first(how):
     if how == "same cache, whole text":
         second = model.generate(text, cache=cache, **options)[:, text.shape[1] :]
     elif how == "same cache, new tokens":
-        fed = torch.cat([first[:, -1:], more], dim=1)  # what the first call said last has not been fed
+        fed = torch.cat([first[:, -1:], more], dim=1)  # the last token of the first call has not been fed
         second = model.generate(fed, attention_mask=torch.ones_like(text), cache=cache, **options)
         second = second[:, fed.shape[1] :]
     else:
         cache = MemoryCache(model, memory=cache.memory)
         fed = torch.cat([first[:, -1:], more], dim=1)
         second = model.generate(fed, cache=cache, **options)[:, fed.shape[1] :]
-    if how != "memory alone":  # the whole text in one call says the same
+    if how != "memory alone":  # the whole text in one call gives the same
         expected = MemoryCache(model)
         output = model.generate(text, cache=expected, **options)
         assert torch.equal(second, output[:, text.shape[1] :])

@@ -14,7 +14,7 @@ BLUE, WHITE, RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 
 
 def drawn(renderable, colours=True, width=100):
-    """The lines of cells, each a character with its style."""
+    """The lines of cells, each as a character with its style."""
     system = "truecolor" if colours else None
     console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=colours)
     return [

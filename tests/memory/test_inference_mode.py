@@ -82,7 +82,7 @@ def test_a_memory_written_inside_is_read_where_gradients_are_computed(options, t
     close(actual, expected, CUT_TOLERANCE)
     for gradient, other in zip(gradients, others, strict=True):
         close(other, gradient, CUT_TOLERANCE)
-    model(ids, labels=ids, cache=cache).loss.backward()  # the conversation itself goes on, too
+    model(ids, labels=ids, cache=cache).loss.backward()  # the conversation itself can also be continued
     cache.memory.save(tmp_path / "memory.safetensors")
     assert MemoryState.load(tmp_path / "memory.safetensors").adapter == adapter_of(model).fingerprint
 

@@ -1,5 +1,5 @@
-"""One conversation, one answer, however it is run: with any options, in any pieces, padded, in beams, in another
-process, from any copy of its memory. `conversations.py` draws the models and what is said to them."""
+"""A conversation gives the same answer however it is run: with any options, in any pieces, padded, in beams, in another
+process, from any copy of its memory. `conversations.py` draws the models and the texts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OTHER = {"eager": "sdpa", "sdpa": "eager"}
 @examples(100)
 @given(setups(), long_texts(), st.data())
 def test_splitting_a_conversation_changes_nothing(setup, text, data):
-    """In one call, in a few, token by token; the other way to compute attention; positions given or counted."""
+    """Covers one call, a few calls, single tokens, another attention implementation, and positions given or counted."""
     model = setup.model()
     start = memory_of(model, data.draw(texts(0, 6), "before"))
     logits, memory = alone(model, text, start)
@@ -91,13 +91,13 @@ def test_end_segment_equals_a_last_tag(setup, drawn, data):
 
 @st.composite
 def places(draw, lengths):
-    """Columns of every row's tokens: padding before them, after them, or anywhere between."""
+    """The columns of every row's tokens, with padding before, after or between them."""
     side = draw(st.sampled_from(("left", "right", "anywhere")))
     if side != "anywhere":
         return places_of(lengths, side)
     rows = []
     for length in lengths:
-        holes = draw(st.lists(st.integers(0, length), max_size=4))  # before which token, or after all of them
+        holes = draw(st.lists(st.integers(0, length), max_size=4))  # the token to pad before, or the end
         rows.append([token + sum(hole <= token for hole in holes) for token in range(length)])
     return rows
 
@@ -110,7 +110,7 @@ def test_padding_a_batch_changes_nothing(setup, rows, data):
     batch = Batch.padded(rows, columns, fill=data.draw(st.sampled_from((PAD, 50)), "fill"))
     width = batch.ids.shape[1]
     bounds = data.draw(cuts(width), "bounds")
-    # Without positions the model counts columns: the same distances between tokens, unless padding is among them.
+    # Without positions, the model counts columns. This keeps the distances of tokens without padding between them.
     apart = any(row[-1] - row[0] >= len(row) for row in columns)
     told = apart or data.draw(st.booleans(), "positions")
     starts = [memory_of(model, data.draw(texts(1, 4), "before")) for _ in rows] if data.draw(st.booleans()) else None
@@ -129,7 +129,7 @@ def test_padding_a_batch_changes_nothing(setup, rows, data):
 @examples(60)
 @given(setups(), st.data())
 def test_reordered_beams_carry_their_own_history(setup, data):
-    """A random tree of beams: at every step each row goes on with any row's past, its keys, states and open segment."""
+    """A random tree of beams. At every step, each row continues with any row's keys, states and open segment."""
     model = setup.model()
     beams, steps, ahead = (data.draw(st.integers(*range_), name) for name, range_ in _TREE.items())
     prompt = data.draw(texts(1, 6), "prompt")
@@ -141,7 +141,7 @@ def test_reordered_beams_carry_their_own_history(setup, data):
         length = data.draw(st.integers(1, 3), "length")
         step_texts = [data.draw(texts(length, length), f"step {step}") for _ in range(beams)]
         taken = torch.tensor(data.draw(st.lists(st.integers(0, beams - 1), min_size=beams, max_size=beams), "taken"))
-        if ahead and setup.segmented:  # tags of tokens to come are the past's, and move with it
+        if ahead and setup.segmented:  # tags of later tokens belong to the past, and move with it
             cache.segment_tags = Batch.of(step_texts).tags
         (cache.batch_select_indices if data.draw(st.booleans(), "select") else cache.reorder_cache)(taken)
         if ahead and setup.segmented:
@@ -161,7 +161,7 @@ _TREE = {"beams": (1, 4), "steps": (1, 4), "ahead": (0, 1)}
 
 
 class Forced(LogitsProcessor):
-    """Every beam of a conversation says what it is told to."""
+    """Forces every beam of a conversation to generate a given text."""
 
     def __init__(self, continuations, prompt, beams):
         self.continuations, self.prompt, self.beams = torch.tensor(continuations), prompt, beams
@@ -225,7 +225,7 @@ def _generate(model, cache, setup, batch, continuations, beams):
 @examples(2)
 @given(st.data())
 def test_compiled_steps_match_eager_ones(granularity, data):
-    """A prompt as it comes, then one graph for every token after it, over a cache that does not grow."""
+    """An eager prompt, then one compiled graph for every token after it, with a static cache."""
     setup = data.draw(setups(granularity=granularity), "setup")
     prompt, text = data.draw(texts(), "prompt"), data.draw(texts(6, 8), "text")
     model = setup.model()
@@ -259,7 +259,7 @@ def other_process():
 @examples(60)
 @given(setups(), texts(), texts(), st.data())
 def test_a_memory_file_resumes_bit_for_bit_elsewhere(other_process, tmp_path_factory, setup, before, after, data):
-    """From a memory file, to the bit what the process that made it goes on with."""
+    """Another process continues from a memory file bit-identically to the process that wrote it."""
     model = setup.model()
     first = MemoryCache(model)
     feed(model, first, Batch.of([before]), data.draw(cuts(len(before)), "bounds before"))
@@ -276,7 +276,7 @@ def test_a_memory_file_resumes_bit_for_bit_elsewhere(other_process, tmp_path_fac
 @examples(60)
 @given(setups(), st.lists(texts(1, 8), min_size=2, max_size=3), st.data())
 def test_copied_memories_continue_like_the_original(setup, befores, data):
-    """fork, select, stack and clone in the middle of conversations, open segments included."""
+    """Covers fork, select, stack and clone in the middle of conversations, including open segments."""
     model = setup.model()
     memories = [memory_of(model, before) for before in befores]
     kept = [memory.clone() for memory in memories]

@@ -1,4 +1,4 @@
-"""Without gradients a layer uses one joined tensor of its projections; it must follow every change of them."""
+"""Without gradients, a layer uses one joined tensor of its projections, which must follow every change of them."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Every option of the mechanism against the equations, alone and combined, and what an option must not affect."""
+"""Every option of the mechanism, alone and combined, compared with the equations, and the effects of single options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamem_tool._compat import cache_argument
 from deltamem_tool.config import BRANCHES, DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, UPDATE_RULES
 from deltamem_tool.memory.attach import adapter_of
 
-TAGS = [0, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]  # segments of 3, 2, 1 and 3 tokens, and one that stays open
+TAGS = [0, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]  # segments of 3, 2, 1 and 3 tokens, and one that remains open
 LENGTH = len(TAGS)
 COMBINATIONS = range(30)
 
@@ -40,7 +40,7 @@ ALONE = [
 
 
 def random_options(seed: int) -> dict:
-    """One choice over all options, of those that go together."""
+    """A random choice of options that are compatible."""
     choose = random.Random(seed)
     heads = tuple(branch for branch in BRANCHES if choose.random() < 0.6) or ("o",)
     rule = choose.choice(UPDATE_RULES)
@@ -65,7 +65,7 @@ def random_options(seed: int) -> dict:
 
 
 def tagged(model, tags=TAGS, memory=None, batch=1):
-    """A cache that knows the tags of the tokens to come, where its adapter has use for them."""
+    """A cache that knows the tags of the next tokens, if its adapter uses them."""
     cache = MemoryCache(model, memory=memory)
     if adapter_of(model).config.granularity != "token":
         cache.segment_tags = torch.tensor([tags] * batch, dtype=torch.int8)
@@ -83,7 +83,7 @@ def run(model, ids, memory=None):
 
 
 def assert_matches_the_equations(model, memory=None):
-    """Logits and states, after the open segment has ended too."""
+    """Compare logits and states, also after the open segment has ended."""
     ids = tokens(1, LENGTH)
     logits, cache = run(model, ids, memory)
     states = {layer: state[0] for layer, state in memory.layers.items()} if memory else None
@@ -113,7 +113,7 @@ def test_combined_options_match_the_equations(seed):
 
 
 def test_the_combinations_cover_every_value():
-    """Otherwise the comparison above would not cover all values."""
+    """Otherwise, the comparison above would not cover all values."""
     drawn = [random_options(seed) for seed in COMBINATIONS]
     for option, values in {
         "granularity": GRANULARITIES,
@@ -150,7 +150,7 @@ def test_options_give_different_results(options, taken_for):
     ids = tokens(1, LENGTH)
     logits, _ = run(model, ids)
     adapter = adapter_of(model)
-    adapter.config = replace(adapter.config, **taken_for)  # what the equations look at, and the model does not
+    adapter.config = replace(adapter.config, **taken_for)  # read by the equations, and not by the model
     expected, _ = naive_run(model, ids[0].tolist())
     assert (logits[0] - expected).abs().max() > 20 * EQUATION_TOLERANCE
 
@@ -242,7 +242,7 @@ def test_a_separate_decay_starts_as_one_minus_beta(rule, gates):
 
 
 def test_state_heads_are_independent():
-    """Two heads are two memories side by side: what one has written changes nothing in the other."""
+    """Two heads are two separate memories: writing to one does not change the other."""
     model, ids = patched_model(state_heads=2, layers=(0,)), tokens(1, LENGTH)
     _, cache = run(model, ids)
     with torch.no_grad():
@@ -280,8 +280,8 @@ def test_learned_scales_start_at_their_initial_value_and_are_bounded(delta_scale
     for value, bound in ((100.0, 1.7), (-100.0, 0.0)):
         raw.fill_(value)
         assert scales() == pytest.approx(dict.fromkeys("qvo", bound), abs=1e-6)
-    raw.zero_()  # one half of the most
-    raw[-1] = 100.0  # o's own, or everybody's
+    raw.zero_()  # half of the maximum
+    raw[-1] = 100.0  # o's own, or the common one
     others = 1.7 if delta_scale == "layer" else 0.85
     assert scales() == pytest.approx({"q": others, "v": others, "o": 1.7}, abs=1e-6)
 
@@ -292,7 +292,7 @@ def test_o_norm_affects_only_the_o_branch():
     normed.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         for memory in (plain, normed):
-            memory.delta["o"].weight.mul_(100)  # so that o_norm_eps is small beside it
+            memory.delta["o"].weight.mul_(100)  # so that o_norm_eps is small in comparison
         normed.o_norm.weight.fill_(0.7)
     before, after = corrections(plain), corrections(normed)
     assert all(torch.equal(after[branch], before[branch]) for branch in "qkv")

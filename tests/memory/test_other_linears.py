@@ -23,7 +23,7 @@ CONFIG = DeltaMemConfig(rank=4, branches=("q", "o"), delta_init="base_slice")
 
 
 def gptq_like(base: Path) -> Path:
-    """A linear layer as GPTQ stores it: packed integers and their scales, and no weight."""
+    """A linear layer as GPTQ stores it: packed integers and their scales instead of a weight."""
     weights = load_file(base / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         out, wide = weights.pop(name).shape
@@ -56,7 +56,7 @@ def test_a_quantised_checkpoint_is_patched_without_its_library(tmp_path):
 
 
 def test_an_adapter_for_a_plain_checkpoint_fits_it_in_bitsandbytes(tmp_path):
-    """A plain checkpoint that is quantised when it is loaded; the adapter is the plain one's."""
+    """A plain checkpoint is quantised when it is loaded, with the adapter of the plain one."""
     base = save_checkpoint(tmp_path / "base")
     plain = load(patched(base, tmp_path / "adapter"))
     int8 = BitsAndBytesConfig(load_in_8bit=True)
@@ -64,7 +64,7 @@ def test_an_adapter_for_a_plain_checkpoint_fits_it_in_bitsandbytes(tmp_path):
     assert type(loaded.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
     close = dict(atol=0.05 * logits(plain).abs().max().item(), rtol=0)
     torch.testing.assert_close(logits(loaded), logits(plain), **close)
-    # attached in memory, it is the same
+    # attaching it in memory gives the same
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=int8).eval()
     bare = logits(model)
     attach(model, DeltaMemConfig(rank=4))
@@ -92,7 +92,7 @@ def test_a_checkpoint_saved_by_bitsandbytes_is_patched(tmp_path):
 
 
 def patched(base: Path, out: Path) -> Path:
-    """An adapter that matters, in its folder."""
+    """The folder of an adapter with random weights."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     randomise(attach(model, DeltaMemConfig(rank=4)))
     save_adapter(model, out)
@@ -145,7 +145,7 @@ def test_a_lora_attached_before_the_memory_is_kept(wrapped, tmp_path):
 
     save_adapter(model, tmp_path / "adapter")
     assert read_adapter(tmp_path / "adapter").base.name == str(base)
-    # The LoRA is not in the adapter's folder: loaded, it goes onto the model again.
+    # The LoRA is not in the adapter's folder: after loading, it is applied to the model again.
     again = load(tmp_path / "adapter")
     peft.inject_adapter_in_model(config, again)
     stir(again)

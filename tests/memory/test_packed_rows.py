@@ -96,5 +96,5 @@ def test_positions_may_start_anywhere_and_have_gaps(model):
     model(tokens(1, 8), position_ids=torch.arange(5, 13)[None], use_cache=False)
     gap = torch.tensor([[0, 1, 2, 3, 10, 11, 12, 13]])
     model(tokens(1, 8), position_ids=gap)
-    with pytest.raises(MemoryStateError, match="packed"):  # here transformers takes it for another text
+    with pytest.raises(MemoryStateError, match="packed"):  # here, transformers treats it as another text
         model(tokens(1, 8), position_ids=gap, use_cache=False)

@@ -58,7 +58,7 @@ def test_logits_and_states_match_the_reference(case, attention):
 
 
 def test_perturbed_weights_fail_the_comparison(tmp_path):
-    """A memory whose weights are a little off does not pass."""
+    """A memory whose weights are slightly off fails."""
     case = "tsw_fresh_kv_qwen3"
     model, calls = load_model(case, "eager"), load_calls(case)
     from deltamem_tool.memory.attach import adapter_of

@@ -1,7 +1,7 @@
-"""A base that is spread over devices, or offloaded: each layer's memory is where the layer is, and all else stays.
+"""A base spread over devices, or offloaded: each layer's memory is on the layer's device, and nothing else moves.
 
-Without a second device, placement is shown with fake tensors (`spread`). The numbers are those of bases whose weights
-accelerate really keeps on the CPU or on disk.
+Without a second device, placement is tested with fake tensors (`spread`), and the numbers with bases whose weights
+accelerate keeps on the CPU or on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ APART = [[spread.FIRST], [spread.SECOND]]
 @pytest.mark.slow
 def test_each_memory_layer_is_on_the_device_of_its_hidden_states():
     seen = run_in_fork(spread.seen)
-    assert "same device" in seen["mixed"]  # that is what the calls of the others do not do
+    assert "same device" in seen["mixed"]  # which the other calls do not do
     for granularity in ("token", "message"):
         start, *calls = seen[granularity]
         assert start == [["cpu"], ["cpu"]]
@@ -48,7 +48,7 @@ def test_each_memory_layer_is_on_the_device_of_its_hidden_states():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An adapter, and its base beside it."""
+    """A folder with an adapter and its base."""
     folder = tmp_path_factory.mktemp("offloaded")
     base = save_checkpoint(folder / "base", tiny_tokenizer())
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -101,7 +101,7 @@ def test_an_offloaded_base_gives_the_same_logits_and_memory(folder, tmp_path, ki
         numbers = (tmp_path / name / WEIGHTS_FILE).read_bytes()
         results.append((answers, digests, logits.tolist(), generated.tolist(), numbers))
     assert results[0] == results[1]
-    assert (kind == "auto") != any(weight.is_meta for weight in offloaded.parameters())  # auto: all of it fits
+    assert (kind == "auto") != any(weight.is_meta for weight in offloaded.parameters())  # auto: everything fits
 
 
 def test_a_new_memory_can_start_from_offloaded_columns(folder, tmp_path):

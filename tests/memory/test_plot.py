@@ -17,7 +17,7 @@ def states(layers, heads, rank, seed=0, scale=1.0):
 
 def blocks(figure):
     """Axes with panels, from left to right."""
-    figure.canvas.draw()  # which lays it out
+    figure.canvas.draw()  # computes the layout
     panels = [axes for axes in figure.axes if "colours" not in axes.get_label()]
     return sorted(panels, key=lambda axes: axes.get_position().x0)
 
@@ -28,7 +28,7 @@ def words_of(figure):
 
 
 def assert_shows(axes, wanted):
-    """A panel for each state of `wanted` and no other, with its numbers; one symmetric scale that holds them all."""
+    """Check for exactly one panel per state of `wanted`, with its numbers, and one symmetric scale for all."""
     panels = {image.get_label(): image for image in axes.images}
     assert len(axes.images) == len(panels) == sum(len(state) for state in wanted.values())
     for layer, heads in wanted.items():
@@ -44,7 +44,7 @@ def assert_shows(axes, wanted):
 
 
 def assert_tidy(figure, width=2000, height=2000):
-    """Entries are square and visible, panels overlap nowhere, and neither they nor any text leaves the picture."""
+    """Check that entries are square and visible, that panels do not overlap, and that nothing leaves the picture."""
     size = figure.get_size_inches() * figure.dpi
     assert (size <= (width, height)).all(), size
     figure.canvas.draw()
@@ -80,7 +80,7 @@ def test_every_state_has_its_panel(layers, heads, rank):
     assert_tidy(figure)
     words = words_of(figure)
     assert {"Memory: mine", "its shape", *(f"layer {layer}" for layer in range(layers))} <= set(words)
-    # layers are read like text: from left to right, then down; heads within them
+    # layers are in reading order, from left to right, then down, and heads within them
     names = [f"layer {layer}, head {head}" for layer in range(layers) for head in range(heads)]
     assert [image.get_label() for image in sorted(axes.images, key=place)] == names
 
@@ -91,7 +91,7 @@ def test_many_layers_are_drawn_in_a_grid():
 
 
 def test_panels_are_next_to_their_labels():
-    """Also where layers are left out, and given in another order."""
+    """Also if layers are missing, or given in another order."""
     layer_states = states([11, 2, 30], 1, 4)
     (axes,) = blocks(memory_figure(layer_states, ""))
     assert_shows(axes, layer_states)
@@ -116,7 +116,7 @@ def test_a_difference_is_drawn_between_its_memories():
     bars = [axes for axes in figure.axes if "colours" in axes.get_label()]
     assert len(bars) == 2
     for axes, bar in zip((second, third), sorted(bars, key=lambda bar: bar.get_position().x0), strict=True):
-        assert bar.get_ylim() == axes.images[0].get_clim()  # positive is up, and what it says is what the panels show
+        assert bar.get_ylim() == axes.images[0].get_clim()  # positive is up, and the colour bar matches the panels
         assert bar.get_position().x0 > axes.get_position().x1
     assert_tidy(figure)
 

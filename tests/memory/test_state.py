@@ -32,8 +32,8 @@ def message_model():
 
 @pytest.fixture
 def open_memory(message_model):
-    """5 tokens of the first conversation are open, after a segment of 3; 8 of the second; 6 of the third, after 2 that
-    belong to no segment."""
+    """The memory of three conversations with an open segment: 5 tokens after a segment of 3, 8 tokens, and 6 tokens
+    after 2 that belong to no segment."""
     cache = MemoryCache(message_model)
     cache.segment_tags = torch.full((3, 8), SegmentTag.INSIDE, dtype=torch.int8)
     cache.segment_tags[0, 2] = SegmentTag.LAST
@@ -56,7 +56,7 @@ def test_a_memory_is_saved_and_loaded_bit_for_bit(memory, model, tmp_path):
     same(loaded, memory)
     assert loaded.nbytes == memory.nbytes == 3 * 2 * 2 * 4 * 4 * 4
     assert loaded.shape.layers == {0: (2, 4, 4), 1: (2, 4, 4)}
-    # and it reads the same: the file says as much as the object
+    # and its readings are the same: the file is complete
     with torch.no_grad():
         a = model(tokens(3, 4), cache=MemoryCache(model, memory=memory)).logits
         b = model(tokens(3, 4), cache=MemoryCache(model, memory=loaded)).logits
@@ -222,7 +222,7 @@ def test_starting_from_a_memory_with_nan_raises(model, memory):
     ("change", "says"), [*MISFITS, (lambda m: m.select([0, 1]), "has 2 conversations, and the batch 3 rows")]
 )
 def test_a_conversation_continues_after_a_rejected_memory(model, change, says):
-    """A foreign memory set in the middle of a conversation is refused before anything has changed."""
+    """A memory of another adapter, set in the middle of a conversation, raises before anything has changed."""
     cache, expected, more = MemoryCache(model), MemoryCache(model), tokens(3, 4, seed=1)
     with torch.no_grad():
         for some in (cache, expected):
@@ -272,7 +272,7 @@ def test_finished_rows_move_with_their_cache_row(model):
         (reads,) = cache.take_step()
         assert reads[:, 0].tolist() == expected
         cache.reorder_cache(torch.tensor([1, 0, 0]))
-    assert cache.take_step() is None  # no step of `generate`
+    assert cache.take_step() is None  # not a step of `generate`
 
 
 def test_repeating_and_selecting_move_memory_and_keys(model, memory):

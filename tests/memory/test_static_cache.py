@@ -20,7 +20,7 @@ WINDOW = 5
 
 
 def model_of(name):
-    """A patched model; "sliding" has a layer of each kind of attention, "slides first" in the other order."""
+    """A patched model; "sliding" has one layer of each kind of attention, "slides first" in the other order."""
     if name in ARCHITECTURES:
         return patched_model(name)
     kinds = ["full_attention", "sliding_attention"]
@@ -166,7 +166,7 @@ def test_beams_and_several_sequences_match_a_growing_cache(name, options, given)
 @kinds
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_second_generation_continues_the_first(name, beams):
-    """On the same cache, which then holds text already: the whole text, or what is new of it."""
+    """It uses the same cache, and gets the whole text or only its new part."""
     model, ids = model_of(name), tokens(2, 5)
     more = torch.cat([torch.full((2, 1), END), tokens(2, 2, seed=1)], dim=1)
     outputs = []
@@ -228,7 +228,7 @@ def test_a_generation_that_would_not_fit_raises_before_feeding(name, how):
         past, mask = 4, torch.ones_like(ids)
         text = ids[:, 4:] if how.endswith("new tokens") else ids
     prompt = {"inputs_embeds": model.get_input_embeddings()(ids)} if how == "embeddings" else {"input_ids": text}
-    before, fits = cache.memory, ROOM - 10 + 1  # what is said last is not fed
+    before, fits = cache.memory, ROOM - 10 + 1  # the last token is not fed
     with pytest.raises(MemoryStateError, match="no room"):
         model.generate(**prompt, attention_mask=mask, cache=cache, **settings(max_new_tokens=fits + 1, num_beams=2))
     assert cache.memory is before and int(cache.get_seq_length()) == past
@@ -249,5 +249,5 @@ def test_sliding_window_layers_accept_any_length():
             TOLERANCE,
         )
         growing.reset()
-    with pytest.raises(MemoryStateError, match="no room"):  # three columns are no window of five
+    with pytest.raises(MemoryStateError, match="no room"):  # three columns are not a window of five
         feed(model, MemoryCache(model, max_length=3), ids, (3, 7))

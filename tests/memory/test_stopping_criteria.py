@@ -1,4 +1,4 @@
-"""Rows ended by a stopping criterion of `generate` have the memory that they have alone."""
+"""Rows that a stopping criterion of `generate` ends have the same memory as alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEVER, SILENT = 1, [0, 1]
 
 
 class Says(StoppingCriteria):
-    """Ends a row once it has said one of some tokens."""
+    """Ends a row after one of the given tokens."""
 
     def __init__(self, *ends: int) -> None:
         self._ends = torch.tensor(ends)

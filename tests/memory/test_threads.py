@@ -21,17 +21,17 @@ from deltamem_tool.segments.tags import SegmentTag
 
 CONVERSATIONS = 16
 WORKERS = 8
-OFTEN = 1e-5  # seconds after which one thread makes way for another
+OFTEN = 1e-5  # seconds after which Python switches to another thread
 
 
 @dataclass
 class Conversation:
-    """One that goes on by turns: a piece of text is fed, or an answer generated."""
+    """A conversation that proceeds in turns: a piece of text is fed, or an answer generated."""
 
     cache: MemoryCache
     turns: list[Text | int]  # a text, or how many tokens to generate
     heard: list[torch.Tensor]
-    last: int = PAD  # what was generated last and has not been fed
+    last: int = PAD  # the last generated token, which has not been fed
 
     def turn(self, model) -> None:
         what = self.turns[len(self.heard)]
@@ -77,7 +77,7 @@ def conversations(model, seed: int) -> list[Conversation]:
 
 @pytest.fixture(autouse=True, scope="module")
 def frequent_switches():
-    """Threads change places all the time."""
+    """Python switches between threads very often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(OFTEN)
     yield
@@ -85,7 +85,7 @@ def frequent_switches():
 
 
 def in_threads(model, talks: list[Conversation], seed: int) -> None:
-    """Eight threads, each of which takes up any conversation that nobody else has, for one turn."""
+    """Run eight threads, each of which takes any free conversation for one turn, repeatedly."""
     choose, lock = random.Random(seed), threading.Lock()
     waiting = list(talks)
     inside, most = 0, 0
@@ -96,7 +96,7 @@ def in_threads(model, talks: list[Conversation], seed: int) -> None:
         while True:
             with lock:
                 if not waiting:
-                    return  # the others finish what they have
+                    return  # the others finish their turns
                 talk = waiting.pop(choose.randrange(len(waiting)))
                 inside += 1
                 most = max(most, inside)

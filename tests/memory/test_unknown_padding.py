@@ -24,7 +24,7 @@ def test_padding_without_an_embedding_is_ignored(granularity):
     logits = model(ids, attention_mask=mask, cache=cache).logits
     close(logits[1, 3:], model(ids[1:, 3:], cache=alone).logits[0], TOLERANCE)
     close_memory(cache.memory.select([1]), alone.memory)
-    with pytest.raises(IndexError):  # as text it is not known
+    with pytest.raises(IndexError):  # as text, it is unknown
         model(ids, cache=MemoryCache(model))
 
 
