@@ -154,7 +154,7 @@ def test_nothing_is_borrowed_elsewhere(path):
 
 @pytest.mark.slow  # it imports everything
 def test_no_private_method_is_overridden():
-    found = []
+    overridden = []
     for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):
         if module.name.endswith("__main__") or lacks_extra(module.name):
             continue
@@ -163,8 +163,10 @@ def test_no_private_method_is_overridden():
                 continue
             foreign = [base for base in kind.__mro__ if base.__module__.partition(".")[0] in LIBRARIES]
             private = [name for name, value in vars(kind).items() if PRIVATE.fullmatch(name) and isfunction(value)]
-            found += [f"{kind.__qualname__}.{name}" for name in private if any(name in vars(base) for base in foreign)]
-    assert found == []
+            overridden += [
+                f"{kind.__qualname__}.{name}" for name in private if any(name in vars(base) for base in foreign)
+            ]
+    assert overridden == []
 
 
 @pytest.mark.parametrize(

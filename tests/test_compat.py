@@ -216,13 +216,13 @@ def test_one_gpu(tmp_path):
 
 def test_changes_of():
     tensor = torch.zeros(2)
-    seen = [_compat.changes_of([tensor])]
-    assert _compat.changes_of([tensor]) == seen[0]
+    counts = [_compat.changes_of([tensor])]
+    assert _compat.changes_of([tensor]) == counts[0]
     tensor.add_(1)
-    seen.append(_compat.changes_of([tensor]))
+    counts.append(_compat.changes_of([tensor]))
     tensor.data = torch.zeros(2)
-    seen.append(_compat.changes_of([tensor]))
-    assert len(set(map(str, seen))) == 3
+    counts.append(_compat.changes_of([tensor]))
+    assert len(set(map(str, counts))) == 3
     with torch.inference_mode():
         assert _compat.changes_of([tensor, torch.zeros(2)]) is None
 

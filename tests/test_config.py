@@ -80,8 +80,8 @@ def test_an_option_adds_only_its_parameters(options, changed, state, segment, st
             expected[name] = [shape[0], shape[1] * state_heads]
     model = tiny_model()
     adapter = attach(model, DeltaMemConfig(rank=4, state_heads=state_heads, **options))
-    found = {name: list(weight.shape) for name, weight in adapter.named_parameters()}
-    assert found == {f"layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in expected.items()}
+    shapes = {name: list(weight.shape) for name, weight in adapter.named_parameters()}
+    assert shapes == {f"layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in expected.items()}
     assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in adapter.parameters())
     cache = MemoryCache(model)
     with torch.no_grad():
@@ -206,11 +206,11 @@ def test_the_layer_groups_of_the_paper_cover_all_layers():
     with torch.device("meta"):
         config = tiny_model().config
         config.num_hidden_layers, config.layer_types = 36, ["full_attention"] * 36
-        found = [
+        layers = [
             attach(AutoModelForCausalLM.from_config(config), DeltaMemConfig(layers=f"{part}:12")).layer_indices
             for part in ("front", "middle", "back")
         ]
-    assert found == [list(range(12)), list(range(12, 24)), list(range(24, 36))]
+    assert layers == [list(range(12)), list(range(12, 24)), list(range(24, 36))]
 
 
 @pytest.mark.parametrize("part", ["front", "middle", "back"])

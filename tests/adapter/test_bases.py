@@ -75,11 +75,11 @@ def test_a_changed_base_is_not_recorded_as_the_original(adapter, tmp_path):
 def test_the_revision_of_the_base_is_recorded(adapter, base, tmp_path, monkeypatch, options, asked):
     recorded = json.loads((adapter / CONFIG_FILE).read_text())["base"]
     change_config(adapter, base={**recorded, "revision": "recorded"})
-    seen = []
+    revisions = []
 
     class Watched(BaseCheckpoint):
         def __init__(self, name, revision=None, trust_remote_code=False):
-            seen.append(revision)
+            revisions.append(revision)
             super().__init__(name, revision, trust_remote_code)
 
     monkeypatch.setattr("deltamem_tool.adapter.find_base.BaseCheckpoint", Watched)
@@ -89,7 +89,7 @@ def test_the_revision_of_the_base_is_recorded(adapter, base, tmp_path, monkeypat
     moved = shutil.copytree(base, tmp_path / "moved")
     places = {"HERE": str(base), "THERE": str(moved)}
     load(adapter, **{name: places.get(value, value) for name, value in options.items()})
-    assert seen == [asked]
+    assert revisions == [asked]
 
 
 def test_a_revision_for_a_local_folder_raises(adapter, base, tmp_path):

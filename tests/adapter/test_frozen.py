@@ -38,8 +38,8 @@ def unchanged_fixture():
     assert content() == before
 
 
-def assert_close(found, expected):
-    torch.testing.assert_close(found, torch.tensor(expected).view(found.shape), rtol=0, atol=TOLERANCE)
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, torch.tensor(expected).view(actual.shape), rtol=0, atol=TOLERANCE)
 
 
 def test_an_adapter_of_format_1_gives_the_same_results(unchanged_fixture, expected):

@@ -64,8 +64,8 @@ def test_a_loaded_adapter_equals_the_saved_one(dtype, tmp_path):
     loaded = load(tmp_path / "adapter")
     ids = tokens(2, 9)
     with torch.no_grad():
-        expected, found = model(ids), loaded(ids)
-    assert found.logits.dtype == dtype and torch.equal(found.logits, expected.logits)
+        expected, logits = model(ids), loaded(ids)
+    assert logits.logits.dtype == dtype and torch.equal(logits.logits, expected.logits)
     assert not loaded.training
     assert adapter_of(loaded).fingerprint == adapter_of(model).fingerprint
     # so a memory that was written before can continue afterwards
@@ -189,7 +189,7 @@ def test_the_base_is_never_overwritten(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_full_disk_leaves_nothing_behind(base, adapter, tmp_path, monkeypatch, fails, overwrite):
     before = listing(tmp_path)
-    kept = (adapter / WEIGHTS_FILE).read_bytes()
+    content = (adapter / WEIGHTS_FILE).read_bytes()
     calls = []
 
     def full(*args, **options):
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_nothing_behind(base, adapter, tmp_path, monkeypatch,
     with pytest.raises(OSError, match="No space"):
         create_adapter(str(base), CONFIG, adapter if overwrite else tmp_path / "new", overwrite=overwrite)
     monkeypatch.undo()
-    assert calls and listing(tmp_path) == before and (adapter / WEIGHTS_FILE).read_bytes() == kept
+    assert calls and listing(tmp_path) == before and (adapter / WEIGHTS_FILE).read_bytes() == content
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

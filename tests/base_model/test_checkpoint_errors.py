@@ -194,8 +194,8 @@ def test_missing_weights_are_not_initialised_randomly(assert_patch_fails, base, 
 
 def test_a_base_damaged_after_patch_is_named_by_load(base, tmp_path, deltamem):
     assert deltamem("patch", base, "--out", tmp_path / "adapter").code == 0
-    kept = shutil.copy(base / "model.safetensors", tmp_path / "kept")
-    (base / "model.safetensors").write_bytes(Path(kept).read_bytes()[:-8])
+    backup = shutil.copy(base / "model.safetensors", tmp_path / "kept")
+    (base / "model.safetensors").write_bytes(Path(backup).read_bytes()[:-8])
     before = listing(tmp_path)
     deltamem("export", tmp_path / "adapter", "--out", tmp_path / "onnx").assert_short_error("cut short", code=1)
     assert listing(tmp_path) == before

@@ -92,10 +92,10 @@ def test_a_single_file_takes_precedence_over_an_index(tmp_path):
     whole(tiny_model(seed=1), in_pieces(tiny_model(seed=0), tmp_path / "pieces"))
     base = in_pieces(tiny_model(seed=0), tmp_path / "base")
     index = base / "model.safetensors.index.json"
-    kept = index.read_text()
+    content = index.read_text()
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").rename(base / "model.safetensors")
-    index.write_text(kept)
+    index.write_text(content)
     as_bin(tiny_model(seed=2), base)
     assert_patched_is_attached(tiny_model(seed=1), base, tmp_path / "adapter")
 

@@ -116,15 +116,15 @@ def exported_difference(
     logits, states = torch.cat(pieces, dim=1), graph.states(past)
     assert states
 
-    found = []
+    measured = []
     for row, padding in ((0, 0), (1, PADDING)):
         cache = MemoryCache(model)
         with torch.no_grad(), StableTopK():  # PyTorch does not define which of several equal scores it takes
             expected = model(input_ids=ids[row : row + 1, padding:], cache=cache).logits[0]
         differences = [logits[row, padding:] - expected]
         differences += [torch.from_numpy(state[row]) - cache.memory.layers[i][0] for i, state in states.items()]
-        found.append(max(difference.abs().max().item() for difference in differences))
-    return Difference(*found, interface.packed)
+        measured.append(max(difference.abs().max().item() for difference in differences))
+    return Difference(*measured, interface.packed)
 
 
 @pytest.mark.parametrize("model_type", sorted(EXPORTED if EVERY else ONE_OF_A_KIND))

@@ -202,8 +202,8 @@ def seen(model: PreTrainedModel, layer: AttentionLayer) -> SimpleNamespace:
         handle.remove()
     attends, gives = inner[0][1], outer[0] if isinstance(outer[0], Tensor) else outer[0][0]
     assert attends.ndim == 4 and gives.ndim == 3  # batch, heads, queries, keys; and batch, tokens, width
-    kept = [part for part in cache.layers[: layer.index + 1] if getattr(part, "keys", None) is not None]
-    keys, values = (torch.cat([getattr(part, name).flatten() for part in kept]) for name in ("keys", "values"))
+    caches = [part for part in cache.layers[: layer.index + 1] if getattr(part, "keys", None) is not None]
+    keys, values = (torch.cat([getattr(part, name).flatten() for part in caches]) for name in ("keys", "values"))
     return SimpleNamespace(logits=logits, keys=keys, values=values, attends=attends, gives=gives)
 
 

@@ -47,13 +47,13 @@ def memory(tmp_path):
 @pytest.fixture
 def load_calls(monkeypatch):
     """The names of the functions that have loaded weights of adapters or memories, or base models."""
-    seen = []
+    calls = []
     for owner, name in ((adapter_folder, "deserialize"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
         real = getattr(owner, name)
         monkeypatch.setattr(
-            owner, name, lambda *args, name=name, real=real, **kw: (seen.append(name), real(*args, **kw))[1]
+            owner, name, lambda *args, name=name, real=real, **kw: (calls.append(name), real(*args, **kw))[1]
         )
-    return seen
+    return calls
 
 
 def load_it(folder):
@@ -321,23 +321,23 @@ def test_memories_with_invalid_headers_raise(memory, load_calls, damage, says):
 
 def mutated(content, chance):
     """`content` with some bytes changed, inserted or removed."""
-    found = bytearray(content)
+    result = bytearray(content)
     for _ in range(chance.choice((1, 1, 2, 5))):
-        at = chance.randrange(len(found))
+        at = chance.randrange(len(result))
         kind = chance.randrange(4)
         if kind == 0:
-            found[at] ^= 1 << chance.randrange(8)
+            result[at] ^= 1 << chance.randrange(8)
         elif kind == 1:
-            found[at] = chance.choice(b'0159-.e"{}[],:\\\x00\xff')
+            result[at] = chance.choice(b'0159-.e"{}[],:\\\x00\xff')
         elif kind == 2:
-            del found[at : at + chance.randrange(1, 9)]
+            del result[at : at + chance.randrange(1, 9)]
         else:
-            found[at:at] = found[at : at + chance.randrange(1, 40)]
-    return bytes(found)
+            result[at:at] = result[at : at + chance.randrange(1, 40)]
+    return bytes(result)
 
 
-def same(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+def same(actual, expected):
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
@@ -349,11 +349,11 @@ def test_a_mutated_adapter_raises_or_is_unchanged(folder, name):
     for _ in range(MUTATIONS):
         (folder / name).write_bytes(mutated(content[:until], chance) + content[until:])
         try:
-            found = read_adapter(folder)
+            adapter = read_adapter(folder)
         except DeltaMemError:
             refused += 1
         else:
-            assert same(weights_of(found), expected)
+            assert same(weights_of(adapter), expected)
     assert MUTATIONS / 2 < refused < MUTATIONS or name == WEIGHTS_FILE
 
 
@@ -365,7 +365,7 @@ def test_a_mutated_memory_raises_or_is_unchanged(memory):
     for _ in range(MUTATIONS):
         Path(memory).write_bytes(mutated(content[:until], chance) + content[until:])
         try:
-            found = MemoryState.load(memory)
+            state = MemoryState.load(memory)
         except DeltaMemError:
             continue
-        assert same(found.layers, expected.layers) and same(found.open_segments, expected.open_segments)
+        assert same(state.layers, expected.layers) and same(state.open_segments, expected.open_segments)

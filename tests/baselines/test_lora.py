@@ -50,7 +50,7 @@ def copied(folder, to, **changes):
 
 def test_a_lora_answers_as_in_peft(model, tokenizer, checkpoint, folder):
     lora = Lora.read(folder)
-    found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "lora", "lora_full_context"), lora=lora)
+    evaluation = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "lora", "lora_full_context"), lora=lora)
     alone = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), str(folder)).eval()
     for condition, context in (("lora", False), ("lora_full_context", True)):
         expected = []
@@ -59,7 +59,7 @@ def test_a_lora_answers_as_in_peft(model, tokenizer, checkpoint, folder):
             ids = tokenizer(render(tokenizer, [*history, *each.question], True), return_tensors="pt").input_ids
             output = alone.generate(input_ids=ids, max_new_tokens=TASK.max_new_tokens, do_sample=False)
             expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
-        assert answers(found, condition) == expected != answers(found, "no_adapter")
+        assert answers(evaluation, condition) == expected != answers(evaluation, "no_adapter")
     assert "lora_full_context" not in {c.name for c in conditions_of(EvalProtocol.parse("full"), lora=lora)}
 
 

@@ -60,10 +60,10 @@ def test_a_static_adapter_adds_the_same_to_every_token(options, model_type):
     config = dataclasses.replace(CONFIG, **options)
     layers = attention_layers(model)
     adapter = shaken(StaticAdapter(config, layers))
-    seen = {}
+    outputs = {}
 
     def keep(module, args, output):
-        seen[module] = args[0], output
+        outputs[module] = args[0], output
 
     adapter.attach_to(model)
     for layer in layers:
@@ -80,7 +80,7 @@ def test_a_static_adapter_adds_the_same_to_every_token(options, model_type):
                 steer = steer * torch.sigmoid(static.scale_raw[which]) * config.delta_scale_max
             if branch == "o" and config.o_norm:
                 steer = steer / (steer.square().mean() + config.o_norm_eps).sqrt() * static.o_norm.weight
-            entered, output = seen[projection.linear]
+            entered, output = outputs[projection.linear]
             plain = projection.take(projection.linear.forward(entered))
             added = projection.take(output) - plain
             torch.testing.assert_close(added, steer.expand_as(plain), atol=TOLERANCE, rtol=TOLERANCE)
@@ -88,14 +88,14 @@ def test_a_static_adapter_adds_the_same_to_every_token(options, model_type):
 
 def test_answers_do_not_depend_on_the_history(model, tokenizer, checkpoint, folder):
     """They equal the answers of a model that sees only the question."""
-    found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=Static.read(folder))
+    evaluation = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=Static.read(folder))
     alone = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     Static.read(folder).adapter_for(alone).attach_to(alone)
     ids = tokenizer(render(tokenizer, TASK.items()[0].question, True), return_tensors="pt").input_ids
     output = alone.generate(ids, max_new_tokens=TASK.max_new_tokens, do_sample=False)
     expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert answers(found, "static") == [expected] * 3 != answers(found, "no_adapter")
-    meaning = next(condition.meaning for condition in found.conditions if condition.name == "static")
+    assert answers(evaluation, "static") == [expected] * 3 != answers(evaluation, "no_adapter")
+    meaning = next(condition.meaning for condition in evaluation.conditions if condition.name == "static")
     count = sum(weight.numel() for weight in load_file(folder / WEIGHTS_FILE).values())
     assert f"static adapter static, {count:,} trained parameters" in meaning
 

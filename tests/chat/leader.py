@@ -68,9 +68,9 @@ def likeliest(engine: Engine, memory: StoredMemory) -> int:
     """The next token of one of two rows, after the other has left."""
     ids, ones = np.array([[7, 8, 9], [9, 8, 7]]), np.ones((2, 3), np.int64)
     end = np.zeros((2, 3), bool) if engine.memory_shape.segment_width else None
-    both = engine.join([engine.start(memory)] * 2)
-    _, both = engine.step(both, ids, ones, ones.astype(bool), end)
-    alone = engine.keep(both, {1: np.arange(3)})
+    pasts = engine.join([engine.start(memory)] * 2)
+    _, pasts = engine.step(pasts, ids, ones, ones.astype(bool), end)
+    alone = engine.keep(pasts, {1: np.arange(3)})
     logits, _ = engine.step(
         alone, ids[:1, :1], ones[:1, :1].repeat(4, 1), ones[:1, :1].astype(bool), None if end is None else end[:1, :1]
     )
@@ -88,8 +88,8 @@ def talk(folder: Path) -> None:
         led.close()
     else:
         follow_leader(model)
-    found = {"words": words, "memories": memories, "last": model.last, "most": model.most}
-    torch.save(found, folder / f"led-{number}.pt")
+    report = {"words": words, "memories": memories, "last": model.last, "most": model.most}
+    torch.save(report, folder / f"led-{number}.pt")
 
 
 def lose(folder: Path, ready: Path, go: Path) -> None:

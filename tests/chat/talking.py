@@ -30,9 +30,9 @@ def say(conversation: Conversation, *contents, tokens: int = 6, **options) -> li
     return [conversation.generate(content, Sampling(tokens, **options)).tokens for content in contents]
 
 
-def assert_same_memory(found, expected, tolerance: float = 0.0) -> None:
-    assert found.states.keys() == expected.states.keys() and found.adapter == expected.adapter
-    for layer, state in found.states.items():
+def assert_same_memory(actual, expected, tolerance: float = 0.0) -> None:
+    assert actual.states.keys() == expected.states.keys() and actual.adapter == expected.adapter
+    for layer, state in actual.states.items():
         np.testing.assert_allclose(state, expected.states[layer], rtol=0, atol=tolerance)
 
 

@@ -48,8 +48,8 @@ def test_a_full_window_drops_the_oldest_turns(stopping_engine):
         answers.append(conversation.messages[-1])
         tokens.append(answer.tokens[:-1])
     del stopping_engine.step
-    dropped, kept = conversation.context.dropped // 2, conversation.context.messages // 2 - 1
-    assert dropped + kept == len(answers) and kept > 0
+    dropped, remaining = conversation.context.dropped // 2, conversation.context.messages // 2 - 1
+    assert dropped + remaining == len(answers) and remaining > 0
     assert len(conversation.messages) == 1 + 2 * (len(answers) + 1)
 
     cache = MemoryCache(stopping_engine.model, memory=memory_state(before), write=False)

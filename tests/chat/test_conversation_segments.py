@@ -179,8 +179,8 @@ def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
 def test_a_batch_with_segments_matches_its_rows(message_engine):
     together, alone = ([Conversation(message_engine) for _ in TURNS] for _ in range(2))
     for contents in (TURNS, TURNS[::-1]):
-        found = generate_together(together, contents, Sampling(NEW))
-        assert found == [one.generate(text, Sampling(NEW)) for one, text in zip(alone, contents, strict=True)]
+        answers = generate_together(together, contents, Sampling(NEW))
+        assert answers == [one.generate(text, Sampling(NEW)) for one, text in zip(alone, contents, strict=True)]
         for one, other in zip(together, alone, strict=True):
             other_state = message_engine._on_devices(other.memory)
             assert_close(one.memory, other_state)

@@ -17,12 +17,12 @@ from deltamem_tool.memory.file import StoredMemory
 @pytest.fixture(scope="module")
 def memories(engine):
     """The memories of two conversations, one per row."""
-    found = []
+    rows = []
     for turn in TURNS[:2]:
         conversation = Conversation(engine)
         say(conversation, turn)
-        found.append(conversation.memory)
-    states = {layer: np.concatenate([memory.states[layer] for memory in found]) for layer in found[0].states}
+        rows.append(conversation.memory)
+    states = {layer: np.concatenate([memory.states[layer] for memory in rows]) for layer in rows[0].states}
     return StoredMemory(states, {}, engine.adapter)
 
 

@@ -70,8 +70,8 @@ def test_dropped_turns_are_not_in_the_base_states(engine):
     ids = np.array([place.tokens])
     _, again = engine.step(engine.start(engine.memory(place.past)), ids, np.ones_like(ids), ids < 0)
     next_id, mask = np.array([[7]]), np.ones((1, ids.shape[1] + 1), np.int64)
-    expected, found = (engine.step(past, next_id, mask, next_id < 0)[0] for past in (again, place.past))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    expected, actual = (engine.step(past, next_id, mask, next_id < 0)[0] for past in (again, place.past))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["jamba", "zamba"])

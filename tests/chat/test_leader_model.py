@@ -28,9 +28,9 @@ def test_two_processes_answer_and_remember_like_one(name, tmp_path):
     words, memories = answers_and_memories(alone)
     first, other = (torch.load(folder / f"led-{number}.pt", weights_only=False) for number in range(PROCESSES))
     assert first["words"] == words and "does not know" in words[0][1]
-    for found, expected in zip(first["memories"], memories, strict=True):
+    for actual, expected in zip(first["memories"], memories, strict=True):
         for layer, state in expected.states.items():
-            np.testing.assert_allclose(found.states[layer], state, atol=TOLERANCE, rtol=0)
+            np.testing.assert_allclose(actual.states[layer], state, atol=TOLERANCE, rtol=0)
     for layer, state in other["last"].states.items():
         assert np.array_equal(state, first["last"].states[layer])
     assert other["most"] <= alone.most + 1  # a past is released with the next call

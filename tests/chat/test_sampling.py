@@ -49,9 +49,9 @@ def logits(seed: int) -> np.ndarray:
 
 
 def of_the_package(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
-    seen = np.zeros(VOCABULARY, bool)
-    seen[CONTEXT] = True
-    return probabilities(apply_repetition_penalty(scores, seen, sampling.repetition_penalty), sampling)
+    is_in_context = np.zeros(VOCABULARY, bool)
+    is_in_context[CONTEXT] = True
+    return probabilities(apply_repetition_penalty(scores, is_in_context, sampling.repetition_penalty), sampling)
 
 
 def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -74,9 +74,9 @@ def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(5))
 def test_kept_tokens_and_their_probabilities_match_transformers(options, seed):
     sampling = Sampling(**{"temperature": 1.0, **options})
-    found, expected = of_the_package(logits(seed), sampling), in_transformers(logits(seed), sampling)
-    assert np.array_equal(found > 0, expected > 0)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    actual, expected = of_the_package(logits(seed), sampling), in_transformers(logits(seed), sampling)
+    assert np.array_equal(actual > 0, expected > 0)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_processors_run_in_the_order_of_generate():

@@ -77,25 +77,25 @@ def test_answers_in_a_batch_match_answers_alone(engine):
         for contents in (OTHERS, TURNS):
             pieces: dict[int, list[str]] = {0: [], 1: [], 2: []}
             tell = partial(lambda pieces, number, piece: pieces[number].append(piece), pieces)
-            found = generate_together(together, contents, Sampling(7), tell)
+            answers = generate_together(together, contents, Sampling(7), tell)
             expected = [one.generate(content, Sampling(7)) for one, content in zip(alone, contents, strict=True)]
-            assert found == expected
-            assert ["".join(pieces[i]) for i in range(3)] == [answer.text for answer in found]
+            assert answers == expected
+            assert ["".join(pieces[i]) for i in range(3)] == [answer.text for answer in answers]
             for one, other in zip(together, alone, strict=True):
                 assert (one.context, one.messages) == (other.context, other.messages)
                 assert_same_memory(one.memory, other.memory, TOLERANCE)
         assert [say(one, "and now?") for one in together] == [say(one, "and now?") for one in alone]
         assert together[1].undo() and together[1].undo() and together[1].undo()
         assert together[1].context.tokens == 0
-    assert len({len(answer.tokens) for answer in found}) > 1  # they ended at different times
+    assert len({len(answer.tokens) for answer in answers}) > 1  # they ended at different times
 
 
 def test_a_batch_in_a_model_with_sliding_windows_matches_answers_alone():
     model = make_engine(use_sliding_window=True, sliding_window=7, layer_types=["sliding_attention"] * 2)
     together, alone = ([Conversation(model) for _ in OTHERS] for _ in range(2))
     for contents in (OTHERS, TURNS):
-        found = generate_together(together, contents, Sampling(7))
-        assert found == [one.generate(content, Sampling(7)) for one, content in zip(alone, contents, strict=True)]
+        answers = generate_together(together, contents, Sampling(7))
+        assert answers == [one.generate(content, Sampling(7)) for one, content in zip(alone, contents, strict=True)]
         for one, other in zip(together, alone, strict=True):
             assert_same_memory(one.memory, other.memory, TOLERANCE)
 

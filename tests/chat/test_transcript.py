@@ -49,22 +49,24 @@ def test_a_conversation_continues_as_it_was_first_fed(name, granularity, monkeyp
 
     monkeypatch.setattr(text, "datetime", Clock)
     rewriting, appending = REWRITING[name]
-    found, expected = (Conversation(make_engine(granularity, template)) for template in (rewriting, appending))
+    conversation, expected = (Conversation(make_engine(granularity, template)) for template in (rewriting, appending))
     for turn in TURNS:
-        assert say(found, turn) == say(expected, turn)
+        assert say(conversation, turn) == say(expected, turn)
         Clock.today += timedelta(days=1)
-    assert_same_memory(found.memory, expected.memory)
-    assert found.context == expected.context and found.messages == expected.messages
-    assert found.undo() and expected.undo()
-    assert say(found, TURNS[1]) == say(expected, TURNS[1])
-    assert_same_memory(found.memory, expected.memory)
+    assert_same_memory(conversation.memory, expected.memory)
+    assert conversation.context == expected.context and conversation.messages == expected.messages
+    assert conversation.undo() and expected.undo()
+    assert say(conversation, TURNS[1]) == say(expected, TURNS[1])
+    assert_same_memory(conversation.memory, expected.memory)
 
 
 def test_dropped_turns_do_not_change_how_the_others_are_rendered():
-    found, expected = (Conversation(make_engine("message", template), window=80) for template in (THINKING, APPENDING))
-    assert say(found, *TURNS * 2) == say(expected, *TURNS * 2)
-    assert found.context == expected.context and found.context.dropped > 0
-    assert_same_memory(found.memory, expected.memory)
+    conversation, expected = (
+        Conversation(make_engine("message", template), window=80) for template in (THINKING, APPENDING)
+    )
+    assert say(conversation, *TURNS * 2) == say(expected, *TURNS * 2)
+    assert conversation.context == expected.context and conversation.context.dropped > 0
+    assert_same_memory(conversation.memory, expected.memory)
 
 
 def test_a_system_message_that_moves_to_the_last_question():
@@ -74,14 +76,14 @@ def test_a_system_message_that_moves_to_the_last_question():
         "{{ messages[0].content if loop.last and message.role == 'user' and messages[0].role == 'system' }}"
         "{{ message.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    found, expected = Conversation(make_engine("token", moving)), Conversation(make_engine("token"))
+    conversation, expected = Conversation(make_engine("token", moving)), Conversation(make_engine("token"))
     first, *others = TURNS
     assert (
-        found.generate([SYSTEM, {"role": "user", "content": first}], Sampling(6)).tokens
+        conversation.generate([SYSTEM, {"role": "user", "content": first}], Sampling(6)).tokens
         == say(expected, SYSTEM["content"] + first)[0]
     )
-    assert say(found, *others) == say(expected, *(SYSTEM["content"] + turn for turn in others))
-    assert_same_memory(found.memory, expected.memory)
+    assert say(conversation, *others) == say(expected, *(SYSTEM["content"] + turn for turn in others))
+    assert_same_memory(conversation.memory, expected.memory)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +119,9 @@ EITHER = CHAT_TEMPLATE.replace(
 def test_lists_of_texts_are_joined_for_any_template(template):
     engine, plain = make_engine("message", template), make_engine("message")
     for content in (PARTS, TURNS[0]):
-        found, expected = Conversation(engine), Conversation(plain)
-        assert say(found, [{"role": "user", "content": content}], TURNS[1]) == say(expected, TURNS[0], TURNS[1])
-        assert_same_memory(found.memory, expected.memory)
+        conversation, expected = Conversation(engine), Conversation(plain)
+        assert say(conversation, [{"role": "user", "content": content}], TURNS[1]) == say(expected, TURNS[0], TURNS[1])
+        assert_same_memory(conversation.memory, expected.memory)
 
 
 @pytest.mark.parametrize(

@@ -371,8 +371,8 @@ def test_ctrl_c_in_training_keeps_the_adapter_and_says_how_to_resume(here, delta
     assert f"{here}/adapter" in err.replace("\n", "")
     before = {path.name for path in here.iterdir()}
     assert before == {"chats.jsonl", "recipe.yaml", "adapter", "adapter.run"}
-    kept = {"deltamem_config.json", "deltamem.safetensors", "training.json", "training.png"}
-    assert {path.name for path in (here / "adapter").iterdir()} == kept
+    files = {"deltamem_config.json", "deltamem.safetensors", "training.json", "training.png"}
+    assert {path.name for path in (here / "adapter").iterdir()} == files
     assert load(here / "adapter") is not None
     result = deltamem("train", recipe, "--resume", "--json")
     assert result.code == 0, result.err

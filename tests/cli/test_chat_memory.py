@@ -82,12 +82,12 @@ def test_files_that_are_not_memories_are_not_overwritten(talk, here):
 def test_the_chat_continues_when_the_disk_is_full(talk, here):
     chat = talk(memory_file=here / "me")
     chat(TOLD)
-    kept, before = read_memory("me"), listing(here)
+    memory, before = read_memory("me"), listing(here)
     with small_files(2000):
         answered, notice = chat(ASKED)
     assert answered == f"{ANSWER}\n" and chat.chat.failures == 1
     assert "me could not be written and is unchanged." in notice and "disk is full" in notice
-    assert same(read_memory("me"), kept) and listing(here) == before
+    assert same(read_memory("me"), memory) and listing(here) == before
     chat("Thank you.")
     assert same(read_memory("me"), chat.conversation.memory)
 
@@ -256,8 +256,8 @@ def test_concurrent_writers_lose_nothing(here, engine):
     conflicts = [conflict for conflict in (write.exception() for write in writes) if conflict is not None]
     assert len(conflicts) == 11
     assert all(isinstance(error, MemoryConflict) and f"{here / 'me'} was changed" in str(error) for error in conflicts)
-    kept = {read_memory(path).digest() for path in here.iterdir()}
-    assert kept == {memory.digest() for memory in memories} and len(listing(here)) == 12
+    digests = {read_memory(path).digest() for path in here.iterdir()}
+    assert digests == {memory.digest() for memory in memories} and len(listing(here)) == 12
 
 
 # An answer that nobody reads

@@ -75,16 +75,16 @@ def test_the_output_for_people(here, deltamem, checkpoint):
 
 def test_the_model_is_evaluated_on_the_requested_device(here, deltamem, checkpoint, monkeypatch):
     succeeded(deltamem("patch", checkpoint, "--out", "adapter"))
-    seen = []
+    devices = []
 
     def stub(model, *_, **__):
-        seen.append(model.device.type)
+        devices.append(model.device.type)
         raise DataError("Seen.")
 
     monkeypatch.setattr(runner, "evaluate", stub)
     for options in (("--device", "meta"), ("--device", "cpu"), ()):
         deltamem("eval", "adapter", "--set", "facts=[1]", *options).assert_short_error("Seen.", code=1)
-    assert seen == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
+    assert devices == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
 
 
 def test_export_uses_the_requested_target(here, deltamem, checkpoint, monkeypatch):
@@ -95,12 +95,12 @@ def test_export_uses_the_requested_target(here, deltamem, checkpoint, monkeypatc
 
     monkeypatch.setattr(export, "export_onnx", stub)
     succeeded(deltamem("patch", checkpoint, "--out", "adapter"))
-    for options, asked in (
+    for options, expected in (
         ((), "cpu, 0 tokens"),
         (("--target", "portable"), "portable, 0 tokens"),
         (("--max-length", "128"), "cpu, 128 tokens"),
     ):
-        deltamem("export", "adapter", "--out", "onnx", *options).assert_short_error(f"for {asked}", code=1)
+        deltamem("export", "adapter", "--out", "onnx", *options).assert_short_error(f"for {expected}", code=1)
     deltamem("export", "adapter", "--out", "onnx", "--max-length", "63").assert_short_error("63", code=2)
     deltamem("export", "adapter", "--out", "onnx", "--target", "toaster").assert_short_error("toaster", code=2)
 

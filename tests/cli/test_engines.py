@@ -12,10 +12,10 @@ from deltamem_tool.cli.engines import load_on, torch_engine
 
 
 def test_the_device_auto_is_passed_as_a_device_map(monkeypatch):
-    asked, own = [], load.load
-    monkeypatch.setattr(load, "load", lambda *args, **kwargs: asked.append(kwargs) or own(*args, **kwargs))
+    requests, own = [], load.load
+    monkeypatch.setattr(load, "load", lambda *args, **kwargs: requests.append(kwargs) or own(*args, **kwargs))
     spread, plain = (load_on(device, "builtin:adapter", {}) for device in ("auto", "cpu"))
-    assert asked == [{"device_map": "auto"}, {}]
+    assert requests == [{"device_map": "auto"}, {}]
     assert torch.equal(logits(spread), logits(plain))
 
 

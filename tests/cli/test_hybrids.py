@@ -53,8 +53,8 @@ def test_a_hybrid_goes_from_checkpoint_to_chat(checkpoint, deltamem, monkeypatch
     assert answers["onnx"] == answers["trained"]
     assert read_memory("onnx.safetensors").shape == read_memory("trained.safetensors").shape
 
-    asked = ("--prompt", LINES[1], "--memory", "trained.safetensors", *OPTIONS)  # PyTorch's file, in ONNX Runtime
-    succeeded(deltamem("run", "onnx", *asked, "--save-memory", "after.safetensors"))
+    options = ("--prompt", LINES[1], "--memory", "trained.safetensors", *OPTIONS)  # PyTorch's file, in ONNX Runtime
+    succeeded(deltamem("run", "onnx", *options, "--save-memory", "after.safetensors"))
     assert read_memory("after.safetensors").digest() != read_memory("trained.safetensors").digest()
     shown = succeeded(deltamem("inspect", "onnx"))
     assert "ssm_state" not in shown and "mechanism.branches" in shown and not re.search("[a-z]…", shown)

@@ -46,17 +46,17 @@ def served(folder, *arguments):
 def _url(process, log):
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until and process.poll() is None:
-        found = re.search(r"Serving .* at (http://\S+)/v1", log.read_text())
-        if found is not None:
-            return found[1]
+        match = re.search(r"Serving .* at (http://\S+)/v1", log.read_text())
+        if match is not None:
+            return match[1]
         time.sleep(0.1)
     raise AssertionError(log.read_text())
 
 
 @pytest.mark.slow
 def test_keys_restart_and_shutdown_of_a_server(tmp_path):
-    made = in_a_process("serve", "--new-key", "acme", "--api-keys", "keys", cwd=tmp_path)
-    key = made.out.strip()
+    result = in_a_process("serve", "--new-key", "acme", "--api-keys", "keys", cwd=tmp_path)
+    key = result.out.strip()
     assert key.startswith(KEY_PREFIX) and key not in (tmp_path / "keys").read_text()
     options = ("--api-keys", "keys", "--store", "sqlite:///store.sqlite", "--model-name", "pets")
     answers = []

@@ -43,9 +43,9 @@ def test_a_chat_on_two_processes_matches_one(folder):
     together(PROCESSES, invoked, chat(folder, "tp"), LINES, folder / "said")
     one = CliRunner().invoke(cli, chat(folder, "cpu"), input=LINES, prog_name="deltamem")
     assert [(folder / f"said-{number}").read_text() for number in range(PROCESSES)] == [one.stdout, ""]
-    expected, found = (read_memory(folder / f"{device}.me") for device in ("cpu", "tp"))
+    expected, actual = (read_memory(folder / f"{device}.me") for device in ("cpu", "tp"))
     for layer, state in expected.states.items():
-        np.testing.assert_allclose(found.states[layer], state, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(actual.states[layer], state, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.server

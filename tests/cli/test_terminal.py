@@ -63,8 +63,8 @@ def test_commands_and_files_are_completed(tmp_path, monkeypatch):
     (tmp_path / "me.safetensors").touch()
 
     def completed(text):
-        found = CommandCompleter(COMMANDS).get_completions(Document(text), CompleteEvent())
-        return sorted(text[: len(text) + completion.start_position] + completion.text for completion in found)
+        completions = CommandCompleter(COMMANDS).get_completions(Document(text), CompleteEvent())
+        return sorted(text[: len(text) + completion.start_position] + completion.text for completion in completions)
 
     assert completed("/") == sorted(COMMANDS)
     assert completed("/me") == ["/memory"]

@@ -30,5 +30,5 @@ def encode(pipe: Connection, cache: str) -> None:
         reports.append(parts)
         time.sleep(0.2)  # so that the other process starts while this one is encoding
 
-    kept = encode_cached(list(DialogueEpisodes(EPISODES, 8, 0, 1, 3, 0.5)), encoder, report=report)
-    pipe.send((reports, kept.lengths))
+    episodes = encode_cached(list(DialogueEpisodes(EPISODES, 8, 0, 1, 3, 0.5)), encoder, report=report)
+    pipe.send((reports, episodes.lengths))

@@ -98,8 +98,8 @@ def _fact(words):
 
 def _open(words):
     """A question, direct or indirect, or something unknown."""
-    asked = r"(?:who|what time|what|when|where|how much)"
-    for form in (rf"{asked} is (\S+) (.+)", rf"{asked} (\S+) (.+) is"):
+    question_word = r"(?:who|what time|what|when|where|how much)"
+    for form in (rf"{question_word} is (\S+) (.+)", rf"{question_word} (\S+) (.+) is"):
         match = re.fullmatch(form, words)
         if match and match[2] in IS:
             return _owner(match[1]), match[2], None

@@ -91,17 +91,17 @@ def test_recent_turns_precede_the_question(tokenizer, turns):
 
 def test_recent_turns_are_limited_to_those_that_fit(tokenizer):
     history = [user("a" * 30), assistant("b"), user("c" * 5), assistant("d"), user("e"), assistant("f")]
-    asked = [[user("g"), assistant("h")], [user("i" * 9), assistant("j")]]
-    views = [[*history[first:], *asked[0]] for first in (0, 2, 4, 6)]
+    exchanges = [[user("g"), assistant("h")], [user("i" * 9), assistant("j")]]
+    views = [[*history[first:], *exchanges[0]] for first in (0, 2, 4, 6)]
     lengths = [len(tokenizer(render(tokenizer, view))["input_ids"]) for view in views]
     for most in (lengths[0], lengths[0] - 1, lengths[1], lengths[1] - 1):
-        (each,) = Encoder(tokenizer, 1000, most, recent_turns=9)([Episode(history, asked)])
+        (each,) = Encoder(tokenizer, 1000, most, recent_turns=9)([Episode(history, exchanges)])
         fitting = next(view for view, length in zip(views, lengths, strict=True) if length <= most)
         assert tokenizer.decode(each.recent[0].ids) == render(tokenizer, fitting)
     longest = len(each.exchanges[1].ids)
-    (each,) = Encoder(tokenizer, 1000, longest, recent_turns=9)([Episode(history, asked)])
+    (each,) = Encoder(tokenizer, 1000, longest, recent_turns=9)([Episode(history, exchanges)])
     assert each.recent[1] == each.exchanges[1]  # none fits
-    (each,) = Encoder(tokenizer, 1000, 1000, recent_turns=2)([Episode([assistant("hello")], asked)])
+    (each,) = Encoder(tokenizer, 1000, 1000, recent_turns=2)([Episode([assistant("hello")], exchanges)])
     assert each.recent == each.exchanges  # no message of the user, so no turn
 
 
@@ -142,11 +142,11 @@ def test_template_options_of_a_row_apply_to_every_text(tokenizer):
     for granularity in ("token", "message"):
         encoded = Encoder(other, 1000, 1000, granularity, 1, True)(episodes)
         for episode, each in zip(episodes, encoded, strict=True):
-            seen = episode.template_kwargs
-            assert tokenizer.decode(each.write_ids) == render(other, TALK, **seen)
+            options = episode.template_kwargs
+            assert tokenizer.decode(each.write_ids) == render(other, TALK, **options)
             for views, messages in ((each.exchanges, TALK[2:]), (each.recent, [*TALK[2:], *TALK[2:]])):
-                assert tokenizer.decode(views[0].ids) == render(other, messages, **seen)
-            assert tokenizer.decode(each.full[0].ids) == render(other, [*TALK, *TALK[2:]], **seen)
+                assert tokenizer.decode(views[0].ids) == render(other, messages, **options)
+            assert tokenizer.decode(each.full[0].ids) == render(other, [*TALK, *TALK[2:]], **options)
         chat = encode_chat(other, TALK, granularity, template_kwargs=template_options)
         assert chat.input_ids[0].tolist() == encoded[0].write_ids
 

@@ -131,8 +131,8 @@ def test_tools_and_template_options_of_a_row_are_kept():
 
 def test_used_columns_returns_the_columns_that_are_read():
     assert used_columns({"messages": TALK, "prompt": "a"}) == {"messages", "tools", "chat_template_kwargs"}
-    asked = {"prompt": "a", "completion": "b", "response": None}
-    assert used_columns(asked) == {"prompt", "history", "completion", "tools", "chat_template_kwargs"}
+    row = {"prompt": "a", "completion": "b", "response": None}
+    assert used_columns(row) == {"prompt", "history", "completion", "tools", "chat_template_kwargs"}
 
 
 @pytest.mark.parametrize(

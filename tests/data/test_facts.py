@@ -48,7 +48,7 @@ def is_chat(episode):
 
 def read(episode):
     """(stated facts in order, questions with their answers). Every sentence of the episode must be parsed."""
-    stated, asked = [], []
+    stated, questions = [], []
     history = [message for message in episode.history if message["role"] != "system"]
     for number, message in enumerate(history):
         if message["role"] == "user" and message["content"] not in REMARKS:
@@ -68,8 +68,8 @@ def read(episode):
             for read_in, message in zip((question_in, answer_in), exchange[-2:], strict=True)
         )
         assert question[:2] == answer[:2], exchange
-        asked.append((question, answer))
-    return stated, asked
+        questions.append((question, answer))
+    return stated, questions
 
 
 def test_an_episode_depends_only_on_seed_and_number():
@@ -110,12 +110,12 @@ def test_numbers_grow_and_never_shrink():
 def test_every_stated_fact_is_asked_for_and_answered_with_its_final_value():
     corrected = not_known = open_questions = 0
     for episode in generated(1500):
-        stated, asked = read(episode)
-        true = {spoken[:2]: spoken.value for spoken in stated}
+        statements, asked = read(episode)
+        true = {spoken[:2]: spoken.value for spoken in statements}
         answered = [answer for _, answer in asked if answer.value is not None]
         assert {answer[:2]: answer.value for answer in answered} == true and len(answered) == len(true) == 4
         assert not any(answer[:2] in true for _, answer in asked if answer.value is None), "what is not known was told"
-        corrected += len(stated) > len(true)
+        corrected += len(statements) > len(true)
         not_known += any(
             answer_in(message["content"]) for message in episode.history if "not told" in message["content"]
         )
@@ -148,11 +148,11 @@ def test_held_out_words_never_occur_in_training():
     options = FactOptions(Growth(1, 4), Growth(0.5, 0.5), Growth(0.2, 0.2), Growth(0.5, 0.2), 0.0, 0.3, 0.1)
     attributes, values, frames, owners = set(), set(), set(), set()
     for episode in generated(20_000, options=options):
-        stated, asked = read(episode)
-        sentences = [*stated, *(spoken for pair in asked for spoken in pair)]
+        statements, questions = read(episode)
+        sentences = [*statements, *(spoken for pair in questions for spoken in pair)]
         attributes |= {spoken.attribute for spoken in sentences}
         values |= {spoken.value for spoken in sentences if spoken.value is not None}
-        frames |= {spoken.frame for spoken in (*stated, *(question for question, _ in asked))}
+        frames |= {spoken.frame for spoken in (*statements, *(question for question, _ in questions))}
         owners |= {spoken.owner for spoken in sentences} - {"my", "the"}
     assert not any(map(is_held_out, (*attributes, *values, *frames, *owners)))
     assert len(attributes) == len({text for _, text in ATTRIBUTES[False]}), "and all of the rest is seen"
@@ -166,11 +166,11 @@ def test_held_out_words_never_occur_in_training():
 def test_each_kind_of_words_is_held_out_separately(part):
     held_out = replace(NOTHING, **{part: True})
     for episode in generated(150, options=replace(STEADY, bare=Growth(0.3, 0.3)), held_out=held_out):
-        stated, asked = read(episode)
-        sentences = [*stated, *(answer for _, answer in asked)]
+        statements, questions = read(episode)
+        sentences = [*statements, *(answer for _, answer in questions)]
         assert {is_held_out(spoken.attribute) for spoken in sentences} == {held_out.attributes}
         assert {is_held_out(spoken.value) for spoken in sentences if spoken.value is not None} == {held_out.values}
-        spoken_frames = [spoken.frame for spoken in (*stated, *(question for question, _ in asked))]
+        spoken_frames = [spoken.frame for spoken in (*statements, *(question for question, _ in questions))]
         assert set(map(is_held_out, spoken_frames)) == {held_out.phrasings}
 
 
@@ -179,10 +179,10 @@ def test_no_value_occurs_in_another_fact():
     for episode in generated(
         500, options=replace(STEADY, facts=Growth(8, 8), bare=Growth(0.3, 0.3)), held_out=EVERYTHING
     ):
-        _, asked = read(episode)
-        for question, answer in asked:
-            others = [other.value for _, other in asked if other.value is not None and other is not answer]
-            text = episode.exchanges[asked.index((question, answer))][-1]["content"]
+        _, questions = read(episode)
+        for question, answer in questions:
+            others = [other.value for _, other in questions if other.value is not None and other is not answer]
+            text = episode.exchanges[questions.index((question, answer))][-1]["content"]
             assert not any(re.search(rf"\b{re.escape(value)}\b", text) for value in others)
             assert answer.value is None or answer.value in text
 
@@ -252,8 +252,8 @@ def test_questions_see_the_system_prompt_of_their_chat():
             exchange[: len(system)] == system and len(exchange) == len(system) + 2 for exchange in episode.exchanges
         )
         assert not system or (is_chat(episode) and system[0]["content"] in SYSTEMS)
-    given = next(iter(generated(2, options=replace(STEADY, system=""))))
-    assert given.history[0] == {"role": "system", "content": ""}
+    first = next(iter(generated(2, options=replace(STEADY, system=""))))
+    assert first.history[0] == {"role": "system", "content": ""}
 
 
 def test_holding_out_words_ignores_case():

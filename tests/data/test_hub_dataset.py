@@ -51,12 +51,12 @@ def results(tmp_path_factory):
     for split, talks in (("train", [TALK, TOOLS]), ("test", [TALK[:2], TALK])):
         pq.write_table(pa.Table.from_pylist([{"messages": t} for t in talks]), first / f"{split}-00000.parquet")
     write_jsonl(second / "train.jsonl", [TALK * 2])
-    asked = root / "asked"
-    (asked / "distractor").mkdir(parents=True)
-    (asked / "README.md").write_text(_CARD)
+    requests = root / "asked"
+    (requests / "distractor").mkdir(parents=True)
+    (requests / "README.md").write_text(_CARD)
     # A column that holds messages elsewhere is a text here, and other columns are read too.
     rows = [{"id": str(number), "prompt": "Who?", "answer": ["Ann", None][number]} for number in range(2)]
-    pq.write_table(pa.Table.from_pylist(rows), asked / "distractor" / "validation-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), requests / "distractor" / "validation-00000-of-00001.parquet")
     usual = ("distractor", ("validation",))
     tries = {
         "train": {"path": "someone/talks"},
@@ -77,9 +77,9 @@ def results(tmp_path_factory):
     with HubServer() as server:
         server.add_repo("someone/talks", root / "first", repo_type="dataset")
         server.add_repo("someone/talks", second, repo_type="dataset", branch="v2")
-        server.add_repo("someone/asked", asked, repo_type="dataset")
-        pq.write_table(pa.Table.from_pylist(rows[:1]), asked / "distractor" / "validation-00000-of-00001.parquet")
-        server.add_repo("someone/asked", asked, repo_type="dataset", branch="v2")
+        server.add_repo("someone/asked", requests, repo_type="dataset")
+        pq.write_table(pa.Table.from_pylist(rows[:1]), requests / "distractor" / "validation-00000-of-00001.parquet")
+        server.add_repo("someone/asked", requests, repo_type="dataset", branch="v2")
         variables = environment(server, root / "home") | {"PYTHONPATH": str(Path(__file__).parents[2])}
         result = subprocess.run(
             [sys.executable, "-c", _READ],
@@ -96,13 +96,13 @@ def results(tmp_path_factory):
 
 
 def test_rows_of_a_split(results):
-    read, asked = results
+    read, requests = results
     first, second = read["train"]
     assert first == ["someone/talks[train] row 1", TALK[:2], [TALK[2:]]]
     assert second[0] == "someone/talks[train] row 2" and second[1] == TOOLS[:2]
     assert [message["role"] for message in second[2][0]] == ["user", "assistant", "tool", "assistant"]
     assert read["some of it"] == [["someone/talks[train[1:]] row 1", *second[1:]]]
-    assert asked.count("someone/talks/data/train-00000.parquet") == 1
+    assert requests.count("someone/talks/data/train-00000.parquet") == 1
 
 
 def test_rows_of_a_revision(results):

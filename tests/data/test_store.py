@@ -34,20 +34,20 @@ LONG = Episode(TALK[:2], [[user("Why?"), assistant("because " * 90)]], "a:9")
 @pytest.mark.parametrize("granularity", ["token", "message"])
 def test_stored_episodes_equal_the_encoded_ones(tokenizer, granularity):
     encoder = Encoder(tokenizer, 30, 100, granularity, full_context=True)
-    kept = encode_cached(EPISODES, encoder)
+    stored = encode_cached(EPISODES, encoder)
     expected = encoder(EPISODES)
-    assert len(kept) == len(expected) and [kept[n] for n in range(len(kept))] == expected
-    assert kept.lengths == [len(each.write_ids) for each in expected]
-    assert kept.skipped == ()
-    for index in (-1, len(kept)):
+    assert len(stored) == len(expected) and [stored[n] for n in range(len(stored))] == expected
+    assert stored.lengths == [len(each.write_ids) for each in expected]
+    assert stored.skipped == ()
+    for index in (-1, len(stored)):
         with pytest.raises(IndexError):
-            kept[index]
-    assert list(pickle.loads(pickle.dumps(kept))) == expected
+            stored[index]
+    assert list(pickle.loads(pickle.dumps(stored))) == expected
 
 
 def test_statistics_match_a_plain_loop(tokenizer):
-    kept = encode_cached(EPISODES, Encoder(tokenizer, 30, 100, recent_turns=1))
-    statistics = kept.statistics()
+    stored = encode_cached(EPISODES, Encoder(tokenizer, 30, 100, recent_turns=1))
+    statistics = stored.statistics()
     expected = Encoder(tokenizer, 30, 100)(EPISODES)
     written = [len(each.write_ids) for each in expected]
     exchanges = [exchange for each in expected for exchange in each.exchanges]
@@ -64,20 +64,20 @@ def test_statistics_match_a_plain_loop(tokenizer):
 def test_recent_turns_are_hidden_with_a_probability(tokenizer):
     encoder = Encoder(tokenizer, 100, 100, recent_turns=1)
     expected = encoder(EPISODES)
-    kept = encode_cached(EPISODES, encoder, context_dropout=0.3, seed=5)
+    stored = encode_cached(EPISODES, encoder, context_dropout=0.3, seed=5)
     hidden = {}
     for epoch in (0, 1):
-        kept.set_epoch(epoch)
-        hidden[epoch] = [random.Random(f"5/{epoch}/{n}").random() < 0.3 for n in range(len(kept))]
+        stored.set_epoch(epoch)
+        hidden[epoch] = [random.Random(f"5/{epoch}/{n}").random() < 0.3 for n in range(len(stored))]
         for n, (each, alone) in enumerate(zip(expected, hidden[epoch], strict=True)):
-            assert kept[n] == (each if alone else replace(each, exchanges=each.recent))
-    assert 0.2 < sum(hidden[0]) / len(kept) < 0.4 and hidden[0] != hidden[1]
+            assert stored[n] == (each if alone else replace(each, exchanges=each.recent))
+    assert 0.2 < sum(hidden[0]) / len(stored) < 0.4 and hidden[0] != hidden[1]
     for share, view in ((0.0, "recent"), (1.0, "exchanges")):
-        kept = encode_cached(EPISODES, encoder, context_dropout=share)
-        assert all(kept[n].exchanges == getattr(each, view) for n, each in enumerate(expected))
+        stored = encode_cached(EPISODES, encoder, context_dropout=share)
+        assert all(stored[n].exchanges == getattr(each, view) for n, each in enumerate(expected))
     plain = Encoder(tokenizer, 100, 100)
-    kept = encode_cached(EPISODES, plain, context_dropout=0.5)
-    assert list(kept) == plain(EPISODES)  # there is nothing to hide
+    stored = encode_cached(EPISODES, plain, context_dropout=0.5)
+    assert list(stored) == plain(EPISODES)  # there is nothing to hide
     with pytest.raises(ConfigError, match="context_dropout is 2"):
         encode_cached(EPISODES, plain, context_dropout=2)
 
@@ -89,9 +89,9 @@ def test_episodes_that_cannot_be_encoded_are_named_or_skipped(tokenizer, cache):
         encode_cached(episodes, encoder)
     assert not list(cache.rglob("*.arrow"))
     for _ in ("made", "found"):
-        kept = encode_cached(episodes, encoder, skip_bad_rows=True)
-        assert list(kept) == encoder(EPISODES)
-        (error,) = kept.skipped
+        stored = encode_cached(episodes, encoder, skip_bad_rows=True)
+        assert list(stored) == encoder(EPISODES)
+        (error,) = stored.skipped
         assert error.what.startswith("a:9: ") and error.next.startswith("Raise max_read_tokens")
     with pytest.raises(DataError, match=r"a:9: An exchange has .*max_read_tokens = 60"):
         encode_cached(episodes, encoder)  # though it is there, without that one
@@ -109,7 +109,7 @@ def test_progress_is_reported_only_while_encoding(tokenizer):
 
 def test_a_loader_with_workers_reads_the_same_batches(tokenizer):
     encoder = Encoder(tokenizer, 100, 100)
-    kept = encode_cached(EPISODES[:20], encoder)
-    loader = DataLoader(kept, batch_size=5, collate_fn=EpisodeCollator(encoder), num_workers=1)
+    stored = encode_cached(EPISODES[:20], encoder)
+    loader = DataLoader(stored, batch_size=5, collate_fn=EpisodeCollator(encoder), num_workers=1)
     read = [row.tolist() for batch in loader for row in batch["write_mask"].sum(1)]
-    assert read == kept.lengths
+    assert read == stored.lengths

@@ -180,19 +180,19 @@ def test_a_failure_leaves_nothing(tokenizer, folder):
 @pytest.mark.slow
 def test_two_processes_encode_once(tmp_path):
     """The directory is the one that HF_DATASETS_CACHE names."""
-    pipes, both = [], []
+    pipes, processes = [], []
     for _ in range(2):
         ours, theirs = Pipe()
         process = forked_process(encode, theirs, str(tmp_path / "named"))
         process.start()
         theirs.close()  # a killed process is one that reports nothing more
         pipes.append(ours)
-        both.append(process)
+        processes.append(process)
     assert [pipe.recv() for pipe in pipes] == ["ready"] * 2
     for pipe in pipes:
         pipe.send("go")
     received = [pipe.recv() for pipe in pipes]
-    for process in both:
+    for process in processes:
         process.join()
         assert process.exitcode == 0
     assert sorted(reports for reports, _ in received) == [[], [(256, 300), (300, 300)]]

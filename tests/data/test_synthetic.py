@@ -63,23 +63,23 @@ def training_facts():
 
 def test_held_out_pairs_never_occur_in_training(training_facts):
     held_out = {fact for _, facts in SPLITS.values() for fact in facts}
-    seen = {fact for stated, asked in training_facts for fact in (*stated, *asked)}
-    assert not seen & held_out
-    assert len(seen) > 0.8 * sum(len(facts) for facts, _ in SPLITS.values())  # and these are most of the others
+    training_set = {fact for statements, questions in training_facts for fact in (*statements, *questions)}
+    assert not training_set & held_out
+    assert len(training_set) > 0.8 * sum(len(facts) for facts, _ in SPLITS.values())  # and these are most of the others
     rng = random.Random(0)
     evaluated = [fact for _ in range(200) for fact in dialogues.sample_facts(rng, 4, held_out=True)]
     assert set(evaluated) <= held_out
-    for attribute, (training, kept) in SPLITS.items():
-        assert len(kept) == len(KIND_OF[attribute].values) // 5
-        assert {fact.value for fact in (*training, *kept)} == set(KIND_OF[attribute].values)
+    for attribute, (training, held_out_values) in SPLITS.items():
+        assert len(held_out_values) == len(KIND_OF[attribute].values) // 5
+        assert {fact.value for fact in (*training, *held_out_values)} == set(KIND_OF[attribute].values)
 
 
 def test_questions_ask_for_the_final_values(training_facts):
     changed = 0
-    for stated, asked in training_facts:
-        at_the_end = {fact.attribute: fact for fact in stated}
-        assert sorted(at_the_end.values(), key=str) == sorted(asked, key=str)
-        changed += len(stated) > len(asked)
+    for statements, questions in training_facts:
+        at_the_end = {fact.attribute: fact for fact in statements}
+        assert sorted(at_the_end.values(), key=str) == sorted(questions, key=str)
+        changed += len(statements) > len(questions)
     assert 0.05 < changed / len(training_facts) < 0.15
 
 

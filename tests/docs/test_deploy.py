@@ -33,8 +33,8 @@ QWEN = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 
 
 
 def test_the_table_matches_the_contract():
-    found = re.search(r"<!-- interface -->\n(.*)<!-- /interface -->", TEXT, re.DOTALL)
-    assert found is not None and found[1] == markdown(QWEN)
+    match = re.search(r"<!-- interface -->\n(.*)<!-- /interface -->", TEXT, re.DOTALL)
+    assert match is not None and match[1] == markdown(QWEN)
 
 
 def test_layers_that_differ_have_rows_of_their_own():

@@ -35,9 +35,9 @@ TEXT = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 
 def described(table: str) -> set[str]:
     """The names in the first column of a table."""
-    found = re.search(rf"<!-- fields: {table} -->\n(.*?)<!-- /fields -->", TEXT, re.DOTALL)
-    assert found is not None, table
-    rows = [line for line in found[1].splitlines()[2:] if line.startswith("|")]
+    match = re.search(rf"<!-- fields: {table} -->\n(.*?)<!-- /fields -->", TEXT, re.DOTALL)
+    assert match is not None, table
+    rows = [line for line in match[1].splitlines()[2:] if line.startswith("|")]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
 
 
@@ -98,13 +98,13 @@ def test_exactly_the_written_fields_are_described(table, written):
 
 def test_the_versions_match_the_code():
     rows = re.findall(r"^\| .* \| `(deltamem-[a-z-]+)` \| (\d+) \| ([\d, ]*)\|", TEXT, re.MULTILINE)
-    found = {name: (written, read.strip()) for name, written, read in rows}
+    versions = {name: (written, read.strip()) for name, written, read in rows}
     readable = ", ".join(map(str, onnx.READABLE_VERSIONS))
 
     def both(version: int) -> tuple[str, str]:
         return str(version), str(version)
 
-    assert found == {
+    assert versions == {
         config_file.FORMAT: both(config_file.FORMAT_VERSION),
         config_file.STATIC_FORMAT: both(config_file.FORMAT_VERSION),
         memory_file.FORMAT: both(memory_file.FORMAT_VERSION),

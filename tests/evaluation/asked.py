@@ -23,9 +23,11 @@ def history(number: int, sessions: int = 1) -> list[list[dict[str, str]]]:
 
 
 def item(number: int, question: int = 0, sessions: int = 1, group: str = "all") -> Item:
-    asked = dialogues.user(f"Question {question}: what is my lucky number?")
+    message = dialogues.user(f"Question {question}: what is my lucky number?")
     name = f"history {number}"
-    return Item(f"{name}/{question}", name, history(number, sessions), [asked], [str(number)], group, f"talks:{number}")
+    return Item(
+        f"{name}/{question}", name, history(number, sessions), [message], [str(number)], group, f"talks:{number}"
+    )
 
 
 def reading(tokenizer, positions=None) -> Subject:

@@ -53,15 +53,19 @@ def evaluation_of(
 
 
 def write_records(
-    folder: Path, found: Evaluation, adapter: str = "a" * 64, items: str = "all", run: Mapping[str, Any] | None = None
+    folder: Path,
+    evaluation: Evaluation,
+    adapter: str = "a" * 64,
+    items: str = "all",
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the files of `deltamem eval` with --records and --out in one folder.
 
     The records are in another order than the items, as in a real run.
     """
-    settings = {"task": found.task, "protocol": found.protocol, ITEMS: items, "adapter": adapter}
-    RecordFolder(folder, settings).add(sorted(found.records, key=lambda record: record.item[::-1]))
-    content = evaluation_json(found, adapter, ["--task", found.task], run)
+    settings = {"task": evaluation.task, "protocol": evaluation.protocol, ITEMS: items, "adapter": adapter}
+    RecordFolder(folder, settings).add(sorted(evaluation.records, key=lambda record: record.item[::-1]))
+    content = evaluation_json(evaluation, adapter, ["--task", evaluation.task], run)
     (folder / EVALUATION_FILE).write_text(json.dumps(content))
     return folder
 

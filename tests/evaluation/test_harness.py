@@ -83,11 +83,11 @@ def choice_alone(model, tokenizer, messages, choice):
     name = cache_argument(model.forward)  # also for a model without a memory
     logits = model(prompt, use_cache=True, **{name: cache})
     past = cache_of(logits)
-    found, last = 0.0, logits.logits[0, -1]
+    log_prob, last = 0.0, logits.logits[0, -1]
     for token in choice_ids[0]:
-        found += float(last.log_softmax(0)[token])
+        log_prob += float(last.log_softmax(0)[token])
         last = model(token[None, None], use_cache=True, **{name: past}).logits[0, -1]
-    return found
+    return log_prob
 
 
 def answer_alone(model, tokenizer, messages):
@@ -234,9 +234,9 @@ def test_nan_logits_raise(folder, tokenizer, task):
     model = tiny_model(vocab_size=len(tokenizer))
     attach(model, DeltaMemConfig(rank=4))
     model.get_output_embeddings().weight.data.fill_(torch.nan)
-    asked = prepare(find_harness(f"lm_eval:{task}", {"include_path": str(folder)}), 1)
+    requests = prepare(find_harness(f"lm_eval:{task}", {"include_path": str(folder)}), 1)
     with pytest.raises(DeltaMemError, match="logits contain NaN"):
-        evaluate_harness(model, tokenizer, asked, only=[STATE])
+        evaluate_harness(model, tokenizer, requests, only=[STATE])
 
 
 @pytest.mark.parametrize("kind", ["lora", "static"])
@@ -252,12 +252,12 @@ def test_a_baseline_adapter_is_evaluated_alongside_the_memory(kind, tokenizer, c
         for seed in range(2)
     ]
     options = {"batch_size": 3, kind: adapters[0], "folder": tmp_path / "records"}
-    found = evaluate_harness(model, tokenizer, harness, only=[kind], **options)
+    evaluation = evaluate_harness(model, tokenizer, harness, only=[kind], **options)
     with adapters[0].applied_to(base):
-        for record, (messages, row) in zip(found.records[:LIMIT], asked(folder), strict=True):
+        for record, (messages, row) in zip(evaluation.records[:LIMIT], asked(folder), strict=True):
             alone = [choice_alone(base, tokenizer, messages, text) for text in row["choices"]]
             assert [float(value) for value, _ in json.loads(record.answer)] == pytest.approx(alone, abs=TOLERANCE)
-        assert found.records[LIMIT].answer == answer_alone(base, tokenizer, asked(folder)[0][0])
+        assert evaluation.records[LIMIT].answer == answer_alone(base, tokenizer, asked(folder)[0][0])
     missing = str(tmp_path / "gone") if kind == "lora" else replace(adapters[0].base, fingerprint="0" * 64)
     with pytest.raises(AdapterError, match=r"cannot be compared|trained on another base model"):
         evaluate_harness(model, tokenizer, harness, **{kind: replace(adapters[0], base=missing)})

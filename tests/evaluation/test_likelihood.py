@@ -31,11 +31,11 @@ MEMORY = EvalProtocol.parse("memory")
 
 def item(number: int, question: int = 0) -> Item:
     """An item; histories and answers have different lengths."""
-    asked = dialogues.user("Good to know." * (1 + question))
+    message = dialogues.user("Good to know." * (1 + question))
     answer = f"{('Rex', 'Bella', 'Fido')[number % 3]} is my dog." + " Got it." * question
     name = f"history {number}"
     return Item(
-        f"{name}/{question}", name, history(number, 1 + number % 2), [asked], [answer], "all", f"talks:{number}"
+        f"{name}/{question}", name, history(number, 1 + number % 2), [message], [answer], "all", f"talks:{number}"
     )
 
 
@@ -82,39 +82,39 @@ def model(request, tokenizer):
 def one_by_one(model, tokenizer, prompt, answer, memory=None):
     """The log-probabilities of the answer, each token computed from the beginning in its own cache."""
     before = tokenizer(prompt, add_special_tokens=False).input_ids
-    found = []
+    log_probs = []
     for token in tokenizer(answer, add_special_tokens=False).input_ids:
         kwargs = {} if memory is None else {"cache": MemoryCache(model, memory, write=False)}
         logits = model(torch.tensor([before]), **kwargs).logits[0, -1]
-        found.append(math.log(logits.double().softmax(0)[token]))
+        log_probs.append(math.log(logits.double().softmax(0)[token]))
         before = [*before, token]
-    return found
+    return log_probs
 
 
 def test_every_condition_matches_a_plain_loop(model, tokenizer):
     task = Likely()
-    found = evaluate(model, tokenizer, task, MEMORY, retrieved=True)
+    evaluation = evaluate(model, tokenizer, task, MEMORY, retrieved=True)
     base = tiny_model(vocab_size=len(tokenizer))
     subject = Subject.from_model(model, tokenizer)
     views = Views(subject, MEMORY, 0)
     donors = {"history 0": "history 1", "history 1": "history 2", "history 2": "history 0"}
     memories = {each.history_id: in_torch(memorise(subject, [each.history])) for each in task.items()}
-    for record in found.records:
-        (asked,) = [each for each in task.items() if each.id == record.item]
-        others = [memory for name, memory in memories.items() if name != asked.history_id]
+    for record in evaluation.records:
+        (question,) = [each for each in task.items() if each.id == record.item]
+        others = [memory for name, memory in memories.items() if name != question.history_id]
         own = {
-            "state": memories[asked.history_id],
-            "donor_state": memories[donors[asked.history_id]],
+            "state": memories[question.history_id],
+            "donor_state": memories[donors[question.history_id]],
             "mean_state": mean(others),
-            "permuted_state": swapped(memories[asked.history_id]),
+            "permuted_state": swapped(memories[question.history_id]),
             "zero_state": adapter_of(model).empty_memory(1),
         }.get(record.condition)
         view = {"full_context": ALL, "bm25": RETRIEVED}.get(record.condition, NOTHING)
-        prompt = views.prompt(asked, view)
-        values = one_by_one(base if own is None else model, tokenizer, prompt, asked.answers[0], own)
+        prompt = views.prompt(question, view)
+        values = one_by_one(base if own is None else model, tokenizer, prompt, question.answers[0], own)
         assert record.scores[TOKENS] == len(values)
         assert record.scores[LOG_PROB] == pytest.approx(sum(values) / len(values), abs=TOLERANCE), record.condition
-    means = {c.name: found.estimate(LOG_PROB, c.name).mean for c in found.conditions}
+    means = {c.name: evaluation.estimate(LOG_PROB, c.name).mean for c in evaluation.conditions}
     assert means["zero_state"] == pytest.approx(means["no_adapter"], abs=TOLERANCE)
     assert all(abs(means["state"] - means[name]) > 100 * TOLERANCE for name in ("donor_state", "no_adapter"))
     assert abs(means["full_context"] - means["no_adapter"]) > 100 * TOLERANCE
@@ -133,19 +133,19 @@ def test_the_batch_size_changes_nothing(model, tokenizer, monkeypatch):
 
 def test_the_mean_is_over_tokens(model, tokenizer):
     """Perplexity is usually reported this way: long answers count for more."""
-    found = evaluate(model, tokenizer, Likely(), MEMORY)
-    records = [record for record in found.records if record.condition == "state"]
+    evaluation = evaluate(model, tokenizer, Likely(), MEMORY)
+    records = [record for record in evaluation.records if record.condition == "state"]
     assert len({record.scores[TOKENS] for record in records}) > 1
     total = sum(record.scores[LOG_PROB] * record.scores[TOKENS] for record in records)
     mean = total / sum(record.scores[TOKENS] for record in records)
-    assert found.estimate(LOG_PROB, "state").mean == pytest.approx(mean)
-    assert all(line.startswith("over") and line.endswith(" nats per token)") for line in found.verdict())
+    assert evaluation.estimate(LOG_PROB, "state").mean == pytest.approx(mean)
+    assert all(line.startswith("over") and line.endswith(" nats per token)") for line in evaluation.verdict())
 
 
-def scored(tokenizer, asked, view=NOTHING, positions=None):
-    key = view, asked.id
-    prompt = Views(reading(tokenizer), MEMORY, 0).prompt(asked, view)
-    return prompt, scored_answers(reading(tokenizer, positions), {key: asked}, {key: prompt})[key]
+def scored(tokenizer, question, view=NOTHING, positions=None):
+    key = view, question.id
+    prompt = Views(reading(tokenizer), MEMORY, 0).prompt(question, view)
+    return prompt, scored_answers(reading(tokenizer, positions), {key: question}, {key: prompt})[key]
 
 
 THOUGHT = CHAT_TEMPLATE.replace(
@@ -167,24 +167,24 @@ STRIPPED = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
 def test_only_tokens_of_the_answer_are_scored(tokenizer, template, before, own):
     """The text that the template writes before the answer and the end of the turn are not scored."""
     changed = with_template(tokenizer, template)
-    prompt, found = scored(changed, item(5))
-    answer_ids = found.ids[-found.answer :]
-    assert changed.decode(answer_ids) == own and changed.decode(found.ids[: -found.answer]).endswith(before)
-    assert changed.decode(found.ids).startswith(prompt)
+    prompt, answer = scored(changed, item(5))
+    answer_ids = answer.ids[-answer.answer :]
+    assert changed.decode(answer_ids) == own and changed.decode(answer.ids[: -answer.answer]).endswith(before)
+    assert changed.decode(answer.ids).startswith(prompt)
     assert changed.eos_token_id not in answer_ids
 
 
 def test_items_that_cannot_be_scored_are_named(tokenizer):
-    asked = item(7)
+    question = item(7)
     reversing = "{% for message in messages | reverse %}" + CHAT_TEMPLATE.partition("%}")[2]
     with pytest.raises(DataError, match="talks:7: The chat template renders the prompt differently"):
-        scored(with_template(tokenizer, reversing), asked)
+        scored(with_template(tokenizer, reversing), question)
     with pytest.raises(DataError, match="talks:7 has no answer to score"):
-        scored(tokenizer, replace(asked, answers=[""]))
-    length = len(scored(tokenizer, asked, ALL)[1].ids)
-    assert len(scored(tokenizer, asked, ALL, length)[1].ids) == length
+        scored(tokenizer, replace(question, answers=[""]))
+    length = len(scored(tokenizer, question, ALL)[1].ids)
+    assert len(scored(tokenizer, question, ALL, length)[1].ids) == length
     with pytest.raises(DataError, match=f"talks:7 is too long for the model: {length} tokens in view with the answer"):
-        scored(tokenizer, asked, ALL, length - 1)
+        scored(tokenizer, question, ALL, length - 1)
 
 
 def test_logits_that_are_not_finite_raise(tokenizer):

@@ -80,24 +80,24 @@ def test_the_mean_and_permuted_conditions_use_these_memories(granularity, tokeni
     """Each of four histories gets the mean of the other three, and the condition's meaning says so."""
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, granularity=granularity)))
-    seen, own = {}, subjects.Subject.ask
+    memories, own = {}, subjects.Subject.ask
 
     def watch(subject, prompts, memory, condition, new):
-        seen[condition.name] = memory
+        memories[condition.name] = memory
         return own(subject, prompts, memory, condition, new)
 
     monkeypatch.setattr(subjects.Subject, "ask", watch)
     task = Asked([item(number) for number in range(4)])  # prompts have one length, so the order of the items is kept
-    found = evaluate(model, tokenizer, task, MEMORY, seed=3)
-    right = seen["state"]
+    evaluation = evaluate(model, tokenizer, task, MEMORY, seed=3)
+    right = memories["state"]
     for layer, state in right.states.items():
         mean = [np.delete(state, row, 0).mean(0, dtype=float).astype(np.float32) for row in range(4)]
-        assert np.array_equal(seen["mean_state"].states[layer], np.stack(mean))
+        assert np.array_equal(memories["mean_state"].states[layer], np.stack(mean))
         permuted = permute_layers(right, 3).states[layer]
-        assert np.array_equal(seen[PERMUTED_STATE].states[layer], permuted) and not np.array_equal(permuted, state)
-    meanings = {condition.name: condition.meaning for condition in found.conditions}
+        assert np.array_equal(memories[PERMUTED_STATE].states[layer], permuted) and not np.array_equal(permuted, state)
+    meanings = {condition.name: condition.meaning for condition in evaluation.conditions}
     assert meanings["mean_state"].endswith("the mean of the memories of 3 other histories")
-    assert {condition.name for condition in found.conditions} >= set(conditions.CONTROLS)
+    assert {condition.name for condition in evaluation.conditions} >= set(conditions.CONTROLS)
 
 
 def test_a_limit_does_not_change_the_mean_state(tokenizer):
@@ -111,7 +111,7 @@ def test_a_limit_does_not_change_the_mean_state(tokenizer):
 def test_permuting_a_single_layer_raises(tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, layers=[1])))
-    found = evaluate(model, tokenizer, Asked(), MEMORY)
-    assert PERMUTED_STATE not in {condition.name for condition in found.conditions}
+    evaluation = evaluate(model, tokenizer, Asked(), MEMORY)
+    assert PERMUTED_STATE not in {condition.name for condition in evaluation.conditions}
     with pytest.raises(ConfigError, match=f"{PERMUTED_STATE} needs a memory of several layers"):
         evaluate(model, tokenizer, Asked(), MEMORY, only=("state", PERMUTED_STATE))

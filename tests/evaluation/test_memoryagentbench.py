@@ -232,14 +232,14 @@ def test_a_model_answers_the_benchmark(ask, tokenizer):
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048)
     randomise(attach(model, DeltaMemConfig(rank=4)))
     task = ask(SPLITS["Accurate_Retrieval"][:1] + SPLITS["Conflict_Resolution"], chunk=40)
-    found = evaluate(model, tokenizer, task, EvalProtocol.parse("memory"), only=("state", "donor_state"))
-    assert found.groups == [
+    evaluation = evaluate(model, tokenizer, task, EvalProtocol.parse("memory"), only=("state", "donor_state"))
+    assert evaluation.groups == [
         "accurate retrieval, ruler_qa1_197K",
         "conflict resolution, factconsolidation_mh_6k",
         "conflict resolution, factconsolidation_sh_6k",
     ]
-    assert len(found.records) == 2 * 5 and len({record.history for record in found.records}) == 2
-    for record, item in zip(found.records, task.items() * 2, strict=True):
+    assert len(evaluation.records) == 2 * 5 and len({record.history for record in evaluation.records}) == 2
+    for record, item in zip(evaluation.records, task.items() * 2, strict=True):
         assert record.scores == task.score(item, record.answer)
 
 

@@ -106,15 +106,15 @@ def test_template_options_of_a_row_apply_to_every_text(tmp_path, tokenizer):
     plain = write_jsonl(tmp_path / "plain.jsonl", TALKS)
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4)))
-    found = {}
+    texts = {}
     for name, path in (("{{ mood }}", tmp_path / "given.jsonl"), ("calm", plain), ("", plain)):
         other = copy.deepcopy(tokenizer)
         other.chat_template = name + tokenizer.chat_template
         result = evaluate(model, other, find_task("perplexity", {"data": str(path)}), EvalProtocol.parse("memory"))
-        found[name] = [
+        texts[name] = [
             (record.item, record.condition, record.prompt_tokens, record.scores) for record in result.records
         ]
-    assert found["{{ mood }}"] == found["calm"] != found[""]
+    assert texts["{{ mood }}"] == texts["calm"] != texts[""]
 
 
 def test_invalid_options_raise():
@@ -132,10 +132,10 @@ ALONE = [str(number) for number in range(40)]
 def test_an_open_ended_scale_clips_nothing():
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(-3, 0.5, 40), rng.normal(-6, 0.5, 40)
-    found = estimate(list(ours), ALONE, 0, SCALE)
+    interval = estimate(list(ours), ALONE, 0, SCALE)
     normal = 1.96 * ours.std(ddof=1) / math.sqrt(40)
-    assert found.mean == pytest.approx(ours.mean()) and found.high < -2
-    assert found.low == pytest.approx(found.mean - normal, abs=0.03)
+    assert interval.mean == pytest.approx(ours.mean()) and interval.high < -2
+    assert interval.low == pytest.approx(interval.mean - normal, abs=0.03)
     apart = difference(list(ours), list(theirs), ALONE, 0, SCALE)
     assert apart.mean == pytest.approx(3, abs=0.3) and 2 < apart.low < apart.mean < apart.high < 4
     assert estimate([-1e-9] * 20 + [-0.4] * 20, ALONE, 0, SCALE).high <= 0  # no probability is above 1

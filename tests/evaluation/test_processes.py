@@ -105,8 +105,8 @@ def test_two_processes_killed_and_resumed_match_one(folder, monkeypatch):
     report = json.loads(stdout)  # printed by one process, or it would not be JSON
     assert report["run"]["cost"]["asked"] < report["run"]["cost"]["answers"]
     assert records.read_bytes() == expected.read_bytes()
-    found, whole = (contents(path.parent) for path in (records, expected))
-    assert len(found) == 5 and found == whole
+    actual, whole = (contents(path.parent) for path in (records, expected))
+    assert len(actual) == 5 and actual == whole
 
 
 def test_the_failure_of_a_process_is_reported(folder, tmp_path):

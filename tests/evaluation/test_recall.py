@@ -25,13 +25,13 @@ def statements_of(item):
     assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
     contents = [message["content"] for message in messages[::2]]
     changes = [form.split("{")[0] for form in dialogues.CHANGES]
-    found = []
+    statements = []
     for text in contents:
         match = re.search(r"[Mm]y (\w+) is (\w+)", text)
         if match is not None:
             is_change = any(text.startswith(words) for words in changes if words != "My ")
-            found.append((match[1], match[2], is_change))
-    return found
+            statements.append((match[1], match[2], is_change))
+    return statements
 
 
 def turns(item):
@@ -59,8 +59,8 @@ def test_a_fact_stated_twice_has_an_old_value(kind, corrected):
     task = Recall([1, 4], 20, kind=kind)
     for item in task.items():
         attribute, value = question_of(item)
-        both = [(said, is_change) for name, said, is_change in statements_of(item) if name == attribute]
-        (old, first), (new, second) = both
+        statements = [(said, is_change) for name, said, is_change in statements_of(item) if name == attribute]
+        (old, first), (new, second) = statements
         assert (new, first, second) == (value, False, corrected) and old != new
         assert statements_of(item)[-1][:2] == (attribute, value)  # nothing is stated after it
         assert attribute in item.question[-1]["content"] and value not in str(item.question)

@@ -85,9 +85,9 @@ def hostile_report(tmp_path_factory):
     """A report with markup in every text that comes from a task or a model."""
     groups = (f"<b>{EVIL}", "multi | hop")
     conditions = [Condition("state", "own", "nothing", EVIL), Condition("<i>lora</i>", None, "nothing", "a | b")]
-    found = evaluation_of(groups=groups, conditions=conditions, answer=EVIL)
+    evaluation = evaluation_of(groups=groups, conditions=conditions, answer=EVIL)
     run = {"created": "2026-01-02T03:04:05+00:00", "command": ["deltamem", EVIL], "options": {"<u>": EVIL}}
-    return report_folder(tmp_path_factory.mktemp("reports") / "hostile", found, run=run)
+    return report_folder(tmp_path_factory.mktemp("reports") / "hostile", evaluation, run=run)
 
 
 def test_the_page_shows_the_figures_of_the_json(folder):
@@ -220,8 +220,8 @@ def test_a_run_writes_a_report_and_can_be_repeated(tmp_path, monkeypatch, checkp
     assert run["mechanism"]["rank"] == 4 and run["versions"]["deltamem"] == __version__
     assert run["base"]["name"] == checkpoint.name
     assert not [name for name in FILES if str(tmp_path) in (Path("out") / name).read_text()]
-    both = CliRunner().invoke(command, [*words, "out", "--records", "out"])
-    assert both.exit_code == 2 and "leave out --records" in both.output
+    result = CliRunner().invoke(command, [*words, "out", "--records", "out"])
+    assert result.exit_code == 2 and "leave out --records" in result.output
     other = CliRunner().invoke(command, [*words, "out", "--protocol", "full"])
     assert isinstance(other.exception, DataError) and "protocol" in str(other.exception)
 
@@ -229,7 +229,7 @@ def test_a_run_writes_a_report_and_can_be_repeated(tmp_path, monkeypatch, checkp
 def test_the_report_shows_the_command_as_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "talks.jsonl").touch()
-    seen = []
+    commands = []
 
     @click.command("eval")
     @click.argument("adapter")
@@ -237,9 +237,9 @@ def test_the_report_shows_the_command_as_typed(tmp_path, monkeypatch):
     @click.option("--set", "changes", multiple=True)
     @click.option("--fast", is_flag=True)
     def stub(**_):
-        seen.extend(command_line(click.get_current_context()))
+        commands.extend(command_line(click.get_current_context()))
 
     arguments = ["owner/name", "-n", "4", "--set", f"data={tmp_path}/talks.jsonl", "--set", "a=b", "--fast"]
     assert CliRunner().invoke(stub, arguments).exit_code == 0
-    assert seen == ["eval", "owner/name", "--limit", "4", "--set", "data=talks.jsonl", "--set", "a=b", "--fast"]
+    assert commands == ["eval", "owner/name", "--limit", "4", "--set", "data=talks.jsonl", "--set", "a=b", "--fast"]
     assert without_folders("window:40") == "window:40" and without_folders("/nowhere/x") == "x"

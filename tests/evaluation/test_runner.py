@@ -43,12 +43,12 @@ def plain(tokenizer, task, context, name="qwen3"):
 
 
 def test_conditions_match_plain_generation(model, tokenizer, task):
-    found = evaluate(model, tokenizer, task, MEMORY)
+    evaluation = evaluate(model, tokenizer, task, MEMORY)
     without = plain(tokenizer, task, context=False)
     for condition in ("zero_state", "scale_zero", "no_adapter"):
-        assert answers(found, condition) == without, condition
-    assert answers(found, "full_context") == plain(tokenizer, task, context=True) != without
-    own, donated = answers(found, "state"), answers(found, "donor_state")
+        assert answers(evaluation, condition) == without, condition
+    assert answers(evaluation, "full_context") == plain(tokenizer, task, context=True) != without
+    own, donated = answers(evaluation, "state"), answers(evaluation, "donor_state")
     assert own != donated and own != without
     moved = Asked([items for items in (*task.items()[2:], *task.items()[:2])])
     assert answers(evaluate(model, tokenizer, moved, MEMORY, only=("state",)), "state") == [*own[2:], *own[:2]]
@@ -63,18 +63,18 @@ def test_an_invalid_seed_raises_before_anything_is_asked(model, tokenizer, task,
 
 def test_the_donor_is_the_next_history(model, tokenizer, task, monkeypatch):
     """Both questions get the memory of the next history."""
-    seen = {}
+    memories = {}
     own = subjects.Subject.ask
 
     def watch(subject, prompts, memory, condition, new):
-        seen[condition.name] = memory
+        memories[condition.name] = memory
         return own(subject, prompts, memory, condition, new)
 
     monkeypatch.setattr(subjects.Subject, "ask", watch)
     items = [item(number) for number in range(3)]  # prompts have one length, so the order of the items is kept
     evaluate(model, tokenizer, Asked(items), MEMORY)
-    for layer, state in seen["donor_state"].states.items():
-        assert np.array_equal(state, seen["state"].states[layer][[1, 2, 0]])
+    for layer, state in memories["donor_state"].states.items():
+        assert np.array_equal(state, memories["state"].states[layer][[1, 2, 0]])
     with pytest.raises(DataError, match="1 history is too few"):
         evaluate(model, tokenizer, Asked([item(1, 0), item(1, 1)]), MEMORY)
 
@@ -116,12 +116,12 @@ def test_a_failed_control_leaves_the_model_unchanged(model, tokenizer, task, con
 
 def test_a_stopped_run_resumes(model, tokenizer, task, tmp_path, monkeypatch):
     whole = evaluate(model, tokenizer, task, MEMORY, batch_size=2)
-    own, asked = subjects.Subject.ask, []
+    own, requests = subjects.Subject.ask, []
 
     def stops(subject, prompts, *rest):
-        if len(asked) == 5:
+        if len(requests) == 5:
             raise KeyboardInterrupt
-        asked.append(len(prompts))
+        requests.append(len(prompts))
         return own(subject, prompts, *rest)
 
     options = {"batch_size": 2, "folder": tmp_path / "run", "settings": {"adapter": "a"}}
@@ -131,15 +131,15 @@ def test_a_stopped_run_resumes(model, tokenizer, task, tmp_path, monkeypatch):
             evaluate(model, tokenizer, task, MEMORY, **options)
     with (tmp_path / "run" / RECORDS_FILE).open("ab") as file:
         file.write(b'{"item": "cut in the mid')
-    asked.clear()
-    monkeypatch.setattr(subjects.Subject, "ask", lambda *inputs: asked.append(len(inputs[1])) or own(*inputs))
+    requests.clear()
+    monkeypatch.setattr(subjects.Subject, "ask", lambda *inputs: requests.append(len(inputs[1])) or own(*inputs))
     assert evaluate(model, tokenizer, task, MEMORY, **options).records == whole.records
-    assert sum(asked) == len(whole.records) - 10
+    assert sum(requests) == len(whole.records) - 10
     lines = (tmp_path / "run" / RECORDS_FILE).read_text().splitlines()
     assert len(lines) == len(whole.records) and all(json.loads(line)["right"] for line in lines)
-    asked.clear()
+    requests.clear()
     monkeypatch.setattr(runner, "memorise", lambda *_: pytest.fail("nothing is left to be asked"))
-    assert evaluate(model, tokenizer, task, MEMORY, **options).records == whole.records and not asked
+    assert evaluate(model, tokenizer, task, MEMORY, **options).records == whole.records and not requests
 
 
 def test_a_folder_of_another_run_raises(model, tokenizer, task, tmp_path):
@@ -215,7 +215,7 @@ def test_duplicate_names_raise(model, tokenizer, task):
 
 def test_only_histories_with_questions_are_written(model, tokenizer, task, monkeypatch):
     own, written = runner.memorise, []
-    monkeypatch.setattr(runner, "memorise", lambda *said: written.append(len(said[1])) or own(*said))
+    monkeypatch.setattr(runner, "memorise", lambda *args: written.append(len(args[1])) or own(*args))
     evaluate(model, tokenizer, task, MEMORY, only=("zero_state", "no_adapter", "full_context"))
     assert not written
     evaluate(model, tokenizer, task, MEMORY, only=("donor_state",))
@@ -271,13 +271,13 @@ class Counted(Asked):
 def test_scores_are_counted_by_condition_and_group(model, tokenizer, monkeypatch):
     items = [item(number, group="even" if number % 2 == 0 else "odd") for number in range(40)]
     monkeypatch.setattr(subjects.Subject, "ask", lambda *inputs: [inputs[3].name] * len(inputs[1]))
-    found = evaluate(model, tokenizer, Counted(items), MEMORY, seed=1)
-    assert found.groups == ["even", "odd"]
-    assert found.estimate("exact", "state").mean == 0.75 and found.estimate("exact", "zero_state").mean == 0
-    assert found.estimate("exact", "state", "even").mean == 0.75 and found.estimate("f1", "state").mean == 0
-    over = found.difference("exact", "donor_state")
+    evaluation = evaluate(model, tokenizer, Counted(items), MEMORY, seed=1)
+    assert evaluation.groups == ["even", "odd"]
+    assert evaluation.estimate("exact", "state").mean == 0.75 and evaluation.estimate("exact", "zero_state").mean == 0
+    assert evaluation.estimate("exact", "state", "even").mean == 0.75 and evaluation.estimate("f1", "state").mean == 0
+    over = evaluation.difference("exact", "donor_state")
     assert over.mean == 0.75 and over.low > 0.55 and over.p_value < 0.001
-    verdict = found.verdict()
+    verdict = evaluation.verdict()
     assert any(line.startswith("the state adds 0.75 ± 0.1") and line.endswith("over donor state") for line in verdict)
     assert any(line.startswith("the state costs 0.25 ± 0.1") and line.endswith("over full context") for line in verdict)
 
@@ -286,13 +286,13 @@ def test_a_hybrid_model_is_evaluated(tokenizer, task):
     """The model's convolutions keep more than keys and values."""
     model = tiny_model("lfm2", vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4)))
-    found = evaluate(model, tokenizer, task, MEMORY)
+    evaluation = evaluate(model, tokenizer, task, MEMORY)
     without = plain(tokenizer, task, context=False, name="lfm2")
     for condition in ("zero_state", "scale_zero", "no_adapter"):
-        assert answers(found, condition) == without, condition
-    assert answers(found, "full_context") == plain(tokenizer, task, context=True, name="lfm2")
-    assert answers(found, "state") != without
+        assert answers(evaluation, condition) == without, condition
+    assert answers(evaluation, "full_context") == plain(tokenizer, task, context=True, name="lfm2")
+    assert answers(evaluation, "state") != without
     single = evaluate(model, tokenizer, task, MEMORY, batch_size=1)
     assert [answers(single, name) for name in ("state", "donor_state")] == [
-        answers(found, name) for name in ("state", "donor_state")
+        answers(evaluation, name) for name in ("state", "donor_state")
     ]

@@ -44,8 +44,8 @@ def test_repeated_questions_of_a_history_do_not_narrow_the_interval():
 
 
 def test_the_mean_is_over_questions_when_histories_differ_in_size():
-    found = estimate([1.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b"])
-    assert found.mean == 0.25 and found.low == 0.0 and found.high == 1.0
+    interval = estimate([1.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b"])
+    assert interval.mean == 0.25 and interval.low == 0.0 and interval.high == 1.0
 
 
 def test_the_paired_test_matches_enumeration():
@@ -54,9 +54,9 @@ def test_the_paired_test_matches_enumeration():
     apart = np.subtract(ours, theirs)
     signs = np.array(list(itertools.product([-1, 1], repeat=6)))
     exactly = np.mean(np.abs(signs @ apart) >= abs(apart.sum()) - 1e-9)
-    found = difference(ours, theirs, ALONE[:6])
-    assert found.p_value == pytest.approx(exactly, abs=0.01) and found.mean == pytest.approx(apart.mean())
-    assert found.low < found.mean < found.high
+    result = difference(ours, theirs, ALONE[:6])
+    assert result.p_value == pytest.approx(exactly, abs=0.01) and result.mean == pytest.approx(apart.mean())
+    assert result.low < result.mean < result.high
 
 
 def test_paired_differences_have_narrower_intervals():

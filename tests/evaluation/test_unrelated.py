@@ -44,45 +44,46 @@ def files(tmp_path_factory):
     return {"data": str(folder / "questions.txt"), "history": str(folder / "talks.jsonl")}
 
 
-def answers(found, condition):
-    return {record.item: record.answer for record in found.records if record.condition == condition}
+def answers(evaluation, condition):
+    return {record.item: record.answer for record in evaluation.records if record.condition == condition}
 
 
-def scores(found, condition, metric):
-    return {record.item: record.scores[metric] for record in found.records if record.condition == condition}
+def scores(evaluation, condition, metric):
+    return {record.item: record.scores[metric] for record in evaluation.records if record.condition == condition}
 
 
 def test_an_answer_is_right_if_the_base_gives_it(model, tokenizer, files):
     task = Agreement(**files, start=1, new_tokens=6)
-    found = evaluate(model, tokenizer, task, MEMORY)
-    base = answers(found, "no_adapter")
+    evaluation = evaluate(model, tokenizer, task, MEMORY)
+    base = answers(evaluation, "no_adapter")
     assert len(base) == 3
-    for condition in found.conditions:
-        own = answers(found, condition.name)
+    for condition in evaluation.conditions:
+        own = answers(evaluation, condition.name)
         same = {name: float(own[name] == base[name]) for name in base}
         same_start = {name: float(own[name].split()[:1] == base[name].split()[:1]) for name in base}
         assert (
-            scores(found, condition.name, "same") == same and scores(found, condition.name, "same_start") == same_start
+            scores(evaluation, condition.name, "same") == same
+            and scores(evaluation, condition.name, "same_start") == same_start
         )
-    assert 0 in scores(found, "state", "same").values()  # or the test would show no difference
-    assert set(scores(found, "zero_state", "same").values()) == {1.0}  # which changes nothing
-    rights = {record.item: record.right for record in found.records if record.condition == "state"}
+    assert 0 in scores(evaluation, "state", "same").values()  # or the test would show no difference
+    assert set(scores(evaluation, "zero_state", "same").values()) == {1.0}  # which changes nothing
+    rights = {record.item: record.right for record in evaluation.records if record.condition == "state"}
     assert rights == {name: [answer] for name, answer in base.items()}
     some = evaluate(model, tokenizer, task, MEMORY, only=("state",))
     assert {condition.name for condition in some.conditions} == {"state", "no_adapter"}
-    assert answers(some, "state") == answers(found, "state")
+    assert answers(some, "state") == answers(evaluation, "state")
 
 
 def test_a_zero_state_that_is_written_to_can_differ(model, tokenizer, files):
-    found = evaluate(model, tokenizer, Agreement(**files, new_tokens=6), MEMORY, write=True)
-    assert 0 in scores(found, "zero_state", "same").values()
+    evaluation = evaluate(model, tokenizer, Agreement(**files, new_tokens=6), MEMORY, write=True)
+    assert 0 in scores(evaluation, "zero_state", "same").values()
 
 
 def test_no_facts_mean_an_empty_memory(model, tokenizer, files):
     task = Agreement(files["data"], facts=0, new_tokens=6)
     assert all(item.history == [] for item in task.items())
-    found = evaluate(model, tokenizer, task, MEMORY)
-    assert set(scores(found, "state", "same").values()) == {1.0}
+    evaluation = evaluate(model, tokenizer, task, MEMORY)
+    assert set(scores(evaluation, "state", "same").values()) == {1.0}
 
 
 def test_a_stopped_run_resumes_with_the_answers_of_the_base(model, tokenizer, files, tmp_path, monkeypatch):
@@ -151,8 +152,8 @@ def test_a_text_is_split_into_passages(tmp_path):
 def test_an_empty_memory_gives_the_likelihood_of_the_base(model, tokenizer, tmp_path, files):
     (tmp_path / "text.txt").write_text("my dog is my cat and my cat is my dog " * 6)
     task = Text(str(tmp_path / "text.txt"), words=20, history=files["history"])
-    found = evaluate(model, tokenizer, task, MEMORY)
-    means = {condition.name: found.estimate(LOG_PROB, condition.name).mean for condition in found.conditions}
+    evaluation = evaluate(model, tokenizer, task, MEMORY)
+    means = {condition.name: evaluation.estimate(LOG_PROB, condition.name).mean for condition in evaluation.conditions}
     assert means["zero_state"] == pytest.approx(means["no_adapter"], abs=1e-6) != means["state"]
     written = evaluate(model, tokenizer, task, MEMORY, write=True)
     assert written.estimate(LOG_PROB, "zero_state").mean != pytest.approx(means["no_adapter"], abs=1e-3)

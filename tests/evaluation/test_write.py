@@ -50,10 +50,10 @@ def test_answers_match_generate(model, tokenizer):
 
 def test_likelihoods_match_a_loop_that_writes(model, tokenizer):
     task = Likely()
-    found = evaluate(model, tokenizer, task, MEMORY, write=True, only=("state", "zero_state", "no_adapter"))
+    evaluation = evaluate(model, tokenizer, task, MEMORY, write=True, only=("state", "zero_state", "no_adapter"))
     views = Views(Subject.from_model(model, tokenizer), MEMORY, 0)
     for condition, starts in memories(model, tokenizer, task).items():
-        records = [record for record in found.records if record.condition == condition]
+        records = [record for record in evaluation.records if record.condition == condition]
         for each, start, record in zip(task.items(), starts, records, strict=True):
             ids = tokenizer(views.prompt(each, NOTHING), add_special_tokens=False).input_ids
             answer = tokenizer(each.answers[0], add_special_tokens=False).input_ids
@@ -65,7 +65,7 @@ def test_likelihoods_match_a_loop_that_writes(model, tokenizer):
                     logits = model(torch.tensor([[token]]), cache=cache).logits[0, -1]
             assert record.scores[LOG_PROB] == pytest.approx(sum(values) / len(values), abs=TOLERANCE)
     unwritten = evaluate(model, tokenizer, task, MEMORY, only=("zero_state", "no_adapter"))
-    means = [found.estimate(LOG_PROB, name).mean for name in ("zero_state", "no_adapter")]
+    means = [evaluation.estimate(LOG_PROB, name).mean for name in ("zero_state", "no_adapter")]
     assert means[1] == unwritten.estimate(LOG_PROB, "no_adapter").mean
     assert abs(means[0] - means[1]) > 100 * TOLERANCE  # zeros after writing differ from the base
 

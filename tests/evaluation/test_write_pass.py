@@ -35,12 +35,12 @@ def memories_one_by_one(model, tokenizer, sessions):
     memory = None
     by_messages = adapter_of(model).config.granularity == "message"
     for session in sessions:
-        cache, seen = MemoryCache(model, memory), 0
+        cache, length = MemoryCache(model, memory), 0
         for count in range(1, len(session) + 1):
             text = render(tokenizer, session[:count])
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-            model(ids[:, seen:], cache=cache)
-            seen = ids.shape[1]
+            model(ids[:, length:], cache=cache)
+            length = ids.shape[1]
             if by_messages:
                 cache.end_segment()
         memory = cache.memory
@@ -86,6 +86,6 @@ def test_a_padding_token_unknown_to_the_model_works(model, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
     expected = memorise(Subject.from_model(model, tokenizer), HISTORIES)
-    found = memorise(Subject.from_model(model, other), HISTORIES)
+    memories = memorise(Subject.from_model(model, other), HISTORIES)
     for layer, state in expected.states.items():
-        np.testing.assert_array_equal(found.states[layer], state)
+        np.testing.assert_array_equal(memories.states[layer], state)

@@ -33,5 +33,5 @@ def commit(
 
 def read(folder: str | Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    found = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

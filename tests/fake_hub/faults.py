@@ -85,7 +85,7 @@ class Faults:
                     return how
         return Fault()
 
-    def byte(self, wanted: int, size: int) -> int:
+    def byte(self, position: int, size: int) -> int:
         """The position at which to cut `size` bytes, never behind the last one."""
         with self._lock:
-            return min(self._random.randrange(max(size, 1)) if wanted == SOMEWHERE else wanted, max(size - 1, 0))
+            return min(self._random.randrange(max(size, 1)) if position == SOMEWHERE else position, max(size - 1, 0))

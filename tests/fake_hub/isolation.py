@@ -28,7 +28,7 @@ def _matters(variable: str) -> bool:
 
 def environment(server: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
     """The whole environment of a process whose Hub is `server` and whose downloads go below `home`."""
-    kept = {name: value for name, value in os.environ.items() if not _matters(name)}
+    variables = {name: value for name, value in os.environ.items() if not _matters(name)}
     own = {
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(home),
@@ -38,7 +38,7 @@ def environment(server: HubServer, home: Path, token: str | None = None) -> dict
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "XDG_CACHE_HOME": str(home / "cache"),
     }
-    return kept | own | ({"HF_TOKEN": token} if token else {})
+    return variables | own | ({"HF_TOKEN": token} if token else {})
 
 
 def _move_home(patch: pytest.MonkeyPatch, home: Path) -> None:

@@ -25,12 +25,12 @@ _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @route("GET", "/api/whoami-v2")
 def whoami(hub: HubServer, request: Request) -> Reply:
-    who = account(hub, request)
-    if who is None:
+    user = account(hub, request)
+    if user is None:
         raise HubError(401, "Invalid username or password.")
-    token = {"displayName": "test", "role": who.role, "createdAt": "2026-01-01T00:00:00.000Z"}
-    orgs = [{"type": "org", "name": name} for name in who.orgs]
-    content = {"type": "user", "name": who.name, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
+    token = {"displayName": "test", "role": user.role, "createdAt": "2026-01-01T00:00:00.000Z"}
+    orgs = [{"type": "org", "name": name} for name in user.orgs]
+    content = {"type": "user", "name": user.name, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
     return as_json(content)
 
 
@@ -127,13 +127,13 @@ def refs(hub: HubServer, request: Request, kind: str, id: str) -> Reply:
 def commits(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
     """The commits, newest first."""
     repo = readable(hub, request, kind, id)
-    found: list[Commit] = [repo.resolve(revision)]
-    while found[-1].parent:
-        found.append(repo.commits[found[-1].parent])
+    history: list[Commit] = [repo.resolve(revision)]
+    while history[-1].parent:
+        history.append(repo.commits[history[-1].parent])
     return as_json(
         [
             {"id": c.sha, "title": c.message, "message": c.description, "date": c.date, "authors": [{"user": c.author}]}
-            for c in found
+            for c in history
         ]
     )
 
@@ -183,11 +183,11 @@ def _content(request: Request, repo: Repository, path: str, blob: Blob, headers:
     """The whole file, or the requested range."""
     request.file = f"{repo.id}/{path}"
     headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
-    if asked is None or asked[0] == "bytes=-":
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
+    if match is None or match[0] == "bytes=-":
         return Reply(200, headers, blob.content)
-    first = int(asked[1]) if asked[1] else max(blob.size - int(asked[2]), 0)
-    last = min(int(asked[2]), blob.size - 1) if asked[1] and asked[2] else blob.size - 1
+    first = int(match[1]) if match[1] else max(blob.size - int(match[2]), 0)
+    last = min(int(match[2]), blob.size - 1) if match[1] and match[2] else blob.size - 1
     if first > last:
         return Reply(416, {**headers, "Content-Range": f"bytes */{blob.size}"})
     headers["Content-Range"] = f"bytes {first}-{last}/{blob.size}"
@@ -196,8 +196,8 @@ def _content(request: Request, repo: Repository, path: str, blob: Blob, headers:
 
 def front_matter(card: str) -> Any:
     """The YAML at the top of a model card, or None."""
-    found = re.match(r"\s*---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
-    return yaml.safe_load(found[1]) if found else None
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
+    return yaml.safe_load(match[1]) if match else None
 
 
 @route("POST", "/api/validate-yaml")

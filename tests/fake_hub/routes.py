@@ -46,11 +46,11 @@ def route(method: str, template: str) -> Callable[[_Route], _Route]:
 
 def dispatch(hub: HubServer, request: Request) -> Reply:
     """The reply to a request. Unknown requests get status 501, which no client retries."""
-    asked = "GET" if request.method == "HEAD" else request.method
+    verb = "GET" if request.method == "HEAD" else request.method
     if request.storage == request.raw_path.startswith(STORAGE):
         for method, pattern, answer in _routes:
-            if method == asked and (found := pattern.fullmatch(request.raw_path)):
-                parts: dict[str, Any] = {name: value and unquote(value) for name, value in found.groupdict().items()}
+            if method == verb and (match := pattern.fullmatch(request.raw_path)):
+                parts: dict[str, Any] = {name: value and unquote(value) for name, value in match.groupdict().items()}
                 return answer(hub, request, **parts)
     raise HubError(501, f"This server has no {request.method} {request.raw_path}")
 
@@ -63,39 +63,39 @@ def account(hub: HubServer, request: Request) -> Account | None:
     return hub.tokens.get(token)
 
 
-def _belongs_to(repo: Repository, who: Account | None) -> bool:
-    return who is not None and repo.owner in (who.name, *who.orgs)
+def _belongs_to(repo: Repository, user: Account | None) -> bool:
+    return user is not None and repo.owner in (user.name, *user.orgs)
 
 
 def readable(hub: HubServer, request: Request, kind: str | None, name: str) -> Repository:
     """The repository, if the account may see that it exists."""
-    who = account(hub, request)
+    user = account(hub, request)
     repo = hub.repositories.get((kind or "models", name))
-    if repo is None or (repo.private and not _belongs_to(repo, who)):
+    if repo is None or (repo.private and not _belongs_to(repo, user)):
         # The existence of a private repository is secret. The client recognises this 401 by its address, but only under
         # https; the error code makes it do the same here.
-        status, message = (404, "Repository not found") if who else (401, "Invalid username or password.")
+        status, message = (404, "Repository not found") if user else (401, "Invalid username or password.")
         raise HubError(status, message, "RepoNotFound")
     return repo
 
 
 def downloadable(hub: HubServer, request: Request, kind: str | None, name: str) -> Repository:
     """The repository, if the account may download its files."""
-    repo, who = readable(hub, request, kind, name), account(hub, request)
-    if repo.gated and not _belongs_to(repo, who) and (who is None or who.name not in repo.granted):
+    repo, user = readable(hub, request, kind, name), account(hub, request)
+    if repo.gated and not _belongs_to(repo, user) and (user is None or user.name not in repo.granted):
         message = f"Access to {'model' if repo.kind == 'models' else 'dataset'} {repo.id} is restricted"
-        raise HubError(403 if who else 401, message, "GatedRepo")
+        raise HubError(403 if user else 401, message, "GatedRepo")
     return repo
 
 
 def writer(hub: HubServer, request: Request) -> Account:
     """The account of a request, if it may write at all."""
-    who = account(hub, request)
-    if who is None:
+    user = account(hub, request)
+    if user is None:
         raise HubError(401, "Invalid username or password.")
-    if who.role != "write":
+    if user.role != "write":
         raise HubError(403, "Forbidden: this token may only read")
-    return who
+    return user
 
 
 def writable(
@@ -105,7 +105,7 @@ def writable(
     repo = readable(hub, request, kind, name)
     if account(hub, request) is None:
         raise HubError(401, "Invalid username or password.", "RepoNotFound")  # as in `readable`
-    who = writer(hub, request)
-    if not (pull_request or _belongs_to(repo, who)):
+    user = writer(hub, request)
+    if not (pull_request or _belongs_to(repo, user)):
         raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
-    return repo, who
+    return repo, user

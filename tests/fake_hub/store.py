@@ -97,12 +97,12 @@ class Commit:
 
     def folders(self) -> dict[str, str]:
         """The oid of each folder by its path."""
-        found: dict[str, list[str]] = {}
+        entries: dict[str, list[str]] = {}
         for path, blob in sorted(self.files.items()):
             parts = path.split("/")
             for length in range(1, len(parts)):
-                found.setdefault("/".join(parts[:length]), []).append(f"{path} {blob.oid}")
-        return {folder: git_oid("tree", "\n".join(below).encode()) for folder, below in found.items()}
+                entries.setdefault("/".join(parts[:length]), []).append(f"{path} {blob.oid}")
+        return {folder: git_oid("tree", "\n".join(below).encode()) for folder, below in entries.items()}
 
     def tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
         """Entries below `folder`, in the order of their paths."""

@@ -77,8 +77,8 @@ def test_metadata_of_files_is_returned(hub, api):
     assert [entry.path for entry in api.list_repo_tree(REPO, "onnx")] == ["onnx/model.onnx"]
     with pytest.raises(RemoteEntryNotFoundError):
         list(api.list_repo_tree(REPO, "nowhere"))
-    asked = api.get_paths_info(REPO, ["onnx", "config.json", "nowhere"])
-    assert {entry.path for entry in asked} == {"onnx", "config.json"}
+    infos = api.get_paths_info(REPO, ["onnx", "config.json", "nowhere"])
+    assert {entry.path for entry in infos} == {"onnx", "config.json"}
     info = api.model_info(REPO, files_metadata=True)
     assert {each.rfilename: each.size for each in info.siblings} == {p: len(c) for p, c in (SMALL | LARGE).items()} | {
         "config.json": 2
@@ -245,26 +245,26 @@ def test_an_invalid_commit_is_rejected(hub, api, key, value, reason):
 
 def test_the_storage_accepts_only_announced_files(hub, api):
     hub.part_size, http = 1 << 17, get_session()
-    asked = {"operation": "upload", "transfers": ["multipart"], "objects": [{"size": len(BIG)}, {"size": 4}]}
-    for each, content in zip(asked["objects"], (BIG, b"abcd"), strict=True):
+    body = {"operation": "upload", "transfers": ["multipart"], "objects": [{"size": len(BIG)}, {"size": 4}]}
+    for each, content in zip(body["objects"], (BIG, b"abcd"), strict=True):
         each["oid"] = hashlib.sha256(content).hexdigest()
     token = {"Authorization": "Bearer hf_write"}
     address = f"{hub.endpoint}/{REPO}.git/info/lfs/objects"
-    parts, whole = http.post(f"{address}/batch", json=asked, headers=token).json()["objects"]
+    parts, whole = http.post(f"{address}/batch", json=body, headers=token).json()["objects"]
     href = whole["actions"]["upload"]["href"]
     assert http.put(href, content=b"abcd", headers=token).status_code == 400  # the address is signed
     assert http.put(href, content=iter([b"abcd"])).status_code == 501  # no length
     assert [http.put(href, content=content).status_code for content in (b"abc", b"abcx")] == [400, 400]
-    assert http.post(f"{address}/verify", json=asked["objects"][1], headers=token).status_code == 404
+    assert http.post(f"{address}/verify", json=body["objects"][1], headers=token).status_code == 404
     assert http.put(href, content=b"abcd").status_code == 200
-    assert http.post(f"{address}/verify", json=asked["objects"][1], headers=token).status_code == 200
+    assert http.post(f"{address}/verify", json=body["objects"][1], headers=token).status_code == 200
     upload = parts["actions"]["upload"]
     assert len([name for name in upload["header"] if name.isdigit()]) == 10
     came = []
     for part in range(1, 11):
         assert http.post(upload["href"], json={"oid": parts["oid"], "parts": came}).status_code == 400
-        got = http.put(upload["header"][f"{part:05d}"], content=BIG[(part - 1) << 17 : part << 17])
-        came.append({"partNumber": part, "etag": got.headers["ETag"]})
+        response = http.put(upload["header"][f"{part:05d}"], content=BIG[(part - 1) << 17 : part << 17])
+        came.append({"partNumber": part, "etag": response.headers["ETag"]})
     wrong = [*came[:-1], {"partNumber": 10, "etag": '"another"'}]
     assert http.post(upload["href"], json={"oid": parts["oid"], "parts": wrong}).status_code == 400
     assert http.post(upload["href"], json={"oid": parts["oid"], "parts": came}).status_code == 200
@@ -284,6 +284,6 @@ def test_byte_ranges_are_returned(hub, api):
     hub.add_repo(REPO, {"a.txt": b"0123456789", "a.bin": b"0123456789"})
     for name in ("a.txt", "a.bin"):
         address = hf_hub_url(REPO, name)
-        for asked, content in (("2-4", b"234"), ("7-", b"789"), ("-2", b"89"), ("10-", b"")):
-            got = get_session().get(address, headers={"Range": f"bytes={asked}"})
-            assert (got.status_code, got.content) == (206 if content else 416, content)
+        for byte_range, content in (("2-4", b"234"), ("7-", b"789"), ("-2", b"89"), ("10-", b"")):
+            response = get_session().get(address, headers={"Range": f"bytes={byte_range}"})
+            assert (response.status_code, response.content) == (206 if content else 416, content)

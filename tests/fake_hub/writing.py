@@ -44,10 +44,10 @@ class Upload:
 
 @route("POST", "/api/repos/create")
 def create_repo(hub: HubServer, request: Request) -> Reply:
-    who, body = writer(hub, request), request.json()
-    owner = body.get("organization") or who.name
+    user, body = writer(hub, request), request.json()
+    owner = body.get("organization") or user.name
     kind = f"{body.get('type') or 'model'}s"
-    if owner not in (who.name, *who.orgs):
+    if owner not in (user.name, *user.orgs):
         raise HubError(403, f"You don't have the rights to create a {kind[:-1]} under the namespace {owner}")
     repo = Repository(kind, f"{owner}/{body['name']}")
     result = {"name": repo.id, "id": repo.id, "url": f"{hub.endpoint}/{repo.web_path}"}
@@ -56,15 +56,15 @@ def create_repo(hub: HubServer, request: Request) -> Reply:
     repo.private = body.get("visibility") == "private" or bool(body.get("private"))
     attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
     files = {".gitattributes": Blob(attributes.encode(), lfs=False)}
-    repo.commit(BRANCH + "main", files, "initial commit", None, by=who.name)
+    repo.commit(BRANCH + "main", files, "initial commit", None, by=user.name)
     hub.repositories[kind, repo.id] = repo
     return as_json(result)
 
 
 @route("DELETE", "/api/repos/delete")
 def delete_repo(hub: HubServer, request: Request) -> Reply:
-    who, body = writer(hub, request), request.json()
-    name = f"{body.get('organization') or who.name}/{body['name']}"
+    user, body = writer(hub, request), request.json()
+    name = f"{body.get('organization') or user.name}/{body['name']}"
     repo, _ = writable(hub, request, f"{body.get('type') or 'model'}s", name)
     del hub.repositories[repo.kind, repo.id]
     return as_json({})
@@ -102,9 +102,9 @@ def delete_branch(hub: HubServer, request: Request, kind: str, id: str, branch: 
 
 @route("POST", "/api/{repo}/discussions")
 def create_discussion(hub: HubServer, request: Request, kind: str, id: str) -> Reply:
-    repo, who = writable(hub, request, kind, id, pull_request=True)
+    repo, user = writable(hub, request, kind, id, pull_request=True)
     body = request.json()
-    number = repo.discuss(body["title"], who.name, body.get("description", ""), body["pullRequest"])
+    number = repo.discuss(body["title"], user.name, body.get("description", ""), body["pullRequest"])
     if body["pullRequest"]:
         repo.refs[f"{PULL_REQUEST}{number}"] = repo.resolve("main").sha
     return as_json({"num": number})
@@ -181,8 +181,8 @@ def _etag(part: bytes) -> str:
 @route("POST", "/api/complete_multipart/{key}")
 def complete(hub: HubServer, request: Request, key: str) -> Reply:
     upload, body = hub.uploads[key], request.json()
-    there = [{"partNumber": number, "etag": _etag(part)} for number, part in sorted(upload.parts.items())]
-    if body["oid"] != upload.oid or body["parts"] != there:
+    parts = [{"partNumber": number, "etag": _etag(part)} for number, part in sorted(upload.parts.items())]
+    if body["oid"] != upload.oid or body["parts"] != parts:
         raise HubError(400, "These are not the parts that came")
     upload.finish(b"".join(part for _, part in sorted(upload.parts.items())))
     return as_json({"success": True})
@@ -204,7 +204,7 @@ def verify(hub: HubServer, request: Request, kind: str | None, id: str) -> Reply
 def commit(hub: HubServer, request: Request, kind: str, id: str, revision: str) -> Reply:
     """Apply a whole commit, or nothing."""
     as_pull_request = request.flag("create_pr")
-    repo, who = writable(hub, request, kind, id, as_pull_request)
+    repo, user = writable(hub, request, kind, id, as_pull_request)
     header, *operations = _operations(request)
     ref, parent = _place(repo, revision, header.get("parentCommit"), as_pull_request)
     files = dict(parent.files)
@@ -212,9 +212,9 @@ def commit(hub: HubServer, request: Request, kind: str, id: str, revision: str) 
         _change(repo, files, name, value)
     number = None
     if as_pull_request:
-        number = repo.discuss(header["summary"], who.name, header["description"])
+        number = repo.discuss(header["summary"], user.name, header["description"])
         ref = f"{PULL_REQUEST}{number}"
-    new = repo.commit(ref, files, header["summary"], parent.sha, header["description"], who.name)
+    new = repo.commit(ref, files, header["summary"], parent.sha, header["description"], user.name)
     address = f"{hub.endpoint}/{repo.web_path}"
     result = {"success": True, "commitOid": new.sha, "commitUrl": f"{address}/commit/{new.sha}", "hookOutput": ""}
     return as_json(result | ({"pullRequestUrl": f"{address}/discussions/{number}"} if number else {}))

@@ -160,8 +160,8 @@ class Builder:
 def sent(context: Path, name: str) -> list[Path]:
     """The files of `name`, a file or a folder, that are sent to a build."""
     patterns = ignore_patterns((context / ".dockerignore").read_text(encoding="utf-8"))
-    found = [context / name, *(context / name).rglob("*")]
-    return [file for file in found if file.is_file() and not ignored(file.relative_to(context).as_posix(), patterns)]
+    paths = [context / name, *(context / name).rglob("*")]
+    return [file for file in paths if file.is_file() and not ignored(file.relative_to(context).as_posix(), patterns)]
 
 
 def _copy_tree(source: Path, target: Path) -> None:

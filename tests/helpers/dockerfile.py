@@ -87,7 +87,7 @@ def copy_of(step: Step, env: Mapping[str, str]) -> Copy:
 
 
 def expand(text: str, env: Mapping[str, str]) -> str:
-    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: env[found[1] or found[2]], text)
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda match: env[match[1] or match[2]], text)
 
 
 def ignored(path: str, patterns: Sequence[str]) -> bool:
@@ -112,5 +112,5 @@ def _regex(pattern: str) -> str:
 
 
 def _logical_lines(text: str) -> list[str]:
-    kept = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    return "\n".join(kept).replace("\\\n", "").splitlines()
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return "\n".join(lines).replace("\\\n", "").splitlines()

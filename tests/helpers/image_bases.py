@@ -41,8 +41,8 @@ def debian(name: str, root: Path) -> Image:
     result = subprocess.run(command, input=_sources(tag.release), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     image = Image(root, {"PATH": DEBIAN_PATH})
-    found = run(image, ["python3", "--version"]).stdout
-    assert found.startswith(f"Python {tag.minor}."), f"{name} has another Python than Debian {tag.release}: {found}"
+    version = run(image, ["python3", "--version"]).stdout
+    assert version.startswith(f"Python {tag.minor}."), f"{name} has another Python than Debian {tag.release}: {version}"
     return image
 
 
@@ -93,6 +93,6 @@ def _sources(release: str) -> str:
     """apt's sources for the release, or Debian's usual mirror if this machine has another release."""
     command = ["apt-get", "indextargets", "--format", "$(CODENAME) $(SITE) $(COMPONENT)", "Created-By: Packages"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = [line.split() for line in lines if line.split()[0].split("-")[0] == release]
-    known = [f"deb {site} {suite} {component}" for suite, site, component in found]
+    sources = [line.split() for line in lines if line.split()[0].split("-")[0] == release]
+    known = [f"deb {site} {suite} {component}" for suite, site, component in sources]
     return "\n".join(known or [f"deb http://deb.debian.org/debian {release} main"]) + "\n"

@@ -46,10 +46,10 @@ def node_modules(folder: Path) -> Path:
         pytest.skip("needs Node and npm")
     lock = (folder / LOCK).read_bytes()
     cache = platformdirs.user_cache_path("deltamem-tests", appauthor=False)
-    kept = cache / f"npm-{hashlib.sha256(lock).hexdigest()[:16]}"
+    installed = cache / f"npm-{hashlib.sha256(lock).hexdigest()[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "npm.lock"):
-        if not (kept / "node_modules").exists():
+        if not (installed / "node_modules").exists():
             with tempfile.TemporaryDirectory(dir=cache) as unfinished:
                 for name in ("package.json", LOCK):
                     shutil.copy(folder / name, unfinished)
@@ -57,9 +57,9 @@ def node_modules(folder: Path) -> Path:
                 result = subprocess.run(command, cwd=unfinished, capture_output=True, text=True)
                 if result.returncode:
                     pytest.skip(f"npm cannot fetch the packages: {result.stderr.partition(chr(10))[0]}")
-                kept.mkdir(exist_ok=True)
-                Path(unfinished, "node_modules").rename(kept / "node_modules")
-    return kept / "node_modules"
+                installed.mkdir(exist_ok=True)
+                Path(unfinished, "node_modules").rename(installed / "node_modules")
+    return installed / "node_modules"
 
 
 class WebGraph:

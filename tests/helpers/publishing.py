@@ -94,9 +94,9 @@ def onnx_folder(folder: Path, adapter: str | None = None, base_model: str | None
 def other_adapter(folder: Path, **changes) -> Path:
     """An adapter with the same weights and another option, and so another fingerprint."""
     adapter_folder(folder)
-    found = read_adapter(folder)
+    adapter = read_adapter(folder)
     config = folder / CONFIG_FILE
     content = json.loads(config.read_text())
-    content["mechanism"] = replace(found.config, alpha=8.0, **changes).to_dict()
+    content["mechanism"] = replace(adapter.config, alpha=8.0, **changes).to_dict()
     config.write_text(json.dumps(content))
     return folder

@@ -80,9 +80,9 @@ def test_metadata_is_readable_by_the_hub(contents, tmp_path):
     assert metadata["license"] == "mit" and metadata["datasets"] == "someone/talks"
     assert {"delta-mem", "arxiv:2605.12357", "onnx"} <= set(metadata["tags"])
     data = ModelCard.load(tmp_path / "README.md").data
-    found = {(result.dataset_config, result.metric_name): result.metric_value for result in data.eval_results}
-    assert found["1 fact", "exact, state"] == 1.0
-    assert found["4 facts", "exact, donor state"] == 0.5 and len(found) == 6
+    results = {(result.dataset_config, result.metric_name): result.metric_value for result in data.eval_results}
+    assert results["1 fact", "exact, state"] == 1.0
+    assert results["4 facts", "exact, donor state"] == 0.5 and len(results) == 6
     assert len(metadata["model-index"][0]["results"]) == 2
 
 

@@ -38,8 +38,8 @@ def hub_with_repo(hub: HubServer, tmp_path) -> HubServer:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def refused(out: Path | None) -> HubError:

@@ -248,12 +248,12 @@ def test_one_of_two_concurrent_pushes_raises(hub_with_repo, adapter, tmp_path, m
     start_anew(hub_with_repo, old)
     folders = (adapter, other_adapter(tmp_path / "other"))
     new = [finished(hub_with_repo, folder, old) for folder in folders]
-    both = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=30)
     answer, stage = hub_with_repo.answer, STAGES["commit" if old else "create"]
 
     def answer_both(request):
         if request.matches(stage):
-            both.wait()
+            barrier.wait()
         return answer(request)
 
     monkeypatch.setattr(hub_with_repo, "answer", answer_both)

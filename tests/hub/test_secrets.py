@@ -103,8 +103,8 @@ def test_a_token_is_sent_only_to_the_hub_and_never_printed(hub, canary, deltamem
     run("pull", REPO, "--out", "pulled", "--json")
     assert not [text for text in [*outputs, *log_lines] if canary in text]
     assert any("authenticated: True" in line for line in log_lines)
-    kept = {Path(constants.HF_TOKEN_PATH), Path(constants.HF_STORED_TOKENS_PATH)}
-    for path in [path for path in tmp_path.rglob("*") if path.is_file() and path not in kept]:
+    token_files = {Path(constants.HF_TOKEN_PATH), Path(constants.HF_STORED_TOKENS_PATH)}
+    for path in [path for path in tmp_path.rglob("*") if path.is_file() and path not in token_files]:
         assert canary.encode() not in path.read_bytes(), path
     _assert_sent_to_the_hub_alone(hub, canary)
 
@@ -166,5 +166,5 @@ def test_nothing_of_this_machine_is_pushed(hub, private_folder, deltamem, tokeni
     for word in telling:
         assert not [path for path, content in files.items() if word.encode() in content], word
         for request in hub.requests:
-            told = f"{request.line} {request.headers}".encode() + request.body
-            assert word.encode() not in told, f"{word}: {request.line}"
+            sent_bytes = f"{request.line} {request.headers}".encode() + request.body
+            assert word.encode() not in sent_bytes, f"{word}: {request.line}"

@@ -178,12 +178,14 @@ def test_a_missing_runtime_is_named(monkeypatch, extra):
 
 @pytest.mark.parametrize("runtime", installation.RUNTIMES)
 def test_any_single_runtime_is_accepted(monkeypatch, runtime):
-    own, found = installation._installed_version, {runtime: "1.31.1"}
+    own, versions = installation._installed_version, {runtime: "1.31.1"}
     monkeypatch.setattr(
-        installation, "_installed_version", lambda name: found.get(name) if name in installation.RUNTIMES else own(name)
+        installation,
+        "_installed_version",
+        lambda name: versions.get(name) if name in installation.RUNTIMES else own(name),
     )
     check_installation("cpu")
-    found[runtime] = "1.99.0"
+    versions[runtime] = "1.99.0"
     with pytest.raises(InstallationError, match=f"{runtime} 1.99.0 is installed"):
         check_installation("cpu")
 
@@ -206,12 +208,12 @@ def test_an_uninstalled_source_tree_has_no_bounds(monkeypatch):
 
 def pins(file: str) -> dict[str, list[Requirement]]:
     """The pins by name. A name may have pins for several versions of Python or several systems."""
-    found: dict[str, list[Requirement]] = {}
+    requirements: dict[str, list[Requirement]] = {}
     for line in (ROOT / file).read_text().splitlines():
         if line and not line.startswith("#"):
             requirement = Requirement(line)
-            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
-    return found
+            requirements.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return requirements
 
 
 WITHOUT = {"constraints.txt": set(), "constraints-lowest.txt": {"ray"}}  # see scripts/constraints.sh
@@ -237,8 +239,8 @@ def test_every_requirement_has_an_upper_bound():
 def test_packages_with_borrowed_names_are_bounded_at_the_next_minor_version():
     reached = {"transformers", "torch", "onnxscript", "onnxruntime", "onnxruntime-gpu", "huggingface-hub"}
     newest = {
-        name: max(Version(pin.version) for each in found for pin in each.specifier)
-        for name, found in pins("constraints.txt").items()
+        name: max(Version(pin.version) for each in requirements for pin in each.specifier)
+        for name, requirements in pins("constraints.txt").items()
     }
     for requirement in declared():
         if requirement.name in reached:

@@ -112,8 +112,8 @@ def exact(folders: list[Path]) -> None:
     torch.set_num_threads(1)
     join_launched()
     for folder in folders:
-        found = in_float64(folder, distributed_config=DistributedConfig(tp_plan="auto"))
-        torch.save(found, folder / f"exact-{launch_rank()}.pt")
+        actual = in_float64(folder, distributed_config=DistributedConfig(tp_plan="auto"))
+        torch.save(actual, folder / f"exact-{launch_rank()}.pt")
 
 
 def in_float64(folder: Path, **options: Any) -> list[torch.Tensor]:

@@ -201,8 +201,8 @@ def test_nan_in_padding_does_not_reach_the_state(value):
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
     for writes in (valid, valid & torch.tensor([True, False, True, False]), False):
         expected = layer(hidden, state, valid, writes)
-        found = layer(hidden.masked_fill(~valid[:, :, None], value), state, valid, writes)
-        assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
+        actual = layer(hidden.masked_fill(~valid[:, :, None], value), state, valid, writes)
+        assert all(torch.equal(a, b) for a, b in zip(actual[:2], expected[:2], strict=True))
 
 
 @torch.no_grad()
@@ -212,8 +212,8 @@ def test_autocast_leaves_the_memory_in_float32():
     readings, after, *_ = layer(hidden, state, None, here)
     correction = layer.correction("q", readings)
     with torch.autocast("cpu", torch.bfloat16):
-        found = layer(hidden, state, None, here)
-        assert torch.equal(found[0], readings) and torch.equal(found[1], after)
+        result = layer(hidden, state, None, here)
+        assert torch.equal(result[0], readings) and torch.equal(result[1], after)
         assert torch.equal(layer.correction("q", readings), correction)
 
 
@@ -258,14 +258,14 @@ def test_the_memory_of_a_bfloat16_model_is_computed_in_float32():
     with torch.no_grad():
         for parameter in base_parameters(exact):
             parameter.copy_(parameter.bfloat16().float())
-    seen = []
+    inputs = []
     rounded.to(torch.bfloat16)
     rounded.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        lambda module, args, kwargs: inputs.append(kwargs["hidden_states"]), with_kwargs=True
     )
     _, cache = run(rounded, tokens(1, 30))
     memory, writes = adapter_of(exact).layers["0"], torch.ones(1, 30).bool()
-    _, state, *_ = memory(seen[0].float(), torch.zeros(1, 1, 4, 4), None, writes)
+    _, state, *_ = memory(inputs[0].float(), torch.zeros(1, 1, 4, 4), None, writes)
     assert torch.equal(cache.memory.layers[0], state)
 
 

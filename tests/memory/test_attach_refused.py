@@ -261,7 +261,7 @@ def test_conversations_in_threads_match_each_one_run_alone():
     texts = [tokens(1 + n % 2, 10, seed=n) for n in range(5)]
     expected = [run(model, ids, range(1, 10)) for ids in texts]
     steps = threading.Barrier(len(texts))
-    found = {}
+    results = {}
 
     def converse(n: int) -> None:
         cache, pieces = MemoryCache(model), []
@@ -269,7 +269,7 @@ def test_conversations_in_threads_match_each_one_run_alone():
             steps.wait(timeout=30)  # all conversations are in the model at the same token at the same time
             with torch.no_grad():
                 pieces.append(model(texts[n][:, token : token + 1], cache=cache).logits)
-        found[n] = torch.cat(pieces, dim=1), cache
+        results[n] = torch.cat(pieces, dim=1), cache
 
     threads = [threading.Thread(target=converse, args=(n,)) for n in range(len(texts))]
     for thread in threads:
@@ -277,9 +277,9 @@ def test_conversations_in_threads_match_each_one_run_alone():
     for thread in threads:
         thread.join(timeout=60)
     for n, (alone, cache) in enumerate(expected):
-        assert torch.equal(found[n][0], alone)
+        assert torch.equal(results[n][0], alone)
         for layer, state in cache.memory.layers.items():
-            assert torch.equal(found[n][1].memory.layers[layer], state)
+            assert torch.equal(results[n][1].memory.layers[layer], state)
 
 
 def test_interleaved_conversations_do_not_mix():
@@ -344,12 +344,12 @@ def test_the_initial_memory_is_not_modified():
 def test_changing_any_weight_changes_the_fingerprint():
     model = patched_model()
     adapter = adapter_of(model)
-    seen = {adapter.fingerprint}
+    fingerprints = {adapter.fingerprint}
     for weight in adapter.parameters():
         with torch.no_grad():
             weight.view(-1)[-1] += 1e-3
-        seen.add(adapter.fingerprint)
-    assert len(seen) == 1 + len(list(adapter.parameters()))
+        fingerprints.add(adapter.fingerprint)
+    assert len(fingerprints) == 1 + len(list(adapter.parameters()))
     assert patched_model(seed=4).base_model is not None
     assert adapter_of(patched_model(seed=4)).fingerprint == adapter_of(patched_model(seed=4)).fingerprint
 

@@ -54,9 +54,9 @@ def test_a_deep_copy_is_independent(make):
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied), logits(model))
     zeroed(model)
-    (after, other), wanted = run(copied, ids, (4,)), run(make(), ids, (4,))
-    assert torch.equal(after, wanted[0])
-    close_memory(other.memory, wanted[1].memory, 0.0)
+    (after, other), reference = run(copied, ids, (4,)), run(make(), ids, (4,))
+    assert torch.equal(after, reference[0])
+    close_memory(other.memory, reference[1].memory, 0.0)
     detach(model)
     assert torch.equal(logits(model), logits(bare))
     assert torch.equal(run(copied, ids)[0], expected), "detaching the original takes the copy's memory off"
@@ -100,12 +100,12 @@ def test_changed_weights_of_a_copy_are_used():
     before = adapter.fingerprint
     copied = copy.deepcopy(adapter)
     assert copied.fingerprint == before
-    seen = {before}
+    fingerprints = {before}
     for _ in range(4):
         with torch.no_grad():
             copied.layer(0).key.weight.mul_(1.5)
-        seen.add(copied.fingerprint)
-    assert len(seen) == 5 and adapter.fingerprint == before
+        fingerprints.add(copied.fingerprint)
+    assert len(fingerprints) == 5 and adapter.fingerprint == before
 
 
 @pytest.mark.parametrize("first", [0, 1])

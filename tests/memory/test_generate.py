@@ -177,8 +177,8 @@ def test_beam_search_with_and_without_a_cache_agree(loaded):
         assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
         return
     start = memory_of(model, tokens(1, 12))
-    found = model.generate(ids, cache=MemoryCache(model, memory=start), **options)
-    scores = _log_probabilities(model, found, start)
+    actual = model.generate(ids, cache=MemoryCache(model, memory=start), **options)
+    scores = _log_probabilities(model, actual, start)
     greedy, _ = continue_alone(model, ids, start)
     greedy = torch.cat([ids, torch.tensor([greedy])], dim=1)
     assert scores[0] >= scores[1] and scores[0] >= _log_probabilities(model, greedy, start)[0] - 1e-4

@@ -90,16 +90,16 @@ def test_a_memory_written_inside_is_read_where_gradients_are_computed(options, t
 def test_a_weight_changed_in_inference_mode_is_used():
     model = patched_model()
     adapter = adapter_of(model)
-    seen = [adapter.fingerprint]
+    fingerprints = [adapter.fingerprint]
     with torch.inference_mode():
         adapter.layer(0).key.weight.mul_(1.5)
-        seen.append(adapter.fingerprint)
+        fingerprints.append(adapter.fingerprint)
         adapter.layer(0).key.weight.data = torch.randn(4, 32)
-    seen.append(adapter.fingerprint)
+    fingerprints.append(adapter.fingerprint)
     with torch.inference_mode():
         adapter.layer(0).key.weight.mul_(1.5)
-    seen.append(adapter.fingerprint)
-    assert len(set(seen)) == 4
+    fingerprints.append(adapter.fingerprint)
+    assert len(set(fingerprints)) == 4
 
 
 def test_an_adapter_can_be_saved_in_inference_mode(folder, tmp_path):

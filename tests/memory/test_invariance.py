@@ -53,15 +53,15 @@ def test_splitting_a_conversation_changes_nothing(setup, text, data):
     start = memory_of(model, data.draw(texts(0, 6), "before"))
     logits, memory = alone(model, text, start)
     bounds = data.draw(cuts(len(text)), "bounds")
-    told, ahead, by_hand = (data.draw(st.booleans(), name) for name in ("positions", "ahead", "by_hand"))
+    positions, ahead, by_hand = (data.draw(st.booleans(), name) for name in ("positions", "ahead", "by_hand"))
     others = [
-        ("in pieces", model, bounds, {"positions": told, "ahead": ahead, "by_hand": by_hand and not ahead}),
+        ("in pieces", model, bounds, {"positions": positions, "ahead": ahead, "by_hand": by_hand and not ahead}),
         ("token by token", model, list(range(1, len(text))), {}),
-        ("other attention", replace(setup, attention=OTHER[setup.attention]).model(), bounds, {"positions": told}),
+        ("other attention", replace(setup, attention=OTHER[setup.attention]).model(), bounds, {"positions": positions}),
     ]
-    for what, other, ends, how in others:
+    for label, other, ends, how in others:
         cache = new_cache(other, start, data.draw(rooms(len(text)), "room"))
-        same(feed(other, cache, Batch.of([text]), ends, **how)[0], logits, f"logits {what}")
+        same(feed(other, cache, Batch.of([text]), ends, **how)[0], logits, f"logits {label}")
         same_memory(cache.memory, memory)
 
 
@@ -112,11 +112,11 @@ def test_padding_a_batch_changes_nothing(setup, rows, data):
     bounds = data.draw(cuts(width), "bounds")
     # Without positions, the model counts columns. This keeps the distances of tokens without padding between them.
     apart = any(row[-1] - row[0] >= len(row) for row in columns)
-    told = apart or data.draw(st.booleans(), "positions")
+    positions = apart or data.draw(st.booleans(), "positions")
     starts = [memory_of(model, data.draw(texts(1, 4), "before")) for _ in rows] if data.draw(st.booleans()) else None
     room = data.draw(rooms(width), "room")
     cache = new_cache(model, None if starts is None else MemoryState.stack(starts), room)
-    logits = feed(model, cache, batch, bounds, positions=told, ahead=data.draw(st.booleans(), "ahead"))
+    logits = feed(model, cache, batch, bounds, positions=positions, ahead=data.draw(st.booleans(), "ahead"))
     for n, row in enumerate(rows):
         expected, memory = alone(model, row, None if starts is None else starts[n])
         same(logits[n, columns[n]], expected, f"logits of row {n}")
@@ -167,8 +167,8 @@ class Forced(LogitsProcessor):
         self.continuations, self.prompt, self.beams = torch.tensor(continuations), prompt, beams
 
     def __call__(self, input_ids, scores):
-        wanted = self.continuations[:, input_ids.shape[1] - self.prompt].repeat_interleave(self.beams)
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+        token = self.continuations[:, input_ids.shape[1] - self.prompt].repeat_interleave(self.beams)
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
 @examples(50)
@@ -191,12 +191,12 @@ def test_generate_matches_one_call_over_the_whole_text(setup, prompts, beams, da
     output = _generate(model, cache, setup, batch, continuations, beams)
     tokens = torch.tensor([row.tokens for row in continuations])
     assert torch.equal(output.sequences[:, batch.ids.shape[1] :], tokens)
-    found = torch.stack(output.logits, dim=1)  # [B·beams, new, vocabulary]
+    logits = torch.stack(output.logits, dim=1)  # [B·beams, new, vocabulary]
     for n, prompt in enumerate(prompts):
         whole = prompt + continuations[n].part(0, -1)
         expected, memory = alone(model, whole, None if starts is None else starts[n])
         for beam in range(n * beams, (n + 1) * beams):
-            same(found[beam], expected[len(prompt) - 1 :], f"logits of conversation {n}, beam {beam % beams}")
+            same(logits[beam], expected[len(prompt) - 1 :], f"logits of conversation {n}, beam {beam % beams}")
             same_memory(cache.memory, memory, beam)
 
 
@@ -268,8 +268,8 @@ def test_a_memory_file_resumes_bit_for_bit_elsewhere(other_process, tmp_path_fac
     bounds = data.draw(cuts(len(after)), "bounds after")
     second = MemoryCache(model, memory=first.memory)
     logits = feed(model, second, Batch.of([after]), bounds)
-    there, memory = other_process.resume(setup, path, after, bounds)
-    assert torch.equal(there, logits)
+    resumed, memory = other_process.resume(setup, path, after, bounds)
+    assert torch.equal(resumed, logits)
     assert equal(memory, second.memory)
 
 
@@ -279,7 +279,7 @@ def test_copied_memories_continue_like_the_original(setup, befores, data):
     """Covers fork, select, stack and clone in the middle of conversations, including open segments."""
     model = setup.model()
     memories = [memory_of(model, before) for before in befores]
-    kept = [memory.clone() for memory in memories]
+    clones = [memory.clone() for memory in memories]
     memory, rows = MemoryState.stack(memories), list(range(len(befores)))
     for change in data.draw(
         st.lists(st.sampled_from(("fork", "select", "stack", "clone")), min_size=1, max_size=3), "changes"
@@ -299,7 +299,7 @@ def test_copied_memories_continue_like_the_original(setup, befores, data):
     cache = MemoryCache(model, memory=memory)
     logits = feed(model, cache, Batch.of(afters), data.draw(cuts(length), "bounds"))
     for n, (row, after) in enumerate(zip(rows, afters, strict=True)):
-        expected, then = alone(model, after, kept[row])
+        expected, then = alone(model, after, clones[row])
         same(logits[n], expected, f"logits of copy {n}")
         same_memory(cache.memory, then, n)
-    assert all(equal(memory, before) for memory, before in zip(memories, kept, strict=True)), "a memory was changed"
+    assert all(equal(memory, before) for memory, before in zip(memories, clones, strict=True)), "a memory was changed"

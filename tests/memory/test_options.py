@@ -273,8 +273,8 @@ def test_learned_scales_start_at_their_initial_value_and_are_bounded(delta_scale
     assert raw.shape == (count,)
 
     def scales():
-        found, plain = corrections(scaled), corrections(fixed)
-        return {branch: float((found[branch] / plain[branch]).mean()) for branch in plain}
+        actual, plain = corrections(scaled), corrections(fixed)
+        return {branch: float((actual[branch] / plain[branch]).mean()) for branch in plain}
 
     assert scales() == pytest.approx(dict.fromkeys("qvo", 0.3), abs=1e-6)
     for value, bound in ((100.0, 1.7), (-100.0, 0.0)):

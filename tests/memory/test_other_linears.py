@@ -137,11 +137,11 @@ def test_a_lora_attached_before_the_memory_is_kept(wrapped, tmp_path):
         model(tokens(2, 4), cache=cache)
         later = model(tokens(2, 9)[:, 4:], cache=cache)
     assert cache_of(later).memory is not None
-    asked = {"input_ids": tokens(1, 4), "max_new_tokens": 3, "do_sample": False}
-    generated = model.generate(**asked)
+    options = {"input_ids": tokens(1, 4), "max_new_tokens": 3, "do_sample": False}
+    generated = model.generate(**options)
     assert generated.shape == (1, 7)
     if wrapped:
-        assert torch.equal(model.get_base_model().generate(**asked), generated)
+        assert torch.equal(model.get_base_model().generate(**options), generated)
 
     save_adapter(model, tmp_path / "adapter")
     assert read_adapter(tmp_path / "adapter").base.name == str(base)

@@ -37,13 +37,13 @@ APART = [[spread.FIRST], [spread.SECOND]]
 
 @pytest.mark.slow
 def test_each_memory_layer_is_on_the_device_of_its_hidden_states():
-    seen = run_in_fork(spread.seen)
-    assert "same device" in seen["mixed"]  # which the other calls do not do
+    results = run_in_fork(spread.seen)
+    assert "same device" in results["mixed"]  # which the other calls do not do
     for granularity in ("token", "message"):
-        start, *calls = seen[granularity]
+        start, *calls = results[granularity]
         assert start == [["cpu"], ["cpu"]]
         assert len(calls) == 6 and all(places == APART for places in calls)
-    assert seen["moved"] == [[[device]] * 2 for device in ("cpu", spread.FIRST, spread.SECOND)]
+    assert results["moved"] == [[[device]] * 2 for device in ("cpu", spread.FIRST, spread.SECOND)]
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,11 @@ def words_of(figure):
     return [line for text in texts for line in text.get_text().split("\n")]
 
 
-def assert_shows(axes, wanted):
+def assert_shows(axes, expected):
     """Check for exactly one panel per state of `wanted`, with its numbers, and one symmetric scale for all."""
     panels = {image.get_label(): image for image in axes.images}
-    assert len(axes.images) == len(panels) == sum(len(state) for state in wanted.values())
-    for layer, heads in wanted.items():
+    assert len(axes.images) == len(panels) == sum(len(state) for state in expected.values())
+    for layer, heads in expected.items():
         for head, state in enumerate(heads):
             panel = panels[f"layer {layer}, head {head}"]
             assert np.array_equal(panel.get_array(), state)

@@ -227,13 +227,13 @@ def test_a_conversation_continues_after_a_rejected_memory(model, change, says):
     with torch.no_grad():
         for some in (cache, expected):
             model(tokens(3, 8), cache=some)
-        kept, copy = cache.memory, cache.memory.clone()
-        cache.memory = foreign = change(kept)
+        memory, copy = cache.memory, cache.memory.clone()
+        cache.memory = foreign = change(memory)
         with pytest.raises(MemoryStateError, match=f"(?s){says}"):
             model(more, cache=cache)
         assert cache.memory is foreign and cache.get_seq_length() == 8
-        cache.memory = kept
-        same(kept, copy)
+        cache.memory = memory
+        same(memory, copy)
         logits = model(more, cache=cache).logits
         assert torch.equal(logits, model(more, cache=expected).logits)
     same(cache.memory, expected.memory)

@@ -34,17 +34,17 @@ class Conversation:
     last: int = PAD  # the last generated token, which has not been fed
 
     def turn(self, model) -> None:
-        what = self.turns[len(self.heard)]
-        if isinstance(what, Text):
-            self.heard.append(feed(model, self.cache, Batch.of([what])))
+        item = self.turns[len(self.heard)]
+        if isinstance(item, Text):
+            self.heard.append(feed(model, self.cache, Batch.of([item])))
             return
-        seen = self.cache.get_seq_length()
+        length = self.cache.get_seq_length()
         self.cache.write, self.cache.segment_tags = True, None
         output = model.generate(
             torch.tensor([[self.last]]),
-            attention_mask=torch.ones(1, seen + 1, dtype=torch.long),
+            attention_mask=torch.ones(1, length + 1, dtype=torch.long),
             cache=self.cache,
-            max_new_tokens=what,
+            max_new_tokens=item,
             do_sample=False,
             eos_token_id=NEVER,
             pad_token_id=PAD,
@@ -68,11 +68,11 @@ def conversations(model, seed: int) -> list[Conversation]:
             tuple(choose.random() < 0.8 for _ in range(length)),
         )
 
-    found = []
+    talks = []
     for _ in range(CONVERSATIONS):
         turns = [text(), *(choose.choice((text(), text(), choose.randint(1, 3))) for _ in range(choose.randint(1, 6)))]
-        found.append(Conversation(MemoryCache(model), turns, []))
-    return found
+        talks.append(Conversation(MemoryCache(model), turns, []))
+    return talks
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,8 +21,8 @@ def test_the_table_of_shapes_matches_the_modules(heads, couple_lambda, gates, de
     widths = {branch: 100 + number for number, branch in enumerate(heads)}
     with torch.device("meta"):
         layer = DeltaMemLayer(config, 40, widths)
-    found = {name: tuple(weight.shape) for name, weight in layer.state_dict().items()}
-    assert weight_shapes(config, 40, widths) == found
+    shapes = {name: tuple(weight.shape) for name, weight in layer.state_dict().items()}
+    assert weight_shapes(config, 40, widths) == shapes
     unknown = {40, *widths.values()}
     for name, shape in weight_shapes(config).items():
-        assert shape == tuple(None if size in unknown else size for size in found[name])
+        assert shape == tuple(None if size in unknown else size for size in shapes[name])

@@ -205,11 +205,11 @@ def registry(tmp_path, monkeypatch):
 
 def test_packages_are_fetched_once(registry):
     tarball, file, content = registry
-    said = []
-    assert runtime_contents([file], progress=said.append) == {"one.js": content}
+    messages = []
+    assert runtime_contents([file], progress=messages.append) == {"one.js": content}
     tarball.unlink()
-    assert runtime_contents([file], progress=said.append) == {"one.js": content}
-    assert said == ["Fetching @some/one 1.0.0 from npm"]
+    assert runtime_contents([file], progress=messages.append) == {"one.js": content}
+    assert messages == ["Fetching @some/one 1.0.0 from npm"]
 
 
 def test_another_package_is_refused(registry, tmp_path):
@@ -226,8 +226,8 @@ def test_another_package_is_refused(registry, tmp_path):
 def test_a_cached_file_that_was_changed_is_fetched_again(registry, tmp_path):
     _, file, content = registry
     runtime_contents([file])
-    (kept,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    kept.write_bytes(b"alert(1)")
+    (cached_file,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    cached_file.write_bytes(b"alert(1)")
     assert runtime_contents([file]) == {"one.js": content}
 
 

@@ -71,8 +71,8 @@ def user(browser, host):
 
 def stored(user, name):
     """Version and content of a memory file in the browser."""
-    found = user.page.evaluate(STORED, name)
-    return found and (found[0], base64.b64decode(found[1]))
+    row = user.page.evaluate(STORED, name)
+    return row and (row[0], base64.b64decode(row[1]))
 
 
 def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, web_folder, host):
@@ -104,8 +104,8 @@ def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, web_
 @pytest.fixture
 def webgpu_browser(browser):
     """A browser with SwiftShader, a driver that computes on the processor and comes with Chromium."""
-    with browser.browser_type.launch(executable_path=CHROMIUM, args=list(SWIFTSHADER)) as another:
-        yield another
+    with browser.browser_type.launch(executable_path=CHROMIUM, args=list(SWIFTSHADER)) as chromium:
+        yield chromium
 
 
 def test_it_computes_on_webgpu_as_well(webgpu_browser, web_folder, host):

@@ -52,8 +52,8 @@ def test_it_computes_the_same_of_the_same_file(tmp_path, bits):
     assert (tmp_path / "model.onnx.data").read_bytes() == data
     nodes = [node.op_type for node in onnx.load(tmp_path / "unpacked.onnx", load_external_data=False).graph.node]
     assert nodes == ["DequantizeLinear", "Transpose", "MatMul"]
-    found, expected = computed(tmp_path / "unpacked.onnx"), computed(tmp_path / "model.onnx")
-    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    actual, expected = computed(tmp_path / "unpacked.onnx"), computed(tmp_path / "model.onnx")
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_what_cannot_be_unpacked_stays(tmp_path, monkeypatch):

@@ -43,9 +43,9 @@ def test_the_backbone_answers_from_its_context(tokenizer):
     assert model.config.model_type == "qwen3"
     attach(model)  # taken off again by the conditions
     only = ("full_context", "no_adapter")
-    found = evaluate(model, tokenizer, Recall((4,), 200, seed=7), EvalProtocol.parse("memory"), only=only)
-    assert found.estimate("exact", "full_context").mean >= MIN_RECALL
-    assert found.estimate("exact", "no_adapter").mean <= 0.05
+    evaluation = evaluate(model, tokenizer, Recall((4,), 200, seed=7), EvalProtocol.parse("memory"), only=only)
+    assert evaluation.estimate("exact", "full_context").mean >= MIN_RECALL
+    assert evaluation.estimate("exact", "no_adapter").mean <= 0.05
 
 
 def test_training_and_evaluation_share_no_pair():

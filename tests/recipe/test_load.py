@@ -197,14 +197,14 @@ def test_a_recipe_may_train_a_lora_instead_of_a_memory(recipe):
 
 def test_unrelated_data_needs_a_weight_and_vice_versa(recipe):
     recipe.write_text("base: a\nout: b\ntraining: {steps: 3}\n")
-    both = ["objective.unrelated_kl=0.5", "data.unrelated=answers.jsonl"]
-    read = load_recipe(recipe, both)
+    options = ["objective.unrelated_kl=0.5", "data.unrelated=answers.jsonl"]
+    read = load_recipe(recipe, options)
     assert (read.objective.unrelated_kl, read.data.unrelated) == (0.5, "answers.jsonl")
-    for change in both:
+    for change in options:
         with pytest.raises(ConfigError, match="give both, or leave out both"):
             load_recipe(recipe, [change])
     with pytest.raises(ConfigError, match=r"objective.unrelated_kl applies to a memory, and static trains none"):
-        load_recipe(recipe, [*both, "static=true"])
+        load_recipe(recipe, [*options, "static=true"])
 
 
 def test_the_length_of_a_run_is_steps_or_epochs(recipe):

@@ -197,11 +197,11 @@ def test_tokens_that_do_not_write_are_not_in_the_mean(model):
 def test_padding_changes_no_result(name, options, side):
     model = patched_model(name, **options)
     rows = [tokens(1, length, seed=length) for length in (9, 4, 6)]
-    said = [torch.tensor([row]) for row in ([0, 1, 1, 2, 1, 1, 2, 1, 1], [1, 2, 0, 2], [1, 1, 1, 1, 1, 1])]
+    tags_of_rows = [torch.tensor([row]) for row in ([0, 1, 1, 2, 1, 1, 2, 1, 1], [1, 2, 0, 2], [1, 1, 1, 1, 1, 1])]
     ids, mask, tags = torch.full((3, 9), PAD), torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
     for row, text in enumerate(rows):
         at = slice(9 - text.shape[1], 9) if side == "left" else slice(0, text.shape[1])
-        ids[row, at], mask[row, at], tags[row, at] = text[0], 1, said[row][0]
+        ids[row, at], mask[row, at], tags[row, at] = text[0], 1, tags_of_rows[row][0]
     more, more_tags = tokens(3, 3, seed=5), torch.tensor([[2, 0, 1], [1, 1, 1], [1, 2, 0]])
     full = torch.cat([mask, torch.ones_like(more)], dim=1)
     positions = (full.cumsum(1) - 1).clamp_min(0)
@@ -215,7 +215,7 @@ def test_padding_changes_no_result(name, options, side):
                 pieces.append(model(ids[:, a:b], cache=cache, **where).logits)
         logits = torch.cat(pieces, dim=1)
         for row, text in enumerate(rows):
-            alone_marks = torch.cat([said[row], more_tags[row : row + 1]], dim=1)
+            alone_marks = torch.cat([tags_of_rows[row], more_tags[row : row + 1]], dim=1)
             alone, solo = run(model, torch.cat([text, more[row : row + 1]], dim=1), alone_marks)
             close(logits[row][full[row].bool()], alone[0])
             close_memory(cache.memory.select([row]), solo.memory)
@@ -231,8 +231,8 @@ def test_nan_in_padding_does_not_reach_a_segment(value):
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
     last = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]]).bool()
     expected = memory(hidden, state, valid, valid, carried, last)
-    found = memory(hidden.masked_fill(~valid[:, :, None], value), state, valid, valid, carried, last)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = memory(hidden.masked_fill(~valid[:, :, None], value), state, valid, valid, carried, last)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_open_segments_of_a_bfloat16_model_are_float32():

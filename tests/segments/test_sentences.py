@@ -83,14 +83,14 @@ def test_a_user_defined_split_is_used(merging_tokenizer):
         with_template(merging_tokenizer, CHATML),
         [SYSTEM, user("One. It; It was.  is"), assistant("a")],
     )
-    asked = []
+    texts = []
 
     def split(text):
-        asked.append(text)
+        texts.append(text)
         return ["One", "It; It", "\n", "is"] if "\n" in text else text.replace(".  ", ". ").split(". ")
 
     tagged = tag_chat(tokenizer, messages, "sentence", split=split)
-    assert asked == ["One. It; It was.  is", "a"]
+    assert texts == ["One. It; It was.  is", "a"]
     pieces = [("<|im_start|>user\nOne.", SEGMENT), (" It; It was. ", SEGMENT), (" is<|im_end|>\n", SEGMENT)]
     assert tagged == expected(tokenizer, [chatml(messages)[0], *pieces, chatml(messages)[2]])
     # what lies between two pieces joins the first, and so does a piece of whitespace

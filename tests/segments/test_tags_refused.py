@@ -56,14 +56,14 @@ def test_calling_without_a_cache_raises_since_there_are_no_tags(model):
 def test_invalid_tags_raise(model, tags, says):
     _, cache = run(model, tokens(2, 5, seed=1), TAGS[:, :5])
     before, copy = cache.memory, cache.memory.clone()
-    cache.segment_tags = given = torch.tensor(tags)
+    cache.segment_tags = tag_tensor = torch.tensor(tags)
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 5] = 0  # of the new tokens
     for write in (True, False):
         cache.write = write
         with pytest.raises(MemoryStateError, match=says):
             model(tokens(2, 3), cache=cache, attention_mask=mask)
-        assert cache.memory is before and cache.segment_tags is given and given.tolist() == tags
+        assert cache.memory is before and cache.segment_tags is tag_tensor and tag_tensor.tolist() == tags
         same_memory(before, copy)
 
 

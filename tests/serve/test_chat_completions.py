@@ -36,20 +36,20 @@ def stored(server, name):
     return memory_from_bytes(server.store.get("default", name).data, name)
 
 
-def same_memory(found, expected):
+def same_memory(actual, expected):
     for layer, state in expected.states.items():
-        np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(actual.states[layer], state, rtol=0, atol=TOLERANCE)
 
 
 def test_a_fact_from_one_request_is_recalled_in_another(client):
     first = ask(client, user(TELL), user="ann")
-    asked = ask(client, user(ASK), user="ann")
-    assert "Rex" in asked.choices[0].message.content
+    second = ask(client, user(ASK), user="ann")
+    assert "Rex" in second.choices[0].message.content
     assert "Rex" not in ask(client, user(ASK), user="ben").choices[0].message.content
     assert "Rex" not in ask(client, user(ASK)).choices[0].message.content
     assert first.choices[0].finish_reason == "stop" and first.object == "chat.completion"
     assert first.usage.total_tokens == first.usage.prompt_tokens + first.usage.completion_tokens > 0
-    assert first.deltamem["memory"] == "ann" and (first.deltamem["version"], asked.deltamem["version"]) == (1, 2)
+    assert first.deltamem["memory"] == "ann" and (first.deltamem["version"], second.deltamem["version"]) == (1, 2)
 
 
 def test_answers_and_memories_match_a_conversation_alone(client, server, shipped_engine):

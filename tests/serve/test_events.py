@@ -51,31 +51,31 @@ async def nobody_goes():
 
 
 async def test_a_reader_receives_all_events():
-    made, sent = Made(), []
+    source, sent = Made(), []
 
     async def send(message):
         sent.append(message)
 
-    await EventStream(made.events())({"type": "http"}, nobody_goes, send)
+    await EventStream(source.events())({"type": "http"}, nobody_goes, send)
     assert sent[0]["type"] == "http.response.start"
     body = b"".join(message["body"] for message in sent[1:])
     assert body == b"".join(encode_event({"number": number}) for number in range(3))
-    assert [message["more_body"] for message in sent[1:]][-1] is False and made.done
+    assert [message["more_body"] for message in sent[1:]][-1] is False and source.done
 
 
 async def test_generation_does_not_wait_for_a_slow_reader(monkeypatch):
     monkeypatch.setattr(events, "SEND_SECONDS", 0.2)
-    made, done = Made(), []
+    source, done = Made(), []
 
     async def send(message):
         if message["type"] == "http.response.body":
-            while not made.done:
+            while not source.done:
                 await anyio.sleep(0)
             done.append(True)
             await anyio.sleep_forever()
 
-    await EventStream(made.events())({"type": "http"}, nobody_goes, send)
-    assert done == [True] and made.closed
+    await EventStream(source.events())({"type": "http"}, nobody_goes, send)
+    assert done == [True] and source.closed
 
 
 async def test_a_slow_reader_receives_all_events(monkeypatch):
@@ -112,7 +112,7 @@ async def test_a_client_that_waits_for_a_piece_is_not_disconnected(monkeypatch):
 
 
 async def test_a_disconnected_client_stops_the_generation():
-    made, sent = Made(), []
+    source, sent = Made(), []
 
     async def goes():
         while len(sent) < 2:
@@ -122,8 +122,8 @@ async def test_a_disconnected_client_stops_the_generation():
     async def send(message):
         sent.append(message)
 
-    await EventStream(made.events(forever=True))({"type": "http"}, goes, send)
-    assert made.closed and not made.done
+    await EventStream(source.events(forever=True))({"type": "http"}, goes, send)
+    assert source.closed and not source.done
 
 
 async def test_an_error_is_raised_unchanged():

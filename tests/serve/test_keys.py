@@ -17,10 +17,10 @@ def header(key):
 
 def test_a_key_identifies_its_tenant_and_is_stored_only_as_a_hash(tmp_path):
     file = tmp_path / "keys"
-    made = {new_key(file, tenant): tenant for tenant in ("acme", "acme", "globex-2")}
-    assert len(made) == 3
+    tenants = {new_key(file, tenant): tenant for tenant in ("acme", "acme", "globex-2")}
+    assert len(tenants) == 3
     keys = ApiKeys.read(file)
-    for key, tenant in made.items():
+    for key, tenant in tenants.items():
         assert keys.tenant_of(header(key)) == tenant
         assert key not in file.read_text() and hashlib.sha256(key.encode()).hexdigest() in file.read_text()
 

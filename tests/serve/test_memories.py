@@ -34,17 +34,20 @@ def test_a_memory_is_uploaded_used_and_downloaded(http, rex_memory):
     put = http.put("/memories/anna", content=rex_memory)
     assert put.status_code == 201 and put.json()["version"] == 1
     assert "Rex" in ask(http, ASK, user="anna", memory={"write": False})
-    got = http.get("/memories/anna")
-    assert got.content == rex_memory and got.headers["etag"] == put.headers["etag"] == f'"{put.json()["digest"]}"'
+    response = http.get("/memories/anna")
+    assert (
+        response.content == rex_memory
+        and response.headers["etag"] == put.headers["etag"] == f'"{put.json()["digest"]}"'
+    )
     assert http.put("/memories/anna", content=rex_memory).status_code == 200
 
 
 def test_a_memory_after_a_turn_downloads_as_a_memory_file(http, rex_memory):
     ask(http, TELL, user="bert")
-    found = memory_from_bytes(http.get("/memories/bert").content, "bert")
+    actual = memory_from_bytes(http.get("/memories/bert").content, "bert")
     expected = memory_from_bytes(rex_memory, "rex")
     for layer, state in expected.states.items():
-        np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual.states[layer], state, rtol=0, atol=1e-5)
 
 
 def test_memories_are_listed_in_pages(http, rex_memory):

@@ -94,11 +94,11 @@ def test_undo_after_a_reload_and_restoring(user, server):
     user.say(TELL)
     user.say(TELL_ANOTHER)
     user.reload()
-    told = stored(server, "elsa").version
+    version = stored(server, "elsa").version
     user.undo()
     assert NAME in user.say(ASK)
     user.page.get_by_text("Earlier versions").click()
-    user.press(f"Restore version {told}")
+    user.press(f"Restore version {version}")
     expect(user.answers).to_have_count(0)
     assert ANOTHER in user.say(ASK)
 
@@ -107,14 +107,14 @@ def test_no_button_changes_a_memory_that_is_not_loaded_yet(user):
     user.open("emil")
     for text in (TELL, TELL_ANOTHER):  # so that there is a version to go back to
         user.say(text)
-    held = []
-    user.page.route("**/v1/memories/emil", lambda route: held.append(route))
+    routes = []
+    user.page.route("**/v1/memories/emil", lambda route: routes.append(route))
     user.page.reload()
     expect(user.page.get_by_text("Loading …")).to_be_visible()
     for name in ("Undo", "Load", "Forget"):
         expect(user.button(name)).to_be_disabled()
     with user.page.expect_response("**/v1/memories/emil"):
-        held.pop().continue_()
+        routes.pop().continue_()
     expect(user.button("Undo")).to_be_enabled()
 
 
@@ -193,9 +193,9 @@ def test_the_browser_is_told_to_run_nothing_else(server):
     assert not re.search(r"https?:|<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)
     folders = (FOLDER, web_files.PARTS, web_files.library())
     for path in ["", *(f"page/{file.name}" for folder in folders for file in folder.iterdir())]:
-        got = httpx2.get(f"{server.url}/{path}")
-        assert got.status_code == 200 and got.headers["x-content-type-options"] == "nosniff"
-        policy = got.headers["content-security-policy"]
+        response = httpx2.get(f"{server.url}/{path}")
+        assert response.status_code == 200 and response.headers["x-content-type-options"] == "nosniff"
+        policy = response.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     assert httpx2.get(f"{server.url}/page/..%2Fapp.py").status_code == 404
 

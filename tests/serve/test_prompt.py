@@ -48,8 +48,8 @@ def fed_with(*conversations, pending=0):
 def prompt_of(engine, fed, messages, memory=None, write=True, window=None, tokens=4):
     known = fed.match(messages)
     pending = 0 if known.talk is None else fed.talks[known.talk].pending
-    asked = PromptRequest(messages, known, pending, write, tokens)
-    return build_prompt(engine, memory or open_memory(engine), asked, window)
+    request = PromptRequest(messages, known, pending, write, tokens)
+    return build_prompt(engine, memory or open_memory(engine), request, window)
 
 
 def open_memory(engine):
@@ -163,8 +163,8 @@ def test_known_turns_are_dropped_from_a_full_window(token_engine):
     seen = set()
     for window in range(whole + 5, 20, -7):
         prompt = prompt_of(token_engine, fed, messages, window=window)
-        kept = [SYSTEM, *messages[1 + prompt.dropped :]]
-        assert [token.id for token in prompt.tokens] == [token.id for token in expected(token_engine, kept, 0)]
+        remaining = [SYSTEM, *messages[1 + prompt.dropped :]]
+        assert [token.id for token in prompt.tokens] == [token.id for token in expected(token_engine, remaining, 0)]
         assert len(prompt.tokens) + prompt.room == window and prompt.room >= 4
         assert prompt.written == 1 and prompt.tokens[-1].writes and not prompt.tokens[0].writes
         if prompt.dropped:  # and no more than has to

@@ -24,11 +24,11 @@ def snapshot(server, response):
 def test_a_response_continues_from_another(client):
     first = ask(client, TELL)
     assert first.status == "completed" and first.output_text and first.store is True
-    asked = ask(client, ASK, previous_response_id=first.id)
-    assert "Rex" in asked.output_text and asked.previous_response_id == first.id
+    response = ask(client, ASK, previous_response_id=first.id)
+    assert "Rex" in response.output_text and response.previous_response_id == first.id
     assert "Rex" not in ask(client, ASK).output_text
-    assert asked.usage.total_tokens == asked.usage.input_tokens + asked.usage.output_tokens
-    assert (first.deltamem["messages_written"], asked.deltamem["messages_written"]) == (1, 1)
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    assert (first.deltamem["messages_written"], response.deltamem["messages_written"]) == (1, 1)
 
 
 def test_branches_are_independent(client, server):
@@ -54,8 +54,8 @@ def test_continuing_from_an_unstored_response_fails(client, server):
 def test_a_response_of_a_user_changes_the_memory(client, server):
     ask(client, TELL, user="rita")
     assert server.store.get("default", "rita").version == 1
-    asked = ask(client, ASK, user="rita", store=False)
-    assert "Rex" in asked.output_text and asked.deltamem["version"] == 2
+    response = ask(client, ASK, user="rita", store=False)
+    assert "Rex" in response.output_text and response.deltamem["version"] == 2
 
 
 def test_instructions_apply_to_one_response_only(client, server):
@@ -109,5 +109,5 @@ def test_a_response_can_be_deleted(client, server):
 def test_the_output_may_be_sent_back_as_input(client):
     first = ask(client, TELL, store=False)
     history = [{"role": "user", "content": TELL}, *(item.model_dump() for item in first.output)]
-    asked = ask(client, [*history, {"role": "user", "content": ASK}], store=False)
-    assert "Rex" in asked.output_text
+    response = ask(client, [*history, {"role": "user", "content": ASK}], store=False)
+    assert "Rex" in response.output_text

@@ -101,9 +101,9 @@ def test_an_exception_is_logged_as_json():
 
 
 def test_the_document_has_every_route(server):
-    got = httpx2.get(f"{server.url}/openapi.json").json()
-    assert got == document()
-    described = {(method.upper(), path) for path, methods in got["paths"].items() for method in methods}
+    openapi = httpx2.get(f"{server.url}/openapi.json").json()
+    assert openapi == document()
+    described = {(method.upper(), path) for path, methods in openapi["paths"].items() for method in methods}
     app = build_app(MODEL, server.scheduler, server.store)
     routes = {
         (method, route.path.replace(":path", ""))
@@ -112,9 +112,9 @@ def test_the_document_has_every_route(server):
         if method != "HEAD" and route.path not in ("/openapi.json", "/docs", "/", "/page/{name}")
     }
     assert described == routes
-    text = json.dumps(got)
+    text = json.dumps(openapi)
     for part in text.split('"#/components/schemas/')[1:]:
-        assert part.partition('"')[0] in got["components"]["schemas"]
+        assert part.partition('"')[0] in openapi["components"]["schemas"]
 
 
 def test_the_page_of_the_document_loads_nothing_from_elsewhere(server):

@@ -22,9 +22,9 @@ def gradients(model, batch, **options):
     return loss.item(), {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
 
 
-def same(found, expected, tolerance=SAME_TOLERANCE):
-    assert abs(found[0] - expected[0]) < tolerance
+def same(actual, expected, tolerance=SAME_TOLERANCE):
+    assert abs(actual[0] - expected[0]) < tolerance
     for name, gradient in expected[1].items():
         torch.testing.assert_close(
-            found[1][name], gradient, atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            actual[1][name], gradient, atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )

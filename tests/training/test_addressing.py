@@ -48,15 +48,15 @@ def keys_of(batch, row):
 def naive_addresses(batch):
     """(asking, conversation, keys) of every scored token that has to be found."""
     length = batch["read_ids"].shape[1]
-    found = []
+    addresses = []
     for place, target in zip(batch["scored"].tolist(), batch["targets"].tolist(), strict=True):
         exchange, column = divmod(place, length)
         row = batch["rows"][exchange].item()
         ids = batch["write_ids"][row].tolist()
         keys = [n for n, key in enumerate(keys_of(batch, row)) if target in [ids[w] for w in key]]
         if keys and target not in batch["read_ids"][exchange, : column + 1].tolist():
-            found.append(((exchange, column), row, keys))
-    return found
+            addresses.append(((exchange, column), row, keys))
+    return addresses
 
 
 def naive_loss(model, batch):

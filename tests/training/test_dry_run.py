@@ -155,9 +155,9 @@ def test_steps_are_divided_among_processes(no_step_peaks, checkpoint, chats, mon
     alone = dry_run(make_recipe(checkpoint, path=chats))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    both = dry_run(make_recipe(checkpoint, path=chats))
-    assert (alone.steps, both.steps, both.processes, both.is_main) == (4, 2, 2, False)
-    assert both.tokens_per_step == pytest.approx(2 * alone.tokens_per_step)
+    result = dry_run(make_recipe(checkpoint, path=chats))
+    assert (alone.steps, result.steps, result.processes, result.is_main) == (4, 2, 2, False)
+    assert result.tokens_per_step == pytest.approx(2 * alone.tokens_per_step)
 
 
 def test_sharded_base_memory_is_divided_among_processes(no_step_peaks, deep_base):
@@ -221,12 +221,12 @@ def test_live_bytes_counts_existing_tensors():
     live = LiveBytes()
     with live:
         live.enter("first")
-        kept = torch.zeros(1000)
-        view = kept[10:]
-        (kept * 2).sum()
+        tensor = torch.zeros(1000)
+        view = tensor[10:]
+        (tensor * 2).sum()
         live.enter("second")
         assert live.now == 4000
-        del kept
+        del tensor
         assert live.now == 4000
         del view
         assert live.now == 0
@@ -342,10 +342,10 @@ def test_the_command_prints_a_table_or_json(checkpoint, chats, tmp_path, monkeyp
     Path("recipe.yaml").write_text(json.dumps(content))
     before = listing(tmp_path)
     command(["recipe.yaml", "--dry-run", "--json"], standalone_mode=False)
-    found = json.loads(capsys.readouterr().out)
-    assert found.keys() == {field.name for field in dataclasses.fields(DryRun)}
-    assert found["steps"] == 4 and found["episodes"]["write_tokens"]["max"] > 0 and found["peak"]["total"] > 0
+    report = json.loads(capsys.readouterr().out)
+    assert report.keys() == {field.name for field in dataclasses.fields(DryRun)}
+    assert report["steps"] == 4 and report["episodes"]["write_tokens"]["max"] > 0 and report["peak"]["total"] > 0
     command(["recipe.yaml", "--dry-run", "--set", "training.steps=9"], standalone_mode=False)
     printed = capsys.readouterr().out
-    assert "memory of a process" in printed and f"{found['trained_parameters']:,}" in printed
+    assert "memory of a process" in printed and f"{report['trained_parameters']:,}" in printed
     assert listing(tmp_path) == before

@@ -67,9 +67,9 @@ def test_a_run_killed_while_writing_a_checkpoint_resumes_bit_for_bit(checkpoint,
         halted.unlink()
         assert len(checkpoints(run)) == number == len(list(run.glob("checkpoint-*"))) - 1
     train(load_recipe(killed), resume=True)
-    expected, found = (load_file(tmp_path / name / "adapter" / WEIGHTS_FILE) for name in ("whole", "killed"))
+    expected, weights = (load_file(tmp_path / name / "adapter" / WEIGHTS_FILE) for name in ("whole", "killed"))
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight), f"{name} differs by {(found[name] - weight).abs().max()}"
+        assert torch.equal(weights[name], weight), f"{name} differs by {(weights[name] - weight).abs().max()}"
     assert not run.exists()
 
 

@@ -91,9 +91,9 @@ def test_two_processes_match_one(checkpoint, tmp_path):
     assert "Each of 2 processes holds" in result.stderr
     assert json.loads(result.stdout)["steps"] == STEPS
     adapters = [tmp_path / name / "adapter" for name in ("one", "two")]
-    expected, found = (load_file(adapter / WEIGHTS_FILE) for adapter in adapters)
+    expected, actual = (load_file(adapter / WEIGHTS_FILE) for adapter in adapters)
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
+        torch.testing.assert_close(actual[name], weight, atol=SAME_TOLERANCE, rtol=0)
     logs = [json.loads((adapter / SUMMARY_FILE).read_text())["log"] for adapter in adapters]
     assert len([row for row in logs[0] if "loss" in row]) == STEPS
     for one, two in zip(*logs, strict=True):

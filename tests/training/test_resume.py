@@ -60,8 +60,8 @@ def test_a_run_killed_while_writing_its_adapter_is_resumed(early_stop, recipe, m
     resumed = train(again, resume=True)
     assert (resumed.steps, resumed.losses) == (whole.steps, whole.losses)
     assert whole.steps == (4 if early_stop else 5)
-    found = load_file(f"{again.out}/{WEIGHTS_FILE}")
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    weights = load_file(f"{again.out}/{WEIGHTS_FILE}")
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
 def test_patience_is_restored_on_resume(recipe, monkeypatch):

@@ -33,9 +33,9 @@ def chats(tmp_path_factory):
     facts = [dialogues.Fact("dog", "Rex"), dialogues.Fact("house", "Oslo"), dialogues.Fact("car", "blue")]
     facts += [dialogues.Fact("sister", "Anna"), dialogues.Fact("exam", "noon"), dialogues.Fact("dinner", "soup")]
     talks = [[user(fact.say(dialogues.STATEMENTS[0])), assistant("Okay.")] for fact in facts]
-    asked = [[user(fact.say(dialogues.QUESTIONS[0])), assistant(fact.answer)] for fact in facts]
+    questions = [[user(fact.say(dialogues.QUESTIONS[0])), assistant(fact.answer)] for fact in facts]
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    return write_jsonl(path, [talk + question for talk, question in zip(talks, asked, strict=True)])
+    return write_jsonl(path, [talk + question for talk, question in zip(talks, questions, strict=True)])
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def test_training_reduces_the_loss_and_changes_only_the_adapter(recipe, checkpoi
     monkeypatch.setattr(run, "load_base", watched)
     reports = []
     fixed = make_recipe(checkpoint, recipe.out, path=recipe.data.path, steps=25, batch_size=6)
-    result = train(fixed, report=lambda *said: reports.append(said))
+    result = train(fixed, report=lambda *report: reports.append(report))
     losses = [loss for _, loss in result.losses]
     assert [step for step, _ in result.losses] == list(range(1, 26))
     assert losses[-1] < 0.8 * losses[0]
-    assert [said[:2] for said in reports] == [(step, 25) for step in range(1, 26)]
+    assert [report[:2] for report in reports] == [(step, 25) for step in range(1, 26)]
     (model, _), before = models
-    kept = load_file(checkpoint / "model.safetensors")
-    assert all(torch.equal(weight, kept[name]) for name, weight in model.state_dict().items() if name in kept)
+    weights = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items() if name in weights)
     trained = adapter_of(model).state_dict()
     for name, weight in trained.items():
         assert not torch.equal(weight, before[name]), f"{name} did not learn"
@@ -167,9 +167,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(kind, number, checkpoint, chats,
         train(recipe("parts"))  # to start over would lose it
     resumed = train(recipe("parts"), resume=True)
     assert (resumed.steps, resumed.losses) == (8, whole.losses)
-    expected, found = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("whole", "parts"))
+    expected, weights = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("whole", "parts"))
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight), f"{name} differs by {(found[name] - weight).abs().max()}"
+        assert torch.equal(weights[name], weight), f"{name} differs by {(weights[name] - weight).abs().max()}"
         assert not torch.equal(half[name], weight)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts"}
 
@@ -305,11 +305,11 @@ def test_nan_losses_are_not_filtered(recipe, tmp_path):
 
 def test_the_recipe_sets_the_revision_of_an_adapters_base(recipe, monkeypatch):
     train(recipe)
-    asked = []
-    monkeypatch.setattr(run, "load", lambda path, **options: asked.append(options) or load(path))
+    revisions = []
+    monkeypatch.setattr(run, "load", lambda path, **options: revisions.append(options) or load(path))
     monkeypatch.setattr(run, "check_revision", lambda *_: None)  # a folder stands for the Hub's
     run.load_base(Recipe(**{**vars(recipe), "adapter": recipe.out, "revision": "v2"}))
-    assert [(options["base"], options["base_revision"]) for options in asked] == [(recipe.base, "v2")]
+    assert [(options["base"], options["base_revision"]) for options in revisions] == [(recipe.base, "v2")]
 
 
 def test_data_is_checked_before_the_first_step(recipe, checkpoint, tmp_path):

@@ -46,9 +46,9 @@ def test_recomputing_does_not_change_a_run(recipe):
     train(recipe)
     expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
     train(changed(recipe, gradient_checkpointing=True), overwrite=True)
-    found = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    weights = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -88,12 +88,12 @@ def test_two_processes_with_a_sharded_base_match_one(recipes, tmp_path):
     for (one, two), line in zip(pairs, notes.read_text().splitlines(), strict=True):
         note = json.loads(line)
         result = train(one)
-        for (step, expected), (_, found) in zip(result.losses, note["losses"], strict=True):
-            assert abs(expected - found) < SAME_TOLERANCE, f"the loss of step {step} is {found}, not {expected}"
+        for (step, expected), (_, actual) in zip(result.losses, note["losses"], strict=True):
+            assert abs(expected - actual) < SAME_TOLERANCE, f"the loss of step {step} is {actual}, not {expected}"
         weights = load_file(Path(one.out) / WEIGHTS_FILE)
-        found = load_file(Path(two.out) / WEIGHTS_FILE)
+        actual = load_file(Path(two.out) / WEIGHTS_FILE)
         for name, weight in weights.items():
-            torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
+            torch.testing.assert_close(actual[name], weight, atol=SAME_TOLERANCE, rtol=0)
         logs = [json.loads((Path(recipe.out) / SUMMARY_FILE).read_text())["log"] for recipe in (one, two)]
         evaluated = [[row for row in log if "eval_loss" in row] for log in logs]
         for before, after in zip(*evaluated, strict=True):  # donors are of the same batch, which is another
@@ -113,11 +113,11 @@ def test_a_base_in_nf4_is_sharded(recipes, bases, tmp_path):
     two = shared(one, tmp_path / "two")
     together(PROCESSES, trained, [two], notes)
     note, result = json.loads(notes.read_text()), train(one)
-    for (step, expected), (_, found) in zip(result.losses, note["losses"], strict=True):
-        assert abs(expected - found) < SAME_TOLERANCE, f"the loss of step {step} is {found}, not {expected}"
-    weights, found = (load_file(Path(recipe.out) / WEIGHTS_FILE) for recipe in (one, two))
+    for (step, expected), (_, actual) in zip(result.losses, note["losses"], strict=True):
+        assert abs(expected - actual) < SAME_TOLERANCE, f"the loss of step {step} is {actual}, not {expected}"
+    weights, actual = (load_file(Path(recipe.out) / WEIGHTS_FILE) for recipe in (one, two))
     for name, weight in weights.items():
-        torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
+        torch.testing.assert_close(actual[name], weight, atol=SAME_TOLERANCE, rtol=0)
     share, planned = note["share"], dry_run(two, processes=PROCESSES)
     assert (planned.base_bytes, planned.peak.weights) == (share["total"], share["held"])
     assert share["held"] < share["total"] / PROCESSES + largest_layer(base)
@@ -130,9 +130,9 @@ def test_two_data_parallel_processes_log_the_losses_of_one(recipes, tmp_path):
     one, two = (dataclasses.replace(few, out=str(tmp_path / name)) for name in ("one", "two"))
     notes = tmp_path / "notes"
     together(PROCESSES, trained_apart, with_training(two, batch_size=few.training.batch_size // PROCESSES), notes)
-    found, expected = json.loads(notes.read_text()), train(one).losses
+    losses, expected = json.loads(notes.read_text()), train(one).losses
     assert len(expected) == 3
-    for (step, loss), (_, other) in zip(expected, found, strict=True):
+    for (step, loss), (_, other) in zip(expected, losses, strict=True):
         assert abs(loss - other) < SAME_TOLERANCE, f"the loss of step {step} is {other}, not {loss}"
 
 
@@ -157,9 +157,9 @@ def test_the_failure_of_a_process_is_reported_and_the_run_can_be_resumed(recipes
     assert "that make 4 episodes per step" in raised.value.next
     train(alone, resume=True)
     train(one)
-    weights, found = (load_file(Path(recipe.out) / WEIGHTS_FILE) for recipe in (one, alone))
+    weights, actual = (load_file(Path(recipe.out) / WEIGHTS_FILE) for recipe in (one, alone))
     for name, weight in weights.items():
-        torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
+        torch.testing.assert_close(actual[name], weight, atol=SAME_TOLERANCE, rtol=0)
 
 
 def largest_layer(base: str) -> int:

@@ -41,7 +41,7 @@ def test_outcomes_match_each_conversation_run_alone():
     """Covers its own memory, none, and the next one's. An answer counts if all its tokens are the likeliest."""
     model, batch = patched_model(), episode_batch()
     step = EpisodeModel(model).eval()
-    rows, found = batch["rows"].tolist(), metrics(outcomes(step, [batch]))
+    rows, results = batch["rows"].tolist(), metrics(outcomes(step, [batch]))
     expected = {}
     for suffix, source in (("", lambda row: row), ("_zero", lambda row: None), ("_donor", lambda row: 1 - row)):
         losses, right = [], []
@@ -59,8 +59,8 @@ def test_outcomes_match_each_conversation_run_alone():
             right.append(all(logits[t - 1].argmax() == ids[0, t] for t in scored))
         expected[f"eval_loss{suffix}"] = sum(losses) / len(losses)
         expected[f"eval_recall{suffix}"] = sum(right) / len(right)
-    assert found.keys() == expected.keys()
-    assert all(abs(found[name] - value) < LOSS_TOLERANCE for name, value in expected.items())
+    assert results.keys() == expected.keys()
+    assert all(abs(results[name] - value) < LOSS_TOLERANCE for name, value in expected.items())
     assert len({round(value, 4) for name, value in expected.items() if "loss" in name}) == 3
 
 
@@ -100,12 +100,12 @@ def test_a_run_evaluates_and_keeps_its_best(recipe, monkeypatch):
 
     monkeypatch.setattr(engine, "outcomes", worse)
     train(recipe)
-    result, kept = summary(recipe), load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    result, saved_weights = summary(recipe), load_file(f"{recipe.out}/{WEIGHTS_FILE}")
     evaluations = [row for row in result["log"] if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [2, 4, 6] and result["best_step"] == 4
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"] and evaluations[1].keys() >= {"eval_recall_donor"}
-    assert all(torch.equal(kept[name], weight) for name, weight in weights[1].items())
-    assert not all(torch.equal(kept[name], weight) for name, weight in weights[2].items())
+    assert all(torch.equal(saved_weights[name], weight) for name, weight in weights[1].items())
+    assert not all(torch.equal(saved_weights[name], weight) for name, weight in weights[2].items())
 
 
 def test_a_run_that_no_longer_improves_stops(recipe, monkeypatch):

@@ -46,18 +46,18 @@ def change_config(folder: Path, **changes) -> dict:
     return config
 
 
-def assert_same_adapter(found: Path, expected: Path) -> None:
+def assert_same_adapter(actual: Path, expected: Path) -> None:
     """Byte for byte in the config; names, order, types, shapes and bits of the weights."""
-    assert (found / REFERENCE_CONFIG).read_bytes() == (expected / REFERENCE_CONFIG).read_bytes()
-    assert set(listing(found)) == {REFERENCE_CONFIG, REFERENCE_WEIGHTS}
-    assert_same_tensors(read_tensors(found), read_tensors(expected))
+    assert (actual / REFERENCE_CONFIG).read_bytes() == (expected / REFERENCE_CONFIG).read_bytes()
+    assert set(listing(actual)) == {REFERENCE_CONFIG, REFERENCE_WEIGHTS}
+    assert_same_tensors(read_tensors(actual), read_tensors(expected))
 
 
-def assert_same_tensors(found, expected) -> None:
-    assert list(found) == list(expected)
+def assert_same_tensors(actual, expected) -> None:
+    assert list(actual) == list(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape, name
+        assert torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def assert_refused(source: Path, tmp_path: Path, *says: str, base: str | None = BASE, error=AdapterError, **options):

@@ -76,7 +76,7 @@ def test_an_unsupported_config_raises(changes, says, reference, tmp_path):
 def test_another_value_of_any_fixed_field_raises(tmp_path):
     """If nothing checked a field, its mechanism would be lost silently."""
     config = json.loads((CASE / "adapter" / REFERENCE_CONFIG).read_text())
-    kept = {"base_slice_ref_width", "online_gain"}
+    exempt = {"base_slice_ref_width", "online_gain"}
     for name, value in config.items():
         other = {bool: lambda v: not v, str: lambda v: v + "x", list: lambda v: [*v, 7]}.get(
             type(value), lambda v: v + 9
@@ -86,7 +86,7 @@ def test_another_value_of_any_fixed_field_raises(tmp_path):
         except AdapterError as error:
             assert name in str(error)
         else:
-            assert name in kept or changed != mechanism_of(config, tmp_path), name
+            assert name in exempt or changed != mechanism_of(config, tmp_path), name
 
 
 def test_the_error_names_every_problem_of_a_config(reference, tmp_path):
@@ -161,14 +161,14 @@ def test_damaged_reference_fields_raise(reference, tmp_path):
     convert(reference, tmp_path / "ours", base=BASE)
     file = tmp_path / "ours" / CONFIG_FILE
     config = json.loads(file.read_text())
-    kept = config["reference"]
+    reference_config = config["reference"]
     for damage in (
         {},
-        {**kept, "dtype": "int8"},
-        {**kept, "dtype": ["float32"]},
-        {**kept, "config": {"rank": 8}},
-        {**kept, "other_dtypes": {QUERY: "complex64"}},
-        {**kept, "other_dtypes": []},
+        {**reference_config, "dtype": "int8"},
+        {**reference_config, "dtype": ["float32"]},
+        {**reference_config, "config": {"rank": 8}},
+        {**reference_config, "other_dtypes": {QUERY: "complex64"}},
+        {**reference_config, "other_dtypes": []},
     ):
         file.write_text(json.dumps({**config, "reference": damage}))
         assert_refused(tmp_path / "ours", tmp_path, "ours", to="reference")
@@ -194,12 +194,12 @@ def test_attention_modules_of_another_name_raise(tmp_path, monkeypatch):
     """The reference names its tensors after its modules, so those of another model would belong to none."""
     from deltamem_tool.base_model import checkpoint as room
 
-    found = room.attention_layers
+    attention_layers = room.attention_layers
 
     def renamed(model):
         import dataclasses
 
-        return [dataclasses.replace(layer, name=f"decoder.{layer.index}.attn") for layer in found(model)]
+        return [dataclasses.replace(layer, name=f"decoder.{layer.index}.attn") for layer in attention_layers(model)]
 
     monkeypatch.setattr(room, "attention_layers", renamed)
     assert_refused(CASE / "adapter", tmp_path, "decoder.0.attn", error=ArchitectureError)

@@ -120,8 +120,8 @@ def test_every_adapter_of_our_format_round_trips(name, options, bases, tmp_path)
     save_adapter(model, tmp_path / "ours")
     result = convert(tmp_path / "ours", tmp_path / "reference", to="reference")
     assert result.dtypes == ("float32",)
-    said = json.loads((tmp_path / "reference" / REFERENCE_CONFIG).read_text())
-    assert list(said) == list(DEFAULTS)
+    reference_config = json.loads((tmp_path / "reference" / REFERENCE_CONFIG).read_text())
+    assert list(reference_config) == list(DEFAULTS)
     of_off = [name for name in read_tensors(tmp_path / "reference") if name.split(".")[-1] in off(config)]
     assert len(of_off) == len(off(config)) * len(read_adapter(tmp_path / "ours").layer_indices)
 
@@ -199,6 +199,6 @@ def test_the_random_state_is_unchanged(reference, tmp_path):
 def test_every_changed_option_reaches_the_references_config(tmp_path):
     for options in OURS:
         config = DeltaMemConfig(**options)
-        found = mechanism_of(config_of(config, [0]), tmp_path)
+        actual = mechanism_of(config_of(config, [0]), tmp_path)
         expected = {**config.to_dict(), **({"layers": [0]} if config.layer_part else {})}
-        assert found.to_dict() == expected
+        assert actual.to_dict() == expected

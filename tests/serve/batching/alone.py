@@ -14,9 +14,9 @@ from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Job
 
 
-def assert_close(found: StoredMemory, expected: StoredMemory) -> None:
-    tensors = found.tensors()
-    assert tensors.keys() == expected.tensors().keys() and found.adapter == expected.adapter
+def assert_close(actual: StoredMemory, expected: StoredMemory) -> None:
+    tensors = actual.tensors()
+    assert tensors.keys() == expected.tensors().keys() and actual.adapter == expected.adapter
     for name, tensor in expected.tensors().items():
         np.testing.assert_allclose(tensors[name], tensor, rtol=0, atol=TOLERANCE * max(1, abs(tensor).max()))
 

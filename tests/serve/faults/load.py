@@ -207,9 +207,9 @@ def check_user(engine, store, user: User, unanswered: bool = False) -> None:
             expected = Conversation(engine, memory, write=False).generate(turn.text, SAMPLING)
         assert turn.answer == expected.text, user
     if stored is not None:
-        found = memory_from_bytes(stored.data, user.name)
+        actual = memory_from_bytes(stored.data, user.name)
         for layer, state in memory.states.items():
-            np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(actual.states[layer], state, rtol=0, atol=TOLERANCE)
 
 
 def check_users(engine, url: str, users: Sequence[User]) -> None:

@@ -28,7 +28,7 @@ KNOWN = 0.5  # of the questions, at least so many are answered with what was tol
 def recalled(user) -> list[bool]:
     """For each question, whether the answer contains the name from the turn before."""
     pairs = zip(user.turns[::2], user.turns[1::2], strict=False)
-    return [told.text.split()[-1].rstrip(".") in asked.answer for told, asked in pairs]
+    return [statement.text.split()[-1].rstrip(".") in question.answer for statement, question in pairs]
 
 
 @pytest.mark.timeout(900 + 300 * MEMORIES)  # on a busy machine

@@ -74,9 +74,9 @@ def numbers(tmp_path):
 
 
 def test_waiting_changes_are_committed_together(numbers):
-    found = numbers.together([lambda n=n: numbers.add(n) for n in range(THREADS)])
-    assert found == [-1, *range(THREADS)]
-    assert numbers.all() == sorted(found) and numbers.transactions == 2
+    results = numbers.together([lambda n=n: numbers.add(n) for n in range(THREADS)])
+    assert results == [-1, *range(THREADS)]
+    assert numbers.all() == sorted(results) and numbers.transactions == 2
 
 
 def test_changes_beyond_one_transaction_are_committed_next(numbers, monkeypatch):
@@ -98,16 +98,16 @@ def test_a_change_that_raises_does_not_affect_the_others(numbers):
 
 def test_no_change_is_acknowledged_when_the_transaction_fails(numbers):
     numbers.fails = True
-    found = numbers.together([lambda n=n: numbers.add(n) for n in range(THREADS)])
-    assert all(isinstance(error, OSError) for error in found) and numbers.all() == []
+    results = numbers.together([lambda n=n: numbers.add(n) for n in range(THREADS)])
+    assert all(isinstance(error, OSError) for error in results) and numbers.all() == []
 
 
 def test_a_failure_of_the_database_ends_the_whole_transaction(numbers):
     def broken(connection):
         connection.execute(text("SELECT * FROM nowhere"))
 
-    found = numbers.together([lambda: numbers.add(1), lambda: numbers.group.run(broken), lambda: numbers.add(2)])
-    assert found[0] == -1 and all(isinstance(error, OperationalError) for error in found[1:])
+    results = numbers.together([lambda: numbers.add(1), lambda: numbers.group.run(broken), lambda: numbers.add(2)])
+    assert results[0] == -1 and all(isinstance(error, OperationalError) for error in results[1:])
     assert numbers.all() == [-1]
 
 
@@ -115,8 +115,8 @@ def test_an_interrupted_thread_does_not_interrupt_others(numbers):
     def interrupted(connection):
         raise KeyboardInterrupt
 
-    found = numbers.together([lambda: numbers.add(1), lambda: numbers.group.run(interrupted), lambda: numbers.add(2)])
-    kinds = [type(error) for error in found[1:]]
+    results = numbers.together([lambda: numbers.add(1), lambda: numbers.group.run(interrupted), lambda: numbers.add(2)])
+    kinds = [type(error) for error in results[1:]]
     assert sorted(kinds, key=str) == sorted([KeyboardInterrupt, StoreUnavailable, StoreUnavailable], key=str)
     assert numbers.all() == [-1]
 

@@ -111,13 +111,13 @@ def test_a_recreated_memory_is_a_different_one(store):
     """A writer that began before the deletion does not restore the deleted memory."""
     for data in (b"1", b"2"):
         store.put("acme", "ada", data)
-    seen = store.get("acme", "ada").version
+    version = store.get("acme", "ada").version
     store.delete("acme", "ada")
     with pytest.raises(Conflict):
-        store.put("acme", "ada", b"forgotten", seen)
-    assert store.put("acme", "ada", b"new", None).version == seen + 1
+        store.put("acme", "ada", b"forgotten", version)
+    assert store.put("acme", "ada", b"new", None).version == version + 1
     with pytest.raises(Conflict):
-        store.put("acme", "ada", b"forgotten", seen)
+        store.put("acme", "ada", b"forgotten", version)
     assert store.put("umbrella", "ada", b"other tenant").version == 1
 
 

@@ -48,30 +48,30 @@ class Model:
         self.deleted = 0
 
     def put(self, name, data, expected=ANY):
-        kept = self.memories.get(name, {})
+        versions = self.memories.get(name, {})
         self._check(name, expected)
-        version = max(kept) + 1 if kept else self.deleted + 1
-        if not kept:
+        version = max(versions) + 1 if versions else self.deleted + 1
+        if not versions:
             self.begun[name] = version
-        newest = sorted({**kept, version: data}.items())[-KEPT:]
+        newest = sorted({**versions, version: data}.items())[-KEPT:]
         self.memories[name] = dict(newest)
         return version, data
 
     def get(self, name, version=None):
-        kept = self.memories.get(name, {})
-        version = max(kept, default=None) if version is None else version
-        return (version, kept[version]) if version in kept else None
+        versions = self.memories.get(name, {})
+        version = max(versions, default=None) if version is None else version
+        return (version, versions[version]) if version in versions else None
 
     def delete(self, name, expected):
         if name not in self.memories:
             raise NotFound("")
         self._check(name, expected)
-        kept = self.memories.pop(name)
+        versions = self.memories.pop(name)
         gone = sorted(response for response, (_, memory) in self.responses.items() if memory == name)
         for response in gone:
             del self.responses[response]
-        self.deleted = max(self.deleted, *kept)
-        return sorted(kept, reverse=True), gone
+        self.deleted = max(self.deleted, *versions)
+        return sorted(versions, reverse=True), gone
 
     def restore(self, name, version, expected):
         self._check(name, expected)
@@ -85,8 +85,8 @@ class Model:
         return self.put(new, self.get(name)[1], None)
 
     def put_response(self, response, data, memory, version):
-        kept = self.memories.get(memory)
-        if response in self.responses or kept is None or not self.begun[memory] <= version <= max(kept):
+        versions = self.memories.get(memory)
+        if response in self.responses or versions is None or not self.begun[memory] <= version <= max(versions):
             raise Conflict("")
         self.responses[response] = data, memory
         return data, memory
@@ -126,7 +126,7 @@ def test_random_calls_match_the_model(open_store):
     store = open_store(keep_versions=KEPT)
     rng = random.Random(0)
     models = {tenant: Model() for tenant in TENANTS}
-    seen = set()
+    outcomes = set()
     for _ in range(STEPS * len(TENANTS)):
         tenant = rng.choice(TENANTS)
         name, *arguments = random_call(rng)
@@ -135,17 +135,17 @@ def test_random_calls_match_the_model(open_store):
             response, data, *memory = arguments
             arguments = [response, data, [], tuple(memory)]
         assert plain(outcome(getattr(store, name), tenant, *arguments)) == expected, (name, arguments)
-        seen.add((name, expected if isinstance(expected, type) else expected is not None))
+        outcomes.add((name, expected if isinstance(expected, type) else expected is not None))
     for tenant, model in models.items():
         assert {memory.id: memory.version for memory in store.list(tenant)} == {
-            name: max(kept) for name, kept in model.memories.items()
+            name: max(versions) for name, versions in model.memories.items()
         }
-        sizes = [len(data) + NO_NOTE for kept in model.memories.values() for data in kept.values()]
+        sizes = [len(data) + NO_NOTE for versions in model.memories.values() for data in versions.values()]
         sizes += [len(data) + len("[]") for data, _ in model.responses.values()]
         assert store.usage(tenant) == Usage(len(model.memories), sum(sizes))
     with store._database.read() as connection:  # no content is left of what is gone
         rows = connection.execute(select(func.count()).select_from(contents)).scalar_one()
     assert rows == sum(len(model.responses) + sum(map(len, model.memories.values())) for model in models.values())
-    succeeded = {name for name, result in seen if result is True}
+    succeeded = {name for name, result in outcomes if result is True}
     assert succeeded == {"put", "get", "delete", "restore", "fork", "put_response", "get_response", "delete_response"}
-    assert {("put", Conflict), ("delete", Conflict), ("delete", NotFound), ("put_response", Conflict)} <= seen
+    assert {("put", Conflict), ("delete", Conflict), ("delete", NotFound), ("put_response", Conflict)} <= outcomes
