@@ -96,5 +96,5 @@ def test_the_scan_implementation_is_restored_after_the_block(monkeypatch):
     expected = naive_scan(*inputs)[1]
     with use_implementation("onnx"):
         traced = delta_scan(*inputs)[1]
-    assert not torch.equal(traced, expected)  # outside of an export the operator computes nothing
+    assert not torch.equal(traced, expected)  # outside an export, the operator computes nothing
     torch.testing.assert_close(delta_scan(*inputs)[1], expected, rtol=0, atol=TOLERANCE)

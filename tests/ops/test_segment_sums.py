@@ -14,7 +14,7 @@ from deltamem_tool.ops.segment_sums import segment_sums
 FLOAT64_TOLERANCE = 1e-12
 # float32 against float64, relative to the size of the segment's own sum: one rounding of the result.
 ROUNDING = 2e-7
-# The same where every call brings one token: a rounding a token, over 2,000 tokens.
+# The same with one token per call: one rounding per token, over 2,000 tokens.
 ROUNDINGS = 1e-5
 
 
@@ -26,7 +26,7 @@ def make_inputs(batch=3, tokens=12, width=2, *, ends=0.3, dtype=torch.float64, s
 
 
 def two_loops(x, last, carried):
-    """The sums and what is open at the end, in Python's own floats."""
+    """The sums and the open segment at the end, in Python floats."""
     sums, opened = [], []
     for tokens, ends, gathered in zip(x.tolist(), last.tolist(), carried.tolist(), strict=True):
         sums.append([])
@@ -91,7 +91,7 @@ def test_splitting_a_call_changes_nothing(dtype):
     whole = segment_sums(x, last, carried)
     assert whole[0].dtype == whole[1].dtype == dtype
     tolerance = FLOAT64_TOLERANCE if dtype == torch.float64 else 10 * ROUNDING  # sums of order 10
-    for cut in range(13):  # at 0 and at 12 one of the two pieces is empty
+    for cut in range(13):  # at 0 and at 12, one of the two pieces is empty
         close(in_pieces(x, last, carried, [0, cut, 12]), whole, tolerance)
     close(in_pieces(x, last, carried, range(13)), whole, tolerance)
     close(in_pieces(x, last, carried, [0, 3, 3, 4, 9, 12]), whole, tolerance)

@@ -28,7 +28,7 @@ naive_scan = partial(delta_scan, implementation="naive")
 
 @pytest.fixture(scope="module")
 def run():
-    """`run(function, *arguments)`, where the kernels can run; arguments and results are on `DEVICE`.
+    """`run(function, *arguments)`, in a process that can run the kernels. Arguments and results are on `DEVICE`.
 
     The interpreter needs a process of its own: Triton looks at the variable when it is imported, which an earlier test
     may have caused, and a later one may not want.
@@ -97,7 +97,7 @@ def test_inputs_and_gradients_may_have_any_strides(run):
 
 
 def test_the_kernel_without_gradients_matches_naive_scan(run):
-    """The kernel that keeps no states."""
+    """Covers the kernel that does not keep states."""
     inputs, _ = make_inputs(4, batch=2, heads=2, rank=3)
     for actual, expected in zip(run(triton_scan, *inputs), naive_scan(*inputs), strict=True):
         torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
@@ -118,7 +118,7 @@ def test_tensors_on_a_cpu_raise():
 
 
 def test_without_triton_raises(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "triton", None)  # makes importing it fail
     monkeypatch.delitem(sys.modules, "deltamem_tool.ops.triton_scan", raising=False)
     inputs, _ = make_inputs(2)
     with pytest.raises(ConfigError, match="Triton cannot be imported"):

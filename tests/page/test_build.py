@@ -1,4 +1,4 @@
-"""`deltamem page`: the folder is there whole or not at all, and nothing in it is another file than was tested."""
+"""`deltamem page`: the folder is complete or absent, and contains only files that were tested."""
 
 from __future__ import annotations
 
@@ -128,13 +128,13 @@ def test_folders_that_no_browser_runs_are_refused(web_folder, tmp_path, change, 
 
 @pytest.fixture
 def graph(tmp_path):
-    """An ONNX folder that no test runs."""
+    """An ONNX folder whose graph is empty."""
     return onnx_folder(tmp_path / "graph")
 
 
 @pytest.fixture
 def small_packages(monkeypatch):
-    """The packages of npm are a few bytes here."""
+    """Replaces the npm packages by a few bytes."""
 
     def contents(files, *others):
         return {file.name: file.name.encode() for file in files}
@@ -181,12 +181,12 @@ def test_what_is_not_the_address_of_a_cdn_is_refused(tmp_path, address):
         make_page(tmp_path, tmp_path / "site", cdn=address)
 
 
-# What is fetched
+# Downloads
 
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A registry of npm with one package, whose one file is fetched."""
+    """An npm registry with one package of one file."""
     content = b"export const one = 1;\n"
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tarball:

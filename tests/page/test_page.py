@@ -46,7 +46,7 @@ STORED = """async name => {
 
 @pytest.fixture(scope="module")
 def sites(web_folder, tmp_path_factory):
-    """The page at /one/; at /two/ that of another adapter, which is the same but for its name."""
+    """The page at /one/, and at /two/ that of an adapter that differs only in its name."""
     root = tmp_path_factory.mktemp("sites")
     other = shutil.copytree(web_folder, root / "other")
     manifest = json.loads((other / MANIFEST_FILE).read_text("utf-8"))
@@ -93,17 +93,17 @@ def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, web_
     user.page.get_by_label("New memory").fill("bert & <b>")
     user.press("New")
     user.wait("bert & <b>")
-    expect(user.answers).to_have_count(0)  # the name may be there before the other memory's talk has gone
+    expect(user.answers).to_have_count(0)  # the name may be shown before the other memory's conversation is removed
     assert NAME not in user.say(ASK)
     user.page.get_by_role("link", name="anna").click()
     user.wait("anna")
-    expect(user.answers).to_have_count(1)  # its conversation is still there
+    expect(user.answers).to_have_count(1)  # its conversation is still shown
     assert {address.partition("/one/")[0] for address in asked if not address.startswith("blob:")} == {host}
 
 
 @pytest.fixture
 def webgpu_browser(browser):
-    """A browser with SwiftShader, a driver that computes on the processor and comes with Chromium."""
+    """A browser with SwiftShader, a WebGPU driver for CPUs that comes with Chromium."""
     with browser.browser_type.launch(executable_path=CHROMIUM, args=list(SWIFTSHADER)) as chromium:
         yield chromium
 
@@ -267,7 +267,7 @@ def test_an_adapter_that_writes_by_sentence(browser, sentence_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def cdn_page(web_folder, tmp_path_factory):
-    """The host of a page, and a folder that is its CDN."""
+    """The address of a page, and the folder that serves as its CDN."""
     root = tmp_path_factory.mktemp("cdn")
     packages = node_modules(SCRIPTS)
     for package in PACKAGES:

@@ -14,7 +14,7 @@ import deltamem_tool as deltamem
 from deltamem_tool.adapter.folder import read_adapter
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "average.py"
-TOLERANCE = 2e-3  # float16, of weights below 4
+TOLERANCE = 2e-3  # float16, for weights below 4
 
 
 def average(*arguments):
@@ -23,7 +23,7 @@ def average(*arguments):
 
 
 def adapters(folder, *options):
-    """An adapter on one base for each of `options`, with weights of its own."""
+    """An adapter for each of `options`, on one base, with different weights."""
     base = save_checkpoint(folder / "base")
     for seed, each in enumerate(options):
         model = AutoModelForCausalLM.from_pretrained(base)

@@ -33,7 +33,7 @@ def test_any_text_can_be_encoded(tokenizer):
 
 
 def test_the_backbone_answers_from_its_context(tokenizer):
-    """Through `recall`'s own ceiling condition: plain generate, no adapter, conversations of held-out pairs."""
+    """Measured by the ceiling condition of `recall`: plain `generate` without an adapter, on held-out pairs."""
     from deltamem_tool import attach
     from deltamem_tool.evaluation.conditions import EvalProtocol
     from deltamem_tool.evaluation.runner import evaluate
@@ -41,7 +41,7 @@ def test_the_backbone_answers_from_its_context(tokenizer):
 
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "backbone").eval()
     assert model.config.model_type == "qwen3"
-    attach(model)  # taken off again by the conditions
+    attach(model)  # removed again by the conditions
     only = ("full_context", "no_adapter")
     evaluation = evaluate(model, tokenizer, Recall((4,), 200, seed=7), EvalProtocol.parse("memory"), only=only)
     assert evaluation.estimate("exact", "full_context").mean >= MIN_RECALL

@@ -129,7 +129,7 @@ def test_all_errors_are_reported_together_with_their_lines(tmp_path):
 
 
 def test_an_invalid_value_is_reported_once(recipe):
-    """Not an error more for the default that would stand in its place."""
+    """There is no second error about the default that would replace it."""
     for change in ("data.path=[a]", "training.steps=many"):
         with pytest.raises(ConfigError) as caught:
             load_recipe(recipe, ["training.epochs=null", change])
@@ -164,7 +164,7 @@ def test_common_ways_to_write_numbers_are_read(recipe, written):
 
 
 def test_default_options_survive_json(recipe):
-    """Options survive the way out through asdict and JSON, and back in."""
+    """Options survive a round trip through asdict and JSON."""
     read = load_recipe(
         recipe, ["training.scheduler_options={num_cycles: 2, min_lr: 1e-6}", "training.report_to=[wandb]"]
     )
@@ -181,7 +181,7 @@ def test_a_recipe_may_train_a_lora_instead_of_a_memory(recipe):
     recipe.write_text("base: a\nout: b\nlora: {rank: 4}\ntraining: {steps: 3}\n")
     assert load_recipe(recipe).lora == LoraOptions(rank=4, alpha=16.0, dropout=0.0, targets=("q_proj", "o_proj"))
     for change, says in [
-        ("memory.rank=8", "a memory or a LoRA: leave out lora or memory"),  # though it is the default
+        ("memory.rank=8", "a memory or a LoRA: leave out lora or memory"),  # although it is the default
         ("adapter=c", "a memory or a LoRA: leave out lora or adapter"),
         ("objective.write_sparsity=0.1", "objective.write_sparsity applies to a memory"),
         ("objective.full_context_kl=0.1", "objective.full_context_kl applies to a memory"),
@@ -256,7 +256,7 @@ def test_options_are_immutable():
 
 
 def test_reporting_an_error_does_not_import_transformers(recipe):
-    """It takes seconds to import; only a name that is not the usual one is looked up in it."""
+    """Importing transformers takes seconds, so only unusual names are looked up in it."""
     code = (
         "import sys\nfrom deltamem_tool.recipe.load import load_recipe\n"
         f"try: load_recipe({str(recipe)!r}, ['training.steps=0', 'training.optimizer=adamw_torch'])\n"

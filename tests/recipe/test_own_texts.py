@@ -43,7 +43,7 @@ def test_lines_become_turns():
 
     assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant"]
     assert messages[1]["content"] == "Quiet, I painted the kitchen It is yellow now"
-    assert messages[2]["content"] == "I should paint mine as well"  # “Yes.” says nothing
+    assert messages[2]["content"] == "I should paint mine as well"  # “Yes.” is too short
 
 
 def test_the_first_line_of_the_assistant_is_dropped():

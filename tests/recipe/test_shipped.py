@@ -1,4 +1,4 @@
-"""The recipes of this repository: each can be read, says how to run it, and is in the installed package."""
+"""The recipes of this repository: each is valid, says how to run it, and is in the installed package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import load_recipe, shipped_recipe
 
 ROOT = Path(__file__).parents[2]
-SHARDED = "qwen2.5-72b-instruct-msw"  # which several processes run
+SHARDED = "qwen2.5-72b-instruct-msw"  # which runs in several processes
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 ON_THE_BACKBONE = (
@@ -47,7 +47,7 @@ def test_a_shipped_recipe_can_be_read(path):
     header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
     assert header is not None
     commands = re.findall(r"^#   (deltamem .*)$", header[0], flags=re.MULTILINE)
-    goes_on = read.adapter is not None  # from what another recipe trained, whose command comes first
+    goes_on = read.adapter is not None  # starts from the result of another recipe, whose command comes first
     command, verb, *words = shlex.split(commands[-1 if goes_on else 0])
     assert (command, verb, words[0]) == ("deltamem", "train", f"recipes/{path.name}")
     load_recipe(path, words[2::2])

@@ -1,4 +1,4 @@
-"""Marked tokens of two conversations, how a model is fed with them, and how memories are compared."""
+"""Tagged tokens of two conversations, a function that feeds them to a model, and comparisons of memories."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from helpers.model_runs import CUT_TOLERANCE, close
 
 from deltamem_tool import MemoryCache, MemoryState
 
-DIFFERENT = 1e-3  # what no rounding explains
+DIFFERENT = 1e-3  # more than rounding explains
 
-# Two conversations. A system message, segments of three, two and one tokens, and one that stays open; and another.
+# Two conversations. The first has a system message, segments of three, two and one tokens, and an open one.
 TAGS = torch.tensor([[0, 0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
 LENGTH = TAGS.shape[1]
 OPEN = [2, 0]  # tokens that wait for their segment to end
 
 
 def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANCE):
-    """States, and open segments."""
+    """Compare states and open segments."""
     assert memory.open_segments.keys() == other.open_segments.keys() == memory.layers.keys() == other.layers.keys()
     for layer in other.layers:
         close(memory.layers[layer], other.layers[layer], tolerance)

@@ -1,4 +1,4 @@
-"""Chat templates as models have them, and the pieces of what each writes for a conversation."""
+"""Chat templates of published models, and the pieces that each of them writes for a conversation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from helpers.tiny import CHAT_TEMPLATE
 from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.segments.tags import SegmentTag
 
-CHATML = (  # Qwen2.5: a system prompt of its own where there is none
+CHATML = (  # Qwen2.5: adds its own system prompt if there is none
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-HYBRID = (  # Qwen3: thinking only in what follows the last question, where there is a block even if it is empty
+HYBRID = (  # Qwen3: thinking blocks only after the last question, even empty ones
     "{% set ns = namespace(last=0) %}{% for message in messages %}{% if message.role == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for message in messages %}{% set said = message.content if message.content is string else '' %}"
@@ -36,7 +36,7 @@ ALTERNATE = (
     "{% for message in turns %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate user/assistant/…') }}{% endif %}{% endfor %}"
 )
-MISTRAL = (  # the system text is a part of the first user message
+MISTRAL = (  # the system prompt is a part of the first user message
     "{{ bos_token }}" + ALTERNATE + "{% for message in turns %}{% if message.role == 'user' %}"
     "[INST] {{ system if loop.first else '' }}{{ message.content }}[/INST]"
     "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -83,7 +83,7 @@ def expected(tokenizer, pieces):
     return text, ids, tags
 
 
-# What each template writes for a conversation, as pieces; the test knows it, the code has to find it out.
+# The text that each template writes for a conversation, as pieces, which the code has to find by itself.
 
 
 def chatml(messages):
@@ -114,7 +114,7 @@ def llama(messages):
 
 
 def merged(messages):
-    """Turns, the first with the system text in it."""
+    """The turns, with the system prompt in the first one."""
     if messages[0]["role"] != "system":
         return messages
     return [user(f"{messages[0]['content']}\n\n{messages[1]['content']}"), *messages[2:]]

@@ -1,4 +1,4 @@
-"""A batch of chats equals its conversations, padded."""
+"""A batch of chats equals its conversations with padding."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ def test_a_template_without_clear_message_boundaries_raises(special_tokenizer, g
     [
         # the header changes with what follows
         "{% for m in messages %}<{{ m.role }}{{ messages | length }}>{{ m.content }}{% endfor %}",
-        # the content stands twice
+        # the content occurs twice
         "{{ messages[-1].content }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
-        # the length of a content is a part of its header
+        # the length of the content is a part of the header
         "{{ messages | length }}{% for m in messages %}{{ m.content | length }}>{{ m.content }}{% endfor %}",
         # the last message comes first
         "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}",
@@ -56,7 +56,7 @@ def test_unsupported_templates_raise(special_tokenizer, template):
     [
         # only the last messages are written
         ("{% for m in messages[-2:] %}<{{ m.role }}>{{ m.content }}{% endfor %}", TALK, r"message 1 \(user\)"),
-        # a role that it does not know
+        # a role that the template does not know
         (CHAT_TEMPLATE.replace("in messages %}", "in messages if message.role in 'user' %}"),
          [user("a"), {"role": "usr", "content": "b"}], r"message 2 \(usr\)"),
         (CHAT_TEMPLATE, [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}],

@@ -34,13 +34,13 @@ def settings(**options):
 
 
 def start_of(model) -> MemoryState:
-    """A memory of two conversations that have a segment open each."""
+    """A memory of two conversations, each with an open segment."""
     ids, tags = tokens(2, 8, seed=7), torch.tensor([[1, 1, 2, 1, 2, 1, 1, 1], [1, 2, 1, 1, 2, 2, 1, 1]])
     return run(model, ids, tags)[1].memory
 
 
 def batch():
-    """Both prompts, padded on the left, and their tags."""
+    """Both prompts, padded on the left, with their tags."""
     pad = torch.nn.functional.pad
     ids = torch.cat([ROWS[0], pad(ROWS[1], (2, 0), value=PAD)])
     mask = torch.cat([torch.ones(1, 6, dtype=torch.long), torch.tensor([[0, 0, 1, 1, 1, 1]])])
@@ -72,7 +72,7 @@ def test_the_answer_continues_the_segment_opened_by_its_prompt(name, started):
 
 @started
 def test_the_tags_change_the_generated_tokens(model, started):
-    """Without this, the tests here would also pass without tags."""
+    """Otherwise, these tests would also pass without tags."""
     start = start_of(model).select([0]) if started else None
     generated = []
     for tags in (TAGS[0], torch.tensor([[2, 2, 2, 2, 2, 2]]), None):

@@ -1,4 +1,4 @@
-"""Tags of a chat against pieces that the tests put together themselves, template by template."""
+"""Tags of a chat, compared with pieces that the tests assemble for each template."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_tags_of_the_first_messages_are_a_prefix_of_the_whole(special_tokenizer,
     tokenizer = with_template(special_tokenizer if granularity == "message" else merging_tokenizer, CASES[case][0])
     for messages in ([SYSTEM, *TALK, TALK[0]], [*TALK, TALK[0]]):
         whole = tag_chat(tokenizer, messages, granularity)
-        # a system message that is a part of the first user message is nothing by itself
+        # a system message that is a part of the first user message renders as nothing alone
         for stop in range(1 + (messages[0] == SYSTEM), len(messages)):
             part = tag_chat(tokenizer, messages[:stop], granularity)
             prompted = tag_chat(tokenizer, messages[:stop], granularity, add_generation_prompt=True)
@@ -64,7 +64,7 @@ def test_tags_of_the_first_messages_are_a_prefix_of_the_whole(special_tokenizer,
 
 
 def test_a_template_that_rewrites_earlier_turns_is_tagged(special_tokenizer):
-    """The last answer has a block for thinking until another question follows."""
+    """The last answer has a thinking block until another question follows."""
     tokenizer = with_template(special_tokenizer, HYBRID)
     thought = assistant("<think>\nA dog, then.\n</think>\n\nRex.")
     last = tag_chat(tokenizer, [*TALK[:3], thought], "message")
@@ -142,7 +142,7 @@ def test_contents_that_are_lists_of_parts_are_tagged(special_tokenizer):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
     tokenizer = with_template(special_tokenizer, HYBRID)
     for granularity in ("message", "sentence"):
-        # the call's block for thinking goes when the next question comes
+        # the thinking block of the call is removed with the next question
         tagged = tag_chat(tokenizer, [user("Look."), call, user("And?")], granularity)
         called = '<|im_start|>assistant\n<tool_call>[{"name": "look"}]</tool_call><|im_end|>\n'
         ends = [("<|im_start|>user\nLook.<|im_end|>\n", SEGMENT), ("<|im_start|>user\nAnd?<|im_end|>\n", SEGMENT)]

@@ -128,7 +128,7 @@ def test_segments_of_one_token_equal_writing_by_token():
 
 
 def test_untagged_tokens_join_the_open_segment(model):
-    """The prompt of an answer opens one, and what is generated is unmarked."""
+    """The prompt of an answer opens a segment, and generated tokens have no tags."""
     ids = tokens(1, 8)
     tags = torch.tensor([[1, 2, 1, 1, 1, 1, 1, 1]])
     logits, expected = run(model, ids, tags)
@@ -156,7 +156,7 @@ def test_end_segment_equals_a_last_tag(options):
     same_memory(before, copy)  # a memory is a value
     assert cache.memory.open_tokens.tolist() == [0, 0]
     assert not any(segment.any() for segment in cache.memory.open_segments.values())
-    for layer, state in before.layers.items():  # row 1 had nothing open
+    for layer, state in before.layers.items():  # row 1 had no open segment
         assert torch.equal(cache.memory.layers[layer][1], state[1])
         assert (cache.memory.layers[layer][0] - state[0]).abs().max() > DIFFERENT
     again = (tokens(2, 3, seed=5), torch.tensor([[1, 2, 1], [0, 1, 2]]))
@@ -242,7 +242,7 @@ def test_open_segments_of_a_bfloat16_model_are_float32():
         assert segment.dtype == torch.float32 and not torch.equal(segment, segment.bfloat16().float())
 
 
-# A value among values.
+# An open segment is a part of the memory value.
 
 
 def test_an_open_segment_is_copied_with_its_memory(model, tmp_path):

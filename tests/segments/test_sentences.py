@@ -73,7 +73,7 @@ def test_thinking_removed_by_the_template_is_not_a_sentence(merging_tokenizer):
     pieces = hybrid([TALK[2], user("Ok.")])
     answer = [("<|im_start|>assistant\nRex.", SEGMENT), (" No.<|im_end|>\n", SEGMENT)]
     assert tagged == expected(tokenizer, [pieces[0], *answer, pieces[1]])
-    # The last answer's is written elsewhere than its content.
+    # The last answer's thinking is not in its content.
     with pytest.raises(DataError, match=r"(?s)its/name does not show where the content of message 2 \(assistant\) is"):
         tag_chat(tokenizer, [TALK[2], thought], "sentence")
 
@@ -93,7 +93,7 @@ def test_a_user_defined_split_is_used(merging_tokenizer):
     assert texts == ["One. It; It was.  is", "a"]
     pieces = [("<|im_start|>user\nOne.", SEGMENT), (" It; It was. ", SEGMENT), (" is<|im_end|>\n", SEGMENT)]
     assert tagged == expected(tokenizer, [chatml(messages)[0], *pieces, chatml(messages)[2]])
-    # what lies between two pieces joins the first, and so does a piece of whitespace
+    # text between two pieces joins the first one, as does a piece of whitespace
     tagged = tag_chat(tokenizer, [SYSTEM, user("\n\n- One: It; It\n\n\nis!")], "sentence", split=split)
     pieces = [("<|im_start|>user\n\n\n- One:", SEGMENT), (" It; It\n\n\n", SEGMENT), ("is!<|im_end|>\n", SEGMENT)]
     assert tagged == expected(tokenizer, [chatml(messages)[0], *pieces])

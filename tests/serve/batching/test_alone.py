@@ -14,7 +14,7 @@ from deltamem_tool.serve.batching.scheduler import Scheduler
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_answers_match_under_random_arrivals_and_departures(any_engine, seed, monkeypatch):
-    monkeypatch.setattr("deltamem_tool.onnx.runtime.slots.FIRST_ROOM", 4)  # which the rows outgrow
+    monkeypatch.setattr("deltamem_tool.onnx.runtime.slots.FIRST_ROOM", 4)  # smaller than the rows become
     chance = random.Random(seed)
     jobs = [random_job(any_engine, chance) for _ in range(24)]
     waiting, reading, ends, cancelled = list(enumerate(jobs)), {}, {}, []
@@ -56,7 +56,7 @@ def test_short_prompts_are_prefilled_together(any_engine, monkeypatch):
 
     monkeypatch.setattr(any_engine, "start", noted)
     with Scheduler(any_engine, piece=32) as scheduler:
-        with scheduler._changed:  # all of them are there when it looks
+        with scheduler._changed:  # all requests have arrived when it looks
             tickets = [scheduler.submit(job) for job in jobs]
         ends = [ticket.result() for ticket in tickets]
         assert scheduler.counters.prompt_tokens == sum(len(job.tokens) for job in jobs)

@@ -30,7 +30,7 @@ def engine():
 
 
 def huge(memory: StoredMemory) -> StoredMemory:
-    """Finite numbers, with which no model can compute."""
+    """A memory of finite numbers that overflow in the model."""
     return replace(memory, states={i: np.full_like(state, 3e38) for i, state in memory.states.items()})
 
 
@@ -49,7 +49,7 @@ def test_a_row_that_overflows_ends_only_its_request(engine):
 
 
 def test_a_row_that_overflows_during_its_answer_ends_only_its_request(engine, monkeypatch):
-    """Its logits are replaced in the group, from some step on."""
+    """Its logits in the group are replaced from some step on."""
     jobs = [job_of(engine, content, 20) for content in ("hello there", "my cat is Bella", "no")]
     with Scheduler(engine) as scheduler:
         group = scheduler._group
@@ -119,7 +119,7 @@ def test_coroutines_receive_the_same_answers_as_threads(engine):
 
 
 def test_a_closed_event_loop_does_not_affect_other_requests(engine):
-    """Its reader had begun to wait."""
+    """The reader of the request was already waiting."""
     job = job_of(engine, "hello there", 300)
 
     async def begin(ticket):
@@ -155,7 +155,7 @@ def test_a_long_prompt_is_prefilled_between_the_steps_of_others(engine):
 
 
 def test_tenants_take_turns(engine):
-    """One with many requests does not keep another waiting for all of them."""
+    """A tenant does not wait for all the requests of another one."""
     order = []
 
     def noted(ticket, put, event):

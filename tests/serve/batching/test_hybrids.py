@@ -30,7 +30,7 @@ def engine(request, tmp_path_factory) -> OnnxModel:
 
 
 def test_answers_match_under_random_arrivals_and_departures(engine, monkeypatch):
-    monkeypatch.setattr("deltamem_tool.onnx.runtime.slots.FIRST_ROOM", 4)  # which the rows outgrow
+    monkeypatch.setattr("deltamem_tool.onnx.runtime.slots.FIRST_ROOM", 4)  # smaller than the rows become
     chance = random.Random(0)
     jobs = [random_job(engine, chance) for _ in range(10)]
     with Scheduler(engine, max_batch=4, piece=7) as scheduler:

@@ -30,7 +30,7 @@ def engine():
 
 
 def prompt(engine, length: int, **changes) -> Job:
-    """The first tokens of one and the same text, from one and the same memory."""
+    """A prompt of the first tokens of a fixed text, from a fixed memory."""
     chance = random.Random(0)
     memory, ids = random_memory(engine, chance), sorted(engine.text.ids - engine.stop_tokens)
     tokens = [Token(chance.choice(ids), chance.random() < 0.8) for _ in range(64)]
@@ -40,7 +40,7 @@ def prompt(engine, length: int, **changes) -> Job:
 
 
 def assert_same_with_cache(engine, lengths, cached) -> None:
-    """Ask one after the other; so many tokens of each are in the cache, and its answer is the one without it."""
+    """Send prompts sequentially. Check how many tokens of each are cached, and that the cache changes no answer."""
     jobs = [prompt(engine, length) for length in lengths]
     with Scheduler(engine, piece=PIECE) as scheduler, Scheduler(engine, piece=PIECE, cache_bytes=0) as plain:
         ends = [scheduler.submit(job).result() for job in jobs]
@@ -49,7 +49,7 @@ def assert_same_with_cache(engine, lengths, cached) -> None:
     assert [end.cached_tokens for end in expected] == [0] * len(jobs)
     for end, other, job in zip(ends, expected, jobs, strict=True):
         assert end.answer == other.answer
-        assert end.memory.digest() == other.memory.digest()  # to the bit
+        assert end.memory.digest() == other.memory.digest()  # bit for bit
         tokens, memory = answered_alone(engine, job)
         assert list(end.answer.tokens) == tokens
         assert_close(end.memory, memory)
@@ -57,7 +57,7 @@ def assert_same_with_cache(engine, lengths, cached) -> None:
 
 @pytest.mark.slow
 def test_answers_with_cache_hits_are_bit_identical(any_engine):
-    """Longer, shorter, as long, up to the end of a piece, and shorter than one."""
+    """Covers longer, shorter and equal prompts, prompts up to the end of a piece, and shorter than a piece."""
     assert_same_with_cache(any_engine, [30, 50, 20, 20, 64, 17, 16, 8, 9], [0, 24, 16, 16, 48, 16, 8, 0, 8])
 
 
@@ -93,7 +93,7 @@ def test_the_least_recently_used_entries_are_evicted_first(engine):
     with Scheduler(engine, piece=PIECE) as scheduler:
         scheduler.submit(jobs[0]).result()
         one = scheduler.counters.cache_bytes
-        scheduler.submit(prompt(engine, 40)).result()  # takes the place of what it begins with
+        scheduler.submit(prompt(engine, 40)).result()  # replaces its own prefix
         assert one < scheduler.counters.cache_bytes
     with Scheduler(engine, piece=PIECE, cache_bytes=2 * one) as scheduler:
         hits = [scheduler.submit(jobs[i]).result().cached_tokens > 0 for i in (0, 1, 0, 2, 0, 1)]
@@ -102,7 +102,7 @@ def test_the_least_recently_used_entries_are_evicted_first(engine):
 
 
 def test_deleted_entries_are_computed_again(engine):
-    """Nothing of it stays in the cache; other entries do."""
+    """No part of the entry stays in the cache; other entries do."""
     job, other = prompt(engine, 30), prompt(engine, 30, memory=random_memory(engine, random.Random(1)))
     jobs = [
         replace(job, names=frozenset({"anna", "resp_1"})),

@@ -32,7 +32,7 @@ def test_waiting_pieces_are_joined(engine):
     job = job_of(engine, "hello there", 30)
     with Scheduler(engine) as scheduler:
         ticket = scheduler.submit(job)
-        scheduler.submit(replace(job, sampling=Sampling(60))).result()  # by then the other one has ended
+        scheduler.submit(replace(job, sampling=Sampling(60))).result()  # by then, the other one has ended
         piece, end = ticket
     assert piece == end.answer.text == Conversation(engine).generate("hello there", Sampling(30)).text
 
@@ -50,7 +50,7 @@ def test_the_first_and_last_pieces_are_delivered_at_once(engine, monkeypatch):
     assert 1 <= len(pieces) <= 2 and "".join(pieces) == end.answer.text
 
 
-BUSY, STARVED = 1.0, 0.1  # of the processor, for each second by the clock
+BUSY, STARVED = 1.0, 0.1  # CPU seconds per wall-clock second
 SOON, LATER = PIECE_SECONDS * 1.01, LONGEST_PIECE_SECONDS * 1.01
 
 
@@ -61,9 +61,9 @@ SOON, LATER = PIECE_SECONDS * 1.01, LONGEST_PIECE_SECONDS * 1.01
         (SOON, BUSY, 1, True),
         (SOON, STARVED, 1, True),
         (SOON, BUSY, 32, True),
-        (SOON, STARVED, 32, False),  # hardly anything was computed in between
+        (SOON, STARVED, 32, False),  # almost nothing was computed in between
         (LATER, STARVED, 32, True),
-        (SOON, BUSY, 100, False),  # to wake them takes longer than what was computed
+        (SOON, BUSY, 100, False),  # waking them takes longer than the computation
         (LATER, BUSY, 1000, True),
     ],
 )

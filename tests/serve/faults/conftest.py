@@ -1,4 +1,4 @@
-"""The model of the servers of these tests, and their databases."""
+"""The model and the databases for the servers of these tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(folder):
-    """The same model in this process, for what conversations alone say."""
+    """The same model in this process, to compute conversations alone."""
     from deltamem_tool.onnx.runtime.engine import OnnxModel
 
     return OnnxModel(folder)
@@ -33,7 +33,7 @@ def engine(folder):
 
 @pytest.fixture
 def start(folder, tmp_path):
-    """Starts servers of the model, each a process; what still runs at the end of the test is killed."""
+    """Starts servers of the model in separate processes, which are killed at the end of the test."""
     servers = []
 
     def start(store: str, *options: str) -> ServerProcess:

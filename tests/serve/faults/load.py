@@ -23,13 +23,13 @@ from deltamem_tool.memory.file import memory_from_bytes
 from deltamem_tool.serve.keys import ONLY_TENANT
 from deltamem_tool.serve.store import MemoryStore
 
-FACTOR = float(os.environ.get("DELTAMEM_LOAD", "1"))  # of how many requests the tests send
-TOLERANCE = 1e-5  # of states in float32: a batch computes them in another order
-RETRY = {409, 429, 503}  # what a client is told to try again after
-PAUSE = 0.05  # seconds until it does
-LENGTH = 16  # tokens of an answer at most: who has told a lot may be answered at length, and all of it is compared
+FACTOR = float(os.environ.get("DELTAMEM_LOAD", "1"))  # of the number of requests
+TOLERANCE = 1e-5  # for states in float32, which a batch computes in another order
+RETRY = {409, 429, 503}  # the answers after which a client tries again
+PAUSE = 0.05  # seconds before it does
+LENGTH = 16  # maximum tokens of an answer, enough for long ones, since whole answers are compared
 SAMPLING = Sampling(LENGTH)
-PATIENCE = 240.0  # seconds in which somebody has to be answered at last
+PATIENCE = 240.0  # seconds in which every user must get an answer
 NAMES = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno", "Max", "Coco", "Oscar", "Ruby")
 KINDS = ("dog", "cat", "horse", "parrot")
 
@@ -51,7 +51,7 @@ class Turn:
 
 @dataclass
 class User:
-    """Somebody with a memory, whose next message follows the answer to the one before."""
+    """A user with a memory, who sends a message after the answer to the one before."""
 
     name: str
     turns: list[Turn]
@@ -65,7 +65,7 @@ class User:
 
 
 def new_user(number: int, turns: int) -> User:
-    """A user who tells of animals and asks for their names; the same for the same number."""
+    """A user who states the names of animals and asks for them. The number determines the user."""
     rng = random.Random(number)
     texts = list[str]()
     while len(texts) < turns:
@@ -79,7 +79,7 @@ class Load:
 
     Args:
         urls: of the servers; a client that gets no answer from one tries another.
-        leaving: the share of requests whose client goes before the answer is complete, and asks again.
+        leaving: the share of requests whose client disconnects before the answer is complete, and asks again.
         streaming: the share of requests that are streamed.
     """
 
@@ -89,19 +89,19 @@ class Load:
         self.number = 0  # of answers so far
 
     async def run(self, users: Sequence[User]) -> None:
-        """Send all messages of all users at once, every message until it is answered."""
+        """Send the messages of all users concurrently, and repeat each message until it is answered."""
         await self.run_groups([[user] for user in users])
 
     async def run_groups(self, groups: Sequence[Sequence[User]]) -> None:
-        """`run` with the users of each group one after the other."""
-        # A connection for each request: one that is kept may be closed by the server just when it is used again.
+        """Like `run`, but the users of each group send sequentially."""
+        # A connection per request: the server could close a kept one just when it is used again.
         limits = httpx2.Limits(max_keepalive_connections=0, max_connections=None)
         async with httpx2.AsyncClient(limits=limits, timeout=PATIENCE) as client, asyncio.TaskGroup() as group:
             for users in groups:
                 group.create_task(self._talk_in_turn(client, users))
 
     async def answers(self, number: int) -> None:
-        """Wait until there are so many answers."""
+        """Wait until this many answers have arrived."""
         before, until = self.number, time.monotonic() + PATIENCE
         while self.number < number:
             if self.number > before:
@@ -126,7 +126,7 @@ class Load:
                 await asyncio.sleep(PAUSE * user.rng.random())
 
     async def _ask(self, client: httpx2.AsyncClient, url: str, user: User, turn: Turn, leaves: bool) -> bool:
-        """Send a turn once; return whether it is answered."""
+        """Send a turn once, and return whether it was answered."""
         streamed = user.rng.random() < self.streaming
         messages = [{"role": "user", "content": turn.text}]
         body = {"model": MODEL, "user": user.name, "messages": messages, "max_completion_tokens": LENGTH}
@@ -183,14 +183,14 @@ class Load:
 
 
 def check_user(engine, store, user: User, unanswered: bool = False) -> None:
-    """Check that each answer of a user is what a conversation alone says, and the memory what is left of it.
+    """Check that the answers and the memory of a user equal those of a conversation alone.
 
     Args:
         engine: the model.
         store: has the memory.
-        user: all of whose turns but the last ones are answered.
-        unanswered: whether the store may have one turn more than were answered: the client went, or the server was
-            killed, when it was stored and not answered yet.
+        user: a user whose turns are answered, except the last ones.
+        unanswered: whether the store may have one more turn than were answered, since the client left or the server was
+            killed between storing and answering.
     """
     stored = store.get(user.tenant, user.name)
     number = 0 if stored is None else stored.version
@@ -203,7 +203,7 @@ def check_user(engine, store, user: User, unanswered: bool = False) -> None:
         memory = alone.memory
         if turn.answer is None:
             continue
-        if not turn.written:  # it was written by an attempt whose answer did not arrive, and read by this one
+        if not turn.written:  # written by an attempt whose answer did not arrive; this one only read
             expected = Conversation(engine, memory, write=False).generate(turn.text, SAMPLING)
         assert turn.answer == expected.text, user
     if stored is not None:

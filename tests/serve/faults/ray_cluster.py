@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine that serves the model, as a process of its own."""
+"""A Ray cluster on this machine that serves the model, in its own process."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class RayCluster:
     """A running cluster.
 
     Args:
-        log: the file that has what it prints.
+        log: the file for its output.
         options: of the application.
     """
 
     def __init__(self, log: Path, **options: object) -> None:
         self._log = log
-        self._folder = tempfile.TemporaryDirectory(prefix="ray-")  # a socket's path is short
+        self._folder = tempfile.TemporaryDirectory(prefix="ray-")  # a socket's path must be short
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        # Of lines that are alike, Ray would print one.
+        # Otherwise, Ray prints only one of several similar lines.
         options_of_ray = {"RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         environment = {**os.environ, **options_of_ray}
         with log.open("w") as out:
@@ -80,12 +80,12 @@ class RayCluster:
 
     @property
     def replicas(self) -> list[psutil.Process]:
-        """The processes that have the model."""
+        """The processes of the replicas."""
         processes = self._process.children(recursive=True)
         return [process for process in processes if "ServeReplica:default:Replica" in " ".join(process.cmdline())]
 
     def end(self) -> None:
-        """End all of its processes."""
+        """Stop all of its processes."""
         processes = [self._process, *self._process.children(recursive=True)]
         self._process.send_signal(signal.SIGINT)
         with suppress(psutil.TimeoutExpired):

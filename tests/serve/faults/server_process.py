@@ -20,8 +20,8 @@ class ServerProcess:
     Args:
         model: a folder.
         store: the store's URL.
-        log: the file that has what it prints.
-        options: of the command, beside these.
+        log: the file for its output.
+        options: further options of the command.
     """
 
     def __init__(self, model: Path, store: str, log: Path, options: tuple[str, ...] = ()) -> None:
@@ -41,11 +41,11 @@ class ServerProcess:
 
     @property
     def log(self) -> str:
-        """All that it has printed."""
+        """All of its output so far."""
         return self._log.read_text()
 
     def start(self) -> None:
-        """Start it, and wait until it listens; the second time at the port that it had."""
+        """Start it, and wait until it listens, on the same port as before if it is restarted."""
         before = len(self.log) if self._log.exists() else 0
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
@@ -58,14 +58,14 @@ class ServerProcess:
         self._port = int(listening[1])
 
     def kill(self) -> None:
-        """Kill it, as a machine that fails does."""
+        """Kill it, like a failing machine."""
         self._process.kill()
         self._process.wait()
 
     def terminate(self) -> None:
-        """Tell it to end."""
+        """Send it SIGTERM."""
         self._process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Wait until it has ended; return its status."""
+        """Wait until it has ended, and return its exit status."""
         return self._process.wait(END_SECONDS)

@@ -14,10 +14,10 @@ from serve.faults.server_process import MODEL
 
 from deltamem_tool.serve.store import MemoryStore
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # with the export, on a busy machine
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # including the export, on a busy machine
 
 USERS, TURNS = 16, 4
-SMALL_BUFFER = 4096  # bytes that a client which does not read takes
+SMALL_BUFFER = 4096  # bytes that a client receives without reading
 
 
 def test_a_client_that_disconnects_gets_its_answer_later_and_is_written_once(start, sqlite_url, engine):
@@ -39,7 +39,7 @@ def test_clients_rejected_by_a_full_queue_are_answered_later(start, sqlite_url, 
 
 
 def send_head(server, path="/v1/chat/completions", length=None, body=b"", more=""):
-    """A connection on which a request was begun."""
+    """A connection with the beginning of a request."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
     connection.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
@@ -78,7 +78,7 @@ def test_an_incomplete_request_writes_nothing_and_blocks_nobody(start, sqlite_ur
 
 
 def test_a_client_that_stops_reading_blocks_nobody(start, sqlite_url):
-    """Not their own memory either: the answer is stored, and the next request goes on from it."""
+    """It does not block its own memory either: the answer is stored, and the next request continues from it."""
     server = start(sqlite_url)
     silent = [
         send_head(server, body=body_of(f"silent-{number}", "My dog is Rex.", stream=True)) for number in range(32)

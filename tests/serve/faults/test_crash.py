@@ -11,13 +11,13 @@ from serve.faults.load import Load, check_users, new_user, times
 
 from deltamem_tool.serve.store import MemoryStore
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # with the export, on a busy machine
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # including the export, on a busy machine
 
 USERS, TURNS = 16, 6
 
 
 def test_a_killed_server_has_stored_every_answered_turn(start, sqlite_url, engine):
-    """Three times; users go on where they were, and each message is written once."""
+    """The server is killed three times. Users continue where they were, and each message is written once."""
     server = start(sqlite_url)
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
     load = Load([server.url])
@@ -40,7 +40,7 @@ def test_a_killed_server_has_stored_every_answered_turn(start, sqlite_url, engin
         store.close()
 
     asyncio.run(talk_and_kill())
-    assert set(load.outcomes) & {"ReadError", "RemoteProtocolError", "cut"}  # who was answered when it was killed
+    assert set(load.outcomes) & {"ReadError", "RemoteProtocolError", "cut"}  # requests in flight when it was killed
     check_users(engine, sqlite_url, users)
 
 
@@ -57,7 +57,7 @@ def test_a_terminated_server_finishes_requests_in_flight(start, sqlite_url, engi
 
     asyncio.run(talk_and_end())
     assert load.outcomes == {"200": USERS}
-    assert server.wait() == 128 + signal.SIGTERM  # as a shell has it
+    assert server.wait() == 128 + signal.SIGTERM  # the status that a shell shows
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{server.url}/health")
     check_users(engine, sqlite_url, users)

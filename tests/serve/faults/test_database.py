@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from serve.faults.load import Load, User, check_users, new_user, times
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # with the export, on a busy machine
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # including the export, on a busy machine
 
 USERS, TURNS = 16, 6
 DOWN_SECONDS = 1.0
@@ -41,7 +41,7 @@ def test_users_are_served_across_a_restart_of_postgresql(way, start, postgres, e
 
 
 def test_users_are_served_again_after_a_full_disk(start, sqlite_url, engine):
-    """No file of the server's may grow for a while."""
+    """For a while, no file of the server may grow."""
     server = start(sqlite_url)
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
     load = Load([server.url])
@@ -63,7 +63,7 @@ def test_users_are_served_again_after_a_full_disk(start, sqlite_url, engine):
 
 
 def test_users_continue_on_the_other_server_when_one_is_killed(start, postgres, engine):
-    """They have one database; each user talks to both, and whoever finds one dead goes on with the other."""
+    """Both servers share a database. Each user talks to both, and continues with one if the other is dead."""
     url = postgres.new_schema()
     servers = [start(url), start(url)]
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
@@ -86,7 +86,7 @@ def test_clients_of_one_memory_on_two_servers_lose_no_turn(start, postgres, engi
     servers = [start(url), start(url)]
     clients = [replace(new_user(number, times(TURNS)), name="shared") for number in range(4)]
     for number, turn in enumerate(turn for client in clients for turn in client.turns):
-        turn.text += f" This is message {number}."  # who says the same as the one before tries again
+        turn.text += f" This is message {number}."  # an identical message would count as a retry
     load = Load([server.url for server in servers])
     asyncio.run(load.run(clients))
     assert load.outcomes["409"] + load.outcomes["conflict"] > 0

@@ -18,11 +18,11 @@ from deltamem_tool.serve.store import MemoryStore
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-# Users, each with a memory after another; of so many turns, since a memory of a hundred facts knows none of them.
+# Users, their memories, and turns per memory, which are few because a memory of a hundred facts recalls none of them.
 USERS, MEMORIES, TURNS = 64, times(1), 6
 CRASHES = min(9, times(3))
 TENANTS = ("acme", "globex", "initech", "umbrella")
-KNOWN = 0.5  # of the questions, at least so many are answered with what was told just before
+KNOWN = 0.5  # the share of questions that must be answered with the fact stated just before
 
 
 def recalled(user) -> list[bool]:
@@ -33,7 +33,7 @@ def recalled(user) -> list[bool]:
 
 @pytest.mark.timeout(900 + 300 * MEMORIES)  # on a busy machine
 def test_no_answer_or_memory_contains_data_of_another_user(start, sqlite_url, tmp_path, engine):
-    """Each is what a conversation alone gives, to the letter and to the bit of rounding.
+    """Each is identical to that of a conversation alone, the memories within rounding.
 
     Users of four tenants have the same names. They talk at once, go before they are answered, and the server is killed,
     told to end and started again meanwhile. Strangers without a memory ask the same questions. DELTAMEM_LOAD=27 are
@@ -98,5 +98,5 @@ def test_no_answer_or_memory_contains_data_of_another_user(start, sqlite_url, tm
         assert len(store.list(tenant, limit=len(users))) == len(users) // len(TENANTS)
     store.close()
     known = [found for user in users for found in recalled(user)]
-    assert sum(known) >= KNOWN * len(known)  # there was something to be seen
+    assert sum(known) >= KNOWN * len(known)  # there were answers that could leak
     print(len(users) * TURNS, "turns,", dict(load.outcomes), f"{sum(known) / len(known):.2f} recalled")

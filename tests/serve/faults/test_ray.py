@@ -24,11 +24,11 @@ pytestmark = [
     pytest.mark.server,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's own, of its imports
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's own, from its imports
 ]
 
 USERS, TURNS = 16, 6
-LOG_SECONDS = 60  # until Ray has brought what a replica has logged
+LOG_SECONDS = 60  # until Ray has collected a replica's log
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,17 @@ def cluster(folder, url, tmp_path_factory):
 
 @contextmanager
 def nothing_committed(url):
-    """Let no turn be stored during the block, and yield what says how many are ready for it."""
+    """Block the storing of turns, and yield a function that counts the waiting ones."""
     with psycopg.connect(url) as holder, psycopg.connect(url, autocommit=True) as watcher:
         holder.execute(f"LOCK TABLE {memories.name} IN EXCLUSIVE MODE")
         yield lambda: watcher.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]
 
 
 def test_requests_for_one_memory_go_to_one_replica(cluster, engine, url):
-    """They wait for each other there: over two servers some would lose a race, which is a conflict."""
+    """They wait for each other there. Over two servers, some would lose a race and get a conflict."""
     clients = [replace(new_user(number, times(TURNS)), name="shared") for number in range(4)]
     for number, turn in enumerate(turn for client in clients for turn in client.turns):
-        turn.text += f" This is message {number}."  # who says the same as the one before tries again
+        turn.text += f" This is message {number}."  # an identical message would count as a retry
     load = Load([cluster.url])
     asyncio.run(load.run(clients))
     assert load.outcomes == {"200": len(clients) * times(TURNS)}
@@ -78,7 +78,7 @@ def test_users_continue_when_one_replica_is_killed(cluster, engine, url):
     """A client whose request was in flight gets an error or half an answer, and retries."""
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
     load = Load([cluster.url], leaving=0.1)
-    before = cluster.replicas  # looking for them takes longer than an answer
+    before = cluster.replicas  # searching for them takes longer than an answer
 
     async def talk_and_kill():
         async with asyncio.TaskGroup() as group:
@@ -86,12 +86,14 @@ def test_users_continue_when_one_replica_is_killed(cluster, engine, url):
             await load.answers(len(users) * times(TURNS) // 3)
             with nothing_committed(url) as ready:
                 async with asyncio.timeout(PATIENCE):
-                    while ready() < len(users):  # everybody is being answered, at either replica
+                    while ready() < len(users):  # all requests are in flight, on both replicas
                         await asyncio.sleep(0.05)
                 before[0].kill()
 
     asyncio.run(talk_and_kill())
-    assert set(load.outcomes) & {"503", "cut", "ReadError", "RemoteProtocolError"}, load.outcomes  # who was at that one
+    assert set(load.outcomes) & {"503", "cut", "ReadError", "RemoteProtocolError"}, (
+        load.outcomes
+    )  # requests on that replica
     assert not before[0].is_running() and before[1].is_running()
     check_users(engine, url, users)
 
@@ -126,7 +128,7 @@ def session(path="/v1/chat/completions", body=b"{}", **headers):
 def test_requests_are_routed_by_the_name_of_the_memory():
     anna = session(body=json.dumps({"user": "anna"}).encode())
     assert anna == session(x_deltamem_memory="anna") == session("/v1/memories/anna/fork")
-    assert anna == session(body=b'{"user": "ben"}', x_deltamem_memory="anna")  # the header goes first, as in the server
+    assert anna == session(body=b'{"user": "ben"}', x_deltamem_memory="anna")  # the header takes precedence
     assert (
         len({anna, session(body=b'{"user": "ben"}'), session(x_deltamem_memory="anna", authorization="Bearer x")}) == 3
     )

@@ -19,13 +19,13 @@ from deltamem_tool.serve import server as serving
 
 pytestmark = pytest.mark.server
 
-SECONDS = 0.5  # of patience in these tests
-LARGE = 64 * 2**20  # bytes: more than the system takes for a client
+SECONDS = 0.5  # of timeout in these tests
+LARGE = 64 * 2**20  # bytes, more than the system buffers for a client
 
 
 @contextmanager
 def connected(monkeypatch, patience):
-    """A server of one large answer, and a connection to it."""
+    """A server with one large answer, and a connection to it."""
     monkeypatch.setattr(serving, patience, SECONDS)
     with running(lambda request: Response(b"0" * LARGE)) as server_and_client:
         yield server_and_client
