@@ -1,4 +1,4 @@
-"""Private names of other libraries, and those that may move: `_compat` alone borrows them."""
+"""Only `_compat` uses private names of other libraries, and names that may move."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOURCES = sorted(
     path for folder in ("deltamem_tool", "benchmarks", "recipes") for path in (ROOT / folder).rglob("*.py")
 )
 LIBRARIES = ("transformers", "torch", "onnxscript", "onnxruntime", "huggingface_hub", "httpx2")
-# Documented, and there in every version that the bounds admit.
+# Documented, and present in every version within the bounds.
 PUBLIC = {
     "httpx2",
     "huggingface_hub",
@@ -49,7 +49,7 @@ PUBLIC = {
     "transformers.integrations",
     "transformers.utils",
 }
-# Methods that lm-evaluation-harness documents as those which a model class overrides.
+# Methods that model classes override, according to the documentation of lm-evaluation-harness.
 HARNESS_METHODS = {"_loglikelihood_tokens", "_model_generate"}
 PRIVATE = re.compile(r"_[a-z]\w*")
 
@@ -76,7 +76,7 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _arguments(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Calls, and arguments for one in a dictionary, that name the cache as only some versions do."""
+    """Calls, and dictionaries of arguments, that use a name of the cache that only some versions have."""
     old = ("past_key_values", "cache_params")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -87,7 +87,7 @@ def _arguments(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _attributes(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Private attributes, also by `getattr` and its kin, that the package has not defined itself."""
+    """Private attributes, including those in `getattr` and similar, that the package does not define itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             name = node.attr
@@ -124,7 +124,7 @@ def _defined() -> set[str]:
                 and ast.unparse(node.value) == "self"
             ):
                 names.add(node.attr)
-    return {name for name in names if PRIVATE.fullmatch(name)} | {"_exit", "_replace"}  # of os, of named tuples
+    return {name for name in names if PRIVATE.fullmatch(name)} | {"_exit", "_replace"}  # of os and of named tuples
 
 
 OWN = _defined()

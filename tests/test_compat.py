@@ -69,7 +69,7 @@ def _moves_rows_back() -> bool:
     return rows == [[0, 2, 1, 3], [0, 1, 2, 3]]
 
 
-def _blob_digest() -> bool:  # of an empty blob, as git has it
+def _blob_digest() -> bool:  # of an empty blob in git
     return _compat.git_hash(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
 
@@ -201,14 +201,14 @@ def test_generate_collects_stopping_criteria_after_creating_the_cache():
     model.generate(torch.tensor([[5, 6]]), max_new_tokens=1, eos_token_id=[7, 8])
     (first, config), (second, same) = calls
     assert (first, second) == (_compat.PREPARE_CACHE, _compat.STOPPING_CRITERIA) and config is same
-    assert config is not model.generation_config  # or a cache would be kept in it
+    assert config is not model.generation_config  # or a cache would be stored in it
 
 
 def test_one_gpu(tmp_path):
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    arguments._n_gpu = 3  # as on a machine with three
+    arguments._n_gpu = 3  # as on a machine with three of them
     assert arguments.n_gpu == 3
     _compat.use_one_gpu(arguments)
     assert arguments.n_gpu == 1

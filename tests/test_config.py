@@ -13,11 +13,11 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool.config import BRANCHES, MAX_RANK
 from deltamem_tool.errors import ArchitectureError, ConfigError
 
-# Of the tiny Qwen3: the hidden size, and the widths of q, k, v, o.
+# The hidden size of the tiny Qwen3, and the widths of its q, k, v and o.
 HIDDEN, WIDTHS = 32, {"q": 64, "k": 32, "v": 32, "o": 32}
-# How far the standard deviation of some hundred random numbers is from what it should be, at most.
+# Maximum deviation of the standard deviation of some hundred random numbers.
 SPREAD_TOLERANCE = 0.15
-ROUNDING = 1e-7  # float32, of numbers of order 0.05
+ROUNDING = 1e-7  # float32, for numbers of order 0.05
 
 # The parameters of one layer at rank 4, by the name of their shape.
 USUAL = {
@@ -73,7 +73,7 @@ USUAL = {
 def test_an_option_adds_only_its_parameters(options, changed, state, segment, state_heads):
     expected = {name: shape for name, shape in {**USUAL, **changed}.items() if shape is not None}
     rows = ("query", "key", "value", "gate", "decay")
-    for name, shape in expected.items():  # more heads are more rows, and more columns of Δ
+    for name, shape in expected.items():  # more heads mean more rows, and more columns of Δ
         if name.split(".")[0] in rows:
             expected[name] = [shape[0] * state_heads, *shape[1:]]
         elif name.startswith("delta."):
@@ -186,7 +186,7 @@ def test_the_norm_is_initialised_with_ones():
         ("back:3", 5, [2, 3, 4]),
         ("middle:1", 5, [2]),
         ("middle:3", 5, [1, 2, 3]),
-        ("middle:2", 5, [1, 2]),  # an odd remainder: one more behind than before
+        ("middle:2", 5, [1, 2]),  # an odd remainder: one more after than before
         ("middle:4", 5, [0, 1, 2, 3]),
         ("middle:1", 4, [1]),
         ("middle:3", 6, [1, 2, 3]),
@@ -202,7 +202,7 @@ def test_layers_can_be_selected_by_name(layers, count, expected):
 
 
 def test_the_layer_groups_of_the_paper_cover_all_layers():
-    """Twelve of the 36 layers of Qwen3-4B each: together they are all."""
+    """Each group has twelve of the 36 layers of Qwen3-4B, and together they have all."""
     with torch.device("meta"):
         config = tiny_model().config
         config.num_hidden_layers, config.layer_types = 36, ["full_attention"] * 36

@@ -8,7 +8,7 @@ import torch
 
 from deltamem_tool.errors import domain_error
 
-TOO_MUCH = 2**50  # numbers, beyond what any machine can address
+TOO_MUCH = 2**50  # numbers, more than any machine can address
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from helpers.shared_folder import folder_once
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnxscript", "matplotlib", "huggingface_hub"}
 
-# Imports, and what must not come with them. The order of the rooms is import-linter's (pyproject.toml).
+# Imports, and the libraries that they must not load. import-linter checks the order of the rooms (pyproject.toml).
 CASES = [
     ("deltamem_tool", HEAVY),
     ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.io.atomic, deltamem_tool.data.dialogues", HEAVY),
@@ -44,8 +44,8 @@ CASES = [
     ("deltamem_tool.serve.app, deltamem_tool.serve.server", HEAVY),
     ("deltamem_tool.serve.batching.scheduler", HEAVY),
 ]
-LIBRARIES = ("torch", "transformers.modeling_utils")  # what takes seconds
-# Each import is a fork's, of a process that has the libraries by then which the import may bring.
+LIBRARIES = ("torch", "transformers.modeling_utils")  # imports that take seconds
+# Each import runs in a fork of a process that has already loaded the libraries that the import may load.
 FORKS = """
 import importlib, json, os, sys
 
@@ -93,7 +93,7 @@ def test_a_room_does_not_import_heavy_libraries(imported_modules, module, withou
 
 @pytest.mark.slow
 def test_an_unknown_task_is_reported_before_transformers_is_imported():
-    """PyTorch is imported, to see whether it can be."""
+    """PyTorch is imported, to check that it can be."""
     words = ["-X", "importtime", "-m", "deltamem_tool", "eval", "builtin:adapter", "--task", "nothing"]
     result = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
     assert "There is no task 'nothing'" in result.stderr and result.returncode == 1

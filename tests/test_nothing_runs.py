@@ -28,13 +28,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def canary(tmp_path):
-    """A file that only code of a stranger would write, and such code."""
+    """A file that only untrusted code would write, and the source of such code."""
     file = tmp_path / "canary"
     return file, f"open({str(file)!r}, 'w').write('here')\n"
 
 
 class Runs:
-    """Unpickled, it runs `source`."""
+    """Runs `source` when it is unpickled."""
 
     def __init__(self, source):
         self.source = source
@@ -95,7 +95,7 @@ def test_templates_cannot_escape_their_sandbox(template, canary):
     text = ChatText.from_tokenizer(tokenizer)
     with pytest.raises(ExportError, match="chat template refuses"):
         text.render(messages)
-    for seen in (text.template, ChatTemplate.from_tokenizer(tokenizer)):  # ours, and transformers' own
+    for seen in (text.template, ChatTemplate.from_tokenizer(tokenizer)):  # ours and that of transformers
         with pytest.raises(DataError, match="refuses the conversation"):
             seen.render(messages)
     assert not file.exists() and len(messages) == 1

@@ -16,12 +16,12 @@ from deltamem_tool.evaluation.conditions import EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import FALSE_ANSWER, NEVER_TOLD, Recall
 
-FACTS, EPISODES = (1, 4, 8), 60  # half of the questions are about what was never told
+FACTS, EPISODES = (1, 4, 8), 60  # half of the questions are about facts that were not stated
 MIN_RECALL = (0.9, 0.9, 0.8)
-MAX_FALSE_ANSWERS = 0.1  # of all that are about what was never told
-MAX_CONTROL = 0.05  # of all questions with another conversation's state, which tells the same value by chance
+MAX_FALSE_ANSWERS = 0.1  # of the questions about facts that were not stated
+MAX_CONTROL = 0.05  # of all questions with another conversation's state, which contains the same value by chance
 CHATS, TOLD = 5, 8
-MAX_GARBLED = 0.05  # of the replies; without `history_kl` it was over a half
+MAX_GARBLED = 0.05  # of the replies; without `history_kl`, it was more than half
 REPLIES = {*dialogues.ACKNOWLEDGEMENTS, *(reply for _, reply in dialogues.SMALL_TALK)}
 
 

@@ -13,9 +13,9 @@ from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.natural_recall import recall
 
 ADAPTER = "builtin:smollm2-adapter"
-MAX_BYTES = 5_000_000  # of what a clone and a wheel carry for it
+MAX_BYTES = 5_000_000  # of its files in a clone and in the wheel
 CONVERSATIONS = 16
-MIN_RECALL, MAX_CONTROL = 0.75, 0.1  # of one fact; an answer more is 0.06
+MIN_RECALL, MAX_CONTROL = 0.75, 0.1  # with one fact; each answer counts 0.06
 
 
 def test_the_adapter_is_small_and_names_its_base():

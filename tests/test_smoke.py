@@ -1,4 +1,4 @@
-"""The main steps of a user, by the commands: they must work with all versions within the bounds.
+"""The main steps of a user as commands, which must work with all versions within the bounds.
 
 `scripts/smoke.sh` runs it with the tests of `_compat` and of the cache's name: in CI in the lowest set of versions, and
 for a release that has just come out by `make compat`.
@@ -31,7 +31,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_deprecation():
-    """Nothing that a library says it will take away, by a warning or in its log."""
+    """Checks that no library reports a deprecation, in a warning or in its log."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -46,7 +46,7 @@ def no_deprecation():
 
 @pytest.fixture(scope="module")
 def adapter(workspace):
-    """An adapter after a few steps."""
+    """An adapter after a few training steps."""
     recipe = workspace / "recipe.yaml"
     recipe.write_text(
         f"base: builtin:backbone\nout: {workspace / 'adapter'}\ntraining: {{steps: {STEPS}, batch_size: 4}}\n"

@@ -22,7 +22,7 @@ START_SECONDS = 20
 
 @dataclass
 class Running:
-    """A server that runs."""
+    """A running server."""
 
     url: str
     store: MemoryStore

@@ -17,7 +17,7 @@ from deltamem_tool.memory.file import memory_from_bytes
 pytestmark = pytest.mark.server
 
 TELL, ASK = "My dog is Rex.", "What is my dog's name?"
-TOLERANCE = 1e-5  # of states in float32: a batch computes them in another order
+TOLERANCE = 1e-5  # for states in float32, which a batch computes in another order
 
 
 def user(text):
@@ -53,7 +53,7 @@ def test_a_fact_from_one_request_is_recalled_in_another(client):
 
 
 def test_answers_and_memories_match_a_conversation_alone(client, server, shipped_engine):
-    """A client that sends each message alone: every request is a new context on the same memory."""
+    """The client sends each message alone, so every request is a new context on the same memory."""
     memory = None
     for text in (TELL, "My cat is Tom.", ASK):
         alone = Conversation(shipped_engine, memory)
@@ -109,7 +109,7 @@ def test_a_memory_can_start_from_another(client, server):
     ask(client, user(TELL), user="iris")
     options = {"extra_body": {"memory": {"from": "iris"}}}
     assert "Rex" in ask(client, user(ASK), user="jack", **options).choices[0].message.content
-    assert "Rex" in ask(client, user(ASK), **options).choices[0].message.content  # not kept
+    assert "Rex" in ask(client, user(ASK), **options).choices[0].message.content  # not stored
     assert server.store.get("default", "iris").version == server.store.get("default", "jack").version == 1
 
 
@@ -130,7 +130,7 @@ def test_sampling_options_are_used(client):
 
 
 def test_an_answer_cut_by_its_length_can_be_continued(client, server, shipped_engine):
-    """The last token of an answer is not fed; it writes with the next request, as in a conversation."""
+    """The last token of an answer is fed and written with the next request, as in a conversation."""
     first = ask(client, user(TELL), user="mia", max_tokens=2)
     history = [user(TELL), assistant(first.choices[0].message.content)]
     again = ask(client, *history, user(ASK), user="mia", max_tokens=2)
@@ -146,7 +146,7 @@ def test_many_users_of_the_asynchronous_client_are_answered(server):
 
     async def all_of_them():
         async with openai.AsyncOpenAI(base_url=server.api, api_key="none") as client:
-            pets = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno")  # that it knows when it is alone
+            pets = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno")  # which the adapter recalls in a conversation alone
             answers = await asyncio.gather(*(talk(client, f"async-{pet}", pet) for pet in pets))
             return dict(zip(pets, answers, strict=True))
 

@@ -29,7 +29,7 @@ def test_event_encoder_matches_encode_event(text):
 
 
 class Made:
-    """A generator of three events, and how far it got."""
+    """A generator of three events that records its progress."""
 
     def __init__(self):
         self.done, self.closed = False, False
@@ -79,7 +79,7 @@ async def test_generation_does_not_wait_for_a_slow_reader(monkeypatch):
 
 
 async def test_a_slow_reader_receives_all_events(monkeypatch):
-    """Longer than the patience in all, in pieces that are not."""
+    """All pieces together take longer than the timeout, but no single one does."""
     monkeypatch.setattr(events, "SEND_SECONDS", 0.1)
     sent = []
 

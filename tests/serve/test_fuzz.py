@@ -40,7 +40,7 @@ MESSAGES = st.lists(
 
 @st.composite
 def requests(draw):
-    """A path and a body: a sound one with some of its values changed, or something else altogether."""
+    """A path and a body: a valid one with some values changed, or random bytes or values."""
     path = draw(st.sampled_from(sorted(BODIES)))
     if draw(st.integers(0, 9)) == 0:
         return path, draw(st.binary(max_size=50) | VALUES.map(lambda value: json.dumps(value).encode()))

@@ -1,4 +1,4 @@
-"""Telling apart messages that a client resends from new ones."""
+"""Distinguishing messages that a client resends from new ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fed(*conversations, pending=0):
 
 
 def new(state, messages):
-    """The texts that are new."""
+    """The texts of the new messages."""
     known = state.match(messages)
     return [message["content"] for message, was in zip(messages, known.messages, strict=True) if not was]
 
@@ -38,8 +38,8 @@ SECOND = ("a", "A", "b", "B")
         ([FIRST], ("b",), ["b"]),  # a client that sends the new message alone
         ([FIRST], ("a",), []),  # a retry
         ([FIRST, SECOND], ("a", "A", "b"), []),
-        ([FIRST, SECOND], ("b",), []),  # the same of a client that drops the oldest
-        ([FIRST, SECOND], ("a",), ["a"]),  # told once more
+        ([FIRST, SECOND], ("b",), []),  # a retry of a client that drops the oldest
+        ([FIRST, SECOND], ("a",), ["a"]),  # stated once more
         ([("a", "A"), ("b", "B")], ("a",), ["a"]),
         ([("a", "A"), ("b", "B")], ("a", "A", "c"), ["c"]),  # two conversations in turn
         ([FIRST, SECOND], ("a", "A", "x"), ["x"]),  # another second message
@@ -52,7 +52,7 @@ def test_only_unseen_messages_are_new(before, request_, expected):
 
 
 def test_a_key_distinguishes_retries_from_repeated_messages():
-    """Two clients that say the same one after the other, and one that tries again when another has said something."""
+    """Covers two clients that say the same in succession, and one that retries after another client's message."""
     state, messages = MessageHistory.empty(), talk("a")
     for key in ("1", "2"):
         known = state.match(messages, key)

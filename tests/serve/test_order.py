@@ -55,7 +55,7 @@ def test_a_cancelled_waiter_leaves_no_trace():
 
 @pytest.mark.server
 def test_of_two_servers_the_first_to_finish_wins(shipped_engine, tmp_path):
-    """A lost race is a 409, and leaves nothing; whatever was answered with 200 is in the memory, once."""
+    """A lost race gets status 409 and changes nothing. Every message answered with 200 is in the memory once."""
     texts = [f"My dog is Rex {number}." for number in range(12)]
 
     async def send(client, url, text):

@@ -16,7 +16,7 @@ def server(shipped_engine, tmp_path):
 
 
 def answer_and_count(server, **headers):
-    """The answer to a turn of `anna`, and how many memories there are then."""
+    """The answer to a turn of `anna`, and the number of memories afterwards."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "user": "anna", "max_tokens": 1}
     answer = httpx2.post(server.url + CHAT, json=body, headers=headers)
     return answer, len(server.store.list("default"))
@@ -28,9 +28,9 @@ def answer_and_count(server, **headers):
     [
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
-        {"Origin": "http://127.0.0.1:1"},  # another program's page on this machine
+        {"Origin": "http://127.0.0.1:1"},  # the page of another program on this machine
         {"Host": "evil.example"},
-        {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},  # a name that leads here
+        {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},  # a name of this machine
         {"Host": "127.0.0.1.evil.example"},
         {"Origin": "http://["},  # no address at all
         {"Host": "["},

@@ -53,7 +53,7 @@ def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user):
     assert NAME not in user.say(ASK)
     user.page.get_by_role("link", name="anna").click()
     user.wait("anna")
-    expect(user.answers).to_have_count(1)  # its conversation is still there
+    expect(user.answers).to_have_count(1)  # its conversation is still shown
     user.page.go_back()
     user.wait("bert & <b>")
 
@@ -105,7 +105,7 @@ def test_undo_after_a_reload_and_restoring(user, server):
 
 def test_no_button_changes_a_memory_that_is_not_loaded_yet(user):
     user.open("emil")
-    for text in (TELL, TELL_ANOTHER):  # so that there is a version to go back to
+    for text in (TELL, TELL_ANOTHER):  # so that there is an earlier version
         user.say(text)
     routes = []
     user.page.route("**/v1/memories/emil", lambda route: routes.append(route))
@@ -165,7 +165,7 @@ def test_a_file_that_is_not_a_memory_is_refused(user, server, tmp_path):
     assert versions(server, "hugo") == 1
 
 
-# What is said is text
+# Messages are text
 
 
 def test_html_that_is_said_is_text(user):
@@ -322,7 +322,7 @@ def test_a_memory_that_somebody_else_changed_is_not_undone_unseen(user, server):
     assert stored(server, "lisa").version == restored
 
 
-# For everybody
+# Accessibility
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

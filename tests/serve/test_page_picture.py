@@ -50,12 +50,12 @@ def test_the_picture_shows_the_states_and_what_the_last_turn_changed(browser, se
         check_picture(user, [second, change], COLOURS[scheme])
         other = "dark" if scheme == "light" else "light"
         user.page.emulate_media(color_scheme=other)
-        user.page.evaluate(TWO_FRAMES)  # the page hears of it before it draws a frame
+        user.page.evaluate(TWO_FRAMES)  # the page is notified before it draws a frame
         check_picture(user, [second, change], COLOURS[other])
 
 
 def check_picture(user, columns, palette):
-    """Each column has the states `[1, H, R, R]` of a layer in a canvas; a head is beside the other, a pixel between."""
+    """Check that each column has the states `[1, H, R, R]` of a layer in a canvas, with one pixel between heads."""
     negative, zero, positive = map(np.array, palette)
     for column, states in enumerate(columns):
         limit = max(np.abs(state).max() for state in states.values())

@@ -53,7 +53,7 @@ def prompt_of(engine, fed, messages, memory=None, write=True, window=None, token
 
 
 def open_memory(engine):
-    """A memory with an open segment of some tokens, where there are any."""
+    """A memory with an open segment of some tokens, if the engine writes by segments."""
     empty = empty_memory(engine)
     segments = {layer: segment + 1 for layer, segment in empty.open_segments.items()}
     return StoredMemory(empty.states, segments, empty.adapter)
@@ -64,7 +64,7 @@ def is_open(memory):
 
 
 def expected(engine, messages, known):
-    """All tokens, of which those after the first `known` characters of the rendering write, by what tags the chat."""
+    """All tokens with their tags; those after the first `known` characters of the rendered messages write."""
     tokenizer, granularity = tiny_tokenizer(), engine.mechanism.granularity
     text = engine.text.render(messages)
     start = len(tokenizer(text[:known], add_special_tokens=False).input_ids)
@@ -167,7 +167,7 @@ def test_known_turns_are_dropped_from_a_full_window(token_engine):
         assert [token.id for token in prompt.tokens] == [token.id for token in expected(token_engine, remaining, 0)]
         assert len(prompt.tokens) + prompt.room == window and prompt.room >= 4
         assert prompt.written == 1 and prompt.tokens[-1].writes and not prompt.tokens[0].writes
-        if prompt.dropped:  # and no more than has to
+        if prompt.dropped:  # and no more than necessary
             more = [SYSTEM, *messages[1 + prompt.dropped - 2 :]]
             assert len(expected(token_engine, more, 0)) + 4 > window
         seen.add(prompt.dropped)
@@ -181,7 +181,7 @@ def test_new_messages_must_fit_into_the_window(token_engine):
 
 
 def test_a_segment_that_ends_is_written_before_the_prompt():
-    """The open segment that ends first is in the state."""
+    """The state before the prompt includes the segment that ends."""
     engine = make_engine("message")
     memory = open_memory(engine)
     prompt = prompt_of(engine, MessageHistory.empty(), talk("thank you"), memory)

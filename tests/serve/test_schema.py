@@ -17,12 +17,12 @@ from deltamem_tool.serve.openapi import document
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-EXAMPLES = round(5 * float(os.environ.get("DELTAMEM_LOAD", "1")))  # of each operation, beside those of each parameter
+EXAMPLES = round(5 * float(os.environ.get("DELTAMEM_LOAD", "1")))  # of each operation, besides those of each parameter
 SECONDS = 120.0  # for a request, on a busy machine
 LENGTH = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses": "max_output_tokens"}
-NAME = "anna"  # of a memory that there is
-# Whether all that the document admits is accepted: it cannot say what a file is a memory of, that the last message has
-# to be the user's, or which version a memory has.
+NAME = "anna"  # of an existing memory
+# Not checked: whether every valid request is accepted. The document cannot express which memories fit, that the last
+# message must be the user's, or which version a memory has.
 CONFIG = SchemathesisConfig.from_dict({"checks": {"positive_data_acceptance": {"enabled": False}}})
 SCHEMA = schemathesis.openapi.from_dict(document(), config=CONFIG)
 
@@ -56,6 +56,6 @@ def name_what_exists(server, memory, case):
         case.path_parameters["model"] = MODEL
     if isinstance(case.body, dict) and "model" in case.body:
         case.body["model"] = MODEL
-        case.body[LENGTH[case.path]] = 1  # an answer is no better a test for being long
+        case.body[LENGTH[case.path]] = 1  # longer answers would not test more
     if isinstance(case.body, bytes) and len(case.body) % 2:
         case.body = memory

@@ -78,7 +78,7 @@ def test_logs_describe_requests_without_their_content(server, caplog):
     with caplog.at_level(logging.INFO, LOGGER.name):
         ask(server)
         httpx2.get(f"{server.api}/memories/{NAME}")
-        until = time.monotonic() + 10  # a line is written after its answer was sent
+        until = time.monotonic() + 10  # a line is written after the answer is sent
         while len(requests_logged(caplog)) < 2:
             assert time.monotonic() < until
             time.sleep(0.01)

@@ -74,7 +74,7 @@ def test_tenants_do_not_see_each_other(server_and_keys):
         for path in ("/memories/secret", "/memories/secret/versions"):
             missing, never = globex.get(path), globex.get(path.replace("secret", "never_"))
             assert missing.status_code == never.status_code == 404
-            assert missing.text.replace("secret", "never_") == never.text  # nothing tells one from the other
+            assert missing.text.replace("secret", "never_") == never.text  # the two answers are identical
         assert globex.delete("/memories/secret").status_code == 404
         assert globex.post("/memories/secret/fork", json={"id": "mine"}).status_code == 404
         refused = globex.post(

@@ -11,7 +11,7 @@ from deltamem_tool.segments.tags import SegmentTag
 
 
 def episode_batch(scored=((3, 4), (2,), (4,)), lengths=(7, 4), segments: bool = False) -> dict[str, Tensor]:
-    """Two conversations with two and one exchanges; of unlike length, padded on the right."""
+    """Two conversations with two exchanges and one, of different lengths, padded on the right."""
     width = max(lengths)
     write_ids, write_mask = tokens(2, width), torch.ones(2, width, dtype=torch.long)
     read_ids, read_mask = tokens(3, 6, seed=1), torch.ones(3, 6, dtype=torch.long)
@@ -31,7 +31,7 @@ def episode_batch(scored=((3, 4), (2,), (4,)), lengths=(7, 4), segments: bool = 
 
 
 def positions(labels: Tensor) -> dict[str, Tensor]:
-    """Flat places of the tokens before scored ones, and the scored ones."""
+    """Flat positions of the tokens before scored ones, and the scored tokens."""
     places = [(row, t) for row in range(len(labels)) for t in range(1, labels.shape[1]) if labels[row, t] != IGNORED]
     return {
         "scored": torch.tensor([row * labels.shape[1] + t - 1 for row, t in places]),
@@ -40,14 +40,14 @@ def positions(labels: Tensor) -> dict[str, Tensor]:
 
 
 def with_unrelated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Beside each conversation an exchange that no memory is needed for, of two and one scored tokens."""
+    """Adds to each conversation an exchange that needs no memory, with two scored tokens and one."""
     ids, mask = tokens(2, 5, seed=2), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     scored = torch.tensor([2, 3, 5 + 1])
     return batch | {"unrelated_ids": ids, "unrelated_mask": mask, "unrelated_scored": scored}
 
 
 def with_full_context(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each exchange after its whole history in one text."""
+    """Adds each exchange after its whole history as one text."""
     texts, scored = [], []
     for row, conversation in enumerate(batch["rows"].tolist()):
         history = batch["write_ids"][conversation][batch["write_mask"][conversation].bool()]

@@ -11,11 +11,11 @@ import torch
 from deltamem_tool.recipe.load import load_recipe
 from deltamem_tool.training import train
 
-LONG = 3600.0  # seconds; it is killed before
+LONG = 3600.0  # seconds; the process is killed before
 
 
 def train_until(recipe: Path, resume: bool, file: int, halted: Path) -> None:
-    """Halt when half of the `file`-th file that torch writes, counted from 1, is on the disk; `halted` says so."""
+    """Halt when half of the `file`-th file that torch writes, counted from 1, is on disk, and create `halted`."""
     save, numbers = torch.save, itertools.count(1)
 
     def save_or_halt(content, path, *args, **options):

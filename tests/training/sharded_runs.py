@@ -21,7 +21,7 @@ from deltamem_tool.training.sharding import is_sharded
 
 
 def trained(recipes: list[Recipe], notes: Path) -> None:
-    """Train one after the other; `notes` gets a line a recipe, of the main process."""
+    """Train the recipes sequentially. The main process writes a line per recipe to `notes`."""
     torch.set_num_threads(1)
     for recipe in recipes:
         shares = []
@@ -34,7 +34,7 @@ def trained(recipes: list[Recipe], notes: Path) -> None:
 
 
 def trained_apart(recipe: Recipe, notes: Path) -> None:
-    """Train with the whole base in each process; `notes` gets the losses."""
+    """Train with the whole base in each process, and write the losses to `notes`."""
     torch.set_num_threads(1)
     result = train(recipe)
     if result.is_main:
@@ -42,7 +42,7 @@ def trained_apart(recipe: Recipe, notes: Path) -> None:
 
 
 def loses_another(recipe: Recipe, errors: Path) -> None:
-    """Train, and write what ends the run to `errors`."""
+    """Train, and write the error that ends the run to `errors`."""
     torch.set_num_threads(1)
     try:
         train(recipe)
@@ -52,7 +52,7 @@ def loses_another(recipe: Recipe, errors: Path) -> None:
 
 @contextmanager
 def whole_bytes() -> Iterator[list[int]]:
-    """Bytes of the base's weights that are whole, at each time that an attention module of it runs."""
+    """The bytes of the base's unsharded weights, each time that one of its attention modules runs."""
     models: list[PreTrainedModel] = []
     sizes: list[int] = []
 

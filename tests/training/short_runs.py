@@ -15,7 +15,7 @@ from deltamem_tool.recipe.load import DataOptions, Recipe, TrainingOptions
 
 
 def short_run(base: Path, folder: Path) -> Recipe:
-    """Six steps on a file, which is what they are evaluated with too."""
+    """Six steps on a file, which is also the evaluation data."""
     talks = str(write_talks(folder / "talks.jsonl"))
     return Recipe(
         base=str(base),

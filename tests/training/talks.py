@@ -13,7 +13,7 @@ PAIRS = (("dog", "Rex"), ("house", "Oslo"), ("car", "blue"), ("sister", "Anna"),
 
 
 def write_talks(path: Path, count: int = 24) -> Path:
-    """Each tells some facts and asks for the first."""
+    """Writes conversations that state some facts and ask for the first one."""
     talks = []
     for number in range(count):
         facts = [dialogues.Fact(*PAIRS[(number + i) % len(PAIRS)]) for i in range(1 + number % 3)]

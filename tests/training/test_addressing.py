@@ -33,7 +33,7 @@ def telling_batch(segments=False):
 
 
 def keys_of(batch, row):
-    """The columns of the tokens of each key in a history: one token, or those of a segment."""
+    """The columns of each key in a history: a token, or the tokens of a segment."""
     columns = [column for column, valid in enumerate(batch["write_mask"][row].tolist()) if valid]
     if "write_segment_tags" not in batch:
         return [[column] for column in columns]
@@ -42,11 +42,11 @@ def keys_of(batch, row):
         segments[-1].append(column)
         if batch["write_segment_tags"][row, column] == SegmentTag.LAST:
             segments.append([])
-    return segments[:-1]  # what no end follows is not written
+    return segments[:-1]  # tokens after the last end are not written
 
 
 def naive_addresses(batch):
-    """(asking, conversation, keys) of every scored token that has to be found."""
+    """(asking, conversation, keys) of every scored token that occurs in the history."""
     length = batch["read_ids"].shape[1]
     addresses = []
     for place, target in zip(batch["scored"].tolist(), batch["targets"].tolist(), strict=True):

@@ -19,7 +19,7 @@ from deltamem_tool.serve import server as serving
 
 pytestmark = pytest.mark.server
 
-SECONDS = 0.5  # of timeout in these tests
+SECONDS = 0.5  # of patience with a client in these tests
 LARGE = 64 * 2**20  # bytes, more than the system buffers for a client
 
 

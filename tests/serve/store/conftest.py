@@ -19,7 +19,7 @@ def store_url(request, tmp_path) -> str:
 
 @pytest.fixture
 def open_store(store_url) -> Iterator[Callable[..., MemoryStore]]:
-    """Opens the database, each time for a server more."""
+    """Opens the database, each time for another server."""
     stores = []
 
     def open_store(**options) -> MemoryStore:

@@ -18,7 +18,7 @@ MEMORIES = {f"memory {number}": b"%d " % number * 4000 for number in range(30)}
 
 @pytest.fixture(scope="module")
 def store_file(tmp_path_factory):
-    """A store's file; read only."""
+    """The file of a store; read only."""
     path = tmp_path_factory.mktemp("whole") / "memories.db"
     with closing(MemoryStore(f"sqlite:///{path}")) as store:
         for name, data in MEMORIES.items():

@@ -25,7 +25,7 @@ def key(monkeypatch) -> str:
 
 @pytest.fixture
 def execute(store_url):
-    """Runs a statement in the database, behind the store's back."""
+    """Executes a statement in the database without the store's knowledge."""
     engine = create_engine(store_url.replace("postgresql:", "postgresql+psycopg:"))
 
     def forge(statement: str, **values) -> None:
@@ -85,7 +85,7 @@ SWAP = "UPDATE {0} SET content = (SELECT content FROM {0} WHERE tenant = 'acme' 
 
 
 def test_rows_cannot_be_swapped(key, store, execute):
-    """Two memories with one content, so that a digest alone would not tell them apart."""
+    """Two memories have the same content, so that a digest alone cannot distinguish them."""
     for tenant, name in (("acme", "ada"), ("acme", "eve"), ("umbrella", "bob")):
         store.put(tenant, name, b"state")
         store.put_response(tenant, f"resp_{name}", b"state", [])

@@ -15,11 +15,11 @@ from deltamem_tool.serve.store.overflow import OverflowPages
 
 MARKER_BYTES = 16
 CONTENT = b"state"
-TABLE_LEAF = 13  # the first byte of such a page; that of an overflow page is 0 in files below 2^24 pages
+TABLE_LEAF = 13  # the first byte of such a page; an overflow page starts with 0 in files below 2^24 pages
 
 
 def marked(rng: random.Random, size: int) -> tuple[bytes, bytes]:
-    """A marker, and content that repeats it: what is left of that has the marker, from two lengths of it on."""
+    """A marker, and content that repeats it, so that every remnant of twice its length contains the marker."""
     marker = rng.randbytes(MARKER_BYTES)
     return marker, (marker * (size // MARKER_BYTES + 1))[:size]
 
@@ -89,7 +89,7 @@ def test_deletions_of_a_killed_server_are_erased_by_the_next(store, tmp_path, tm
     rng = random.Random(0)
     marker, data = marked(rng, 9216)
     store.put("acme", "ada", data)
-    store._database.erase = lambda: False  # killed before
+    store._database.erase = lambda: False  # which was killed before
     store.delete("acme", "ada")
     found = tmp_path_factory.mktemp("found")
     for file in tmp_path.iterdir():
@@ -102,7 +102,7 @@ def test_deletions_of_a_killed_server_are_erased_by_the_next(store, tmp_path, tm
 
 @pytest.mark.slow
 def test_nothing_is_left_after_many_writes_and_deletions(store, tmp_path):
-    """Rows move between pages when others come and go."""
+    """Rows move between pages when others are added and removed."""
     rng = random.Random(0)
     stored: dict[str, list[bytes]] = {}
     deleted: set[bytes] = set()

@@ -68,7 +68,7 @@ def test_expired_memories_are_deleted(store, clock):
     clock.now = 1010
     assert store.expire() == 4
     assert store.expire() == 0
-    clock.now = 0  # nothing would be hidden
+    clock.now = 0  # before all expiries, so that the store hides nothing
     assert [memory.id for memory in store.list("acme")] == ["memory 0", "memory 2"]
     assert [store.get_response("acme", f"response {n}") is None for n in range(5)] == [False, True, False, True, True]
     stored = [store.get("acme", f"memory {n}") for n in (0, 2)] + [

@@ -31,13 +31,13 @@ def test_a_killed_server_loses_no_acknowledged_write(store_url, open_store):
             process.send_signal(signal.SIGKILL)
             answered += [int(line) for line in process.stdout.readlines() if line.endswith("\n")]
         stored = open_store().get(writer.TENANT, writer.NAME)
-        # One more may be committed, whose answer was not printed.
+        # One more may be committed without being acknowledged.
         assert writer.number_of(stored.data) == stored.version in (answered[-1], answered[-1] + 1)
 
 
 @pytest.fixture
 def counter_thread(postgres):
-    """Counts in a thread, again after each error; the numbers that were answered, and the errors."""
+    """Counts in a thread, and retries after each error. Yields the store, the acknowledged numbers and the errors."""
     store = MemoryStore(postgres.new_schema())
     answered, errors, stopped = [], [], Event()
 
@@ -87,12 +87,12 @@ def test_a_restarted_database_is_reconnected(counter_thread, postgres, end):
 
 @pytest.mark.server
 def test_a_lost_connection_raises_one_clear_error(postgres):
-    """The pool tries a connection before it is used, but this one goes in the middle of a transaction."""
+    """The pool tests a connection before it is used, but this one is lost in the middle of a transaction."""
     with closing(MemoryStore(postgres.new_schema())) as store:
         store.put("acme", "ada", b"1")
         stored = store.get("acme", "ada")
 
-        class Note(dict):  # what is written as JSON while the transaction runs
+        class Note(dict):  # which is serialised while the transaction runs
             def items(self):
                 postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state LIKE 'idle in%'")
                 return super().items()
@@ -111,7 +111,7 @@ def test_an_unreachable_database_raises_one_clear_error(tmp_path):
 
 
 def fill(store: MemoryStore) -> tuple[int, StoreUnavailable]:
-    """Write memories until there is no room; return how many were answered, and the error."""
+    """Write memories until the disk is full. Returns the number of acknowledged ones, and the error."""
     for number in range(ENDLESS):
         try:
             store.put("acme", f"memory {number}", data_of(number))
@@ -126,7 +126,7 @@ def data_of(number: int) -> bytes:
 
 
 def check_full(store: MemoryStore) -> None:
-    """Fill it: all that was answered is there, and nothing of what was not."""
+    """Fill the disk, and check that exactly the acknowledged memories are stored."""
     number, error = fill(store)
     assert number > 0 and re.search("full|space|disk", error.why)
     assert len(store.list("acme", limit=ENDLESS)) == store.usage("acme").memories == number
@@ -192,7 +192,7 @@ def test_a_missing_folder_raises_one_clear_error(tmp_path):
     folder = tmp_path / "store"
     with closing(MemoryStore(f"sqlite:///{folder}/memories.db")) as store:
         store.put("acme", "ada", b"1")
-        store._database.close()  # its connections, which would go on with the files that have no names
+        store._database.close()  # its connections would continue to use the deleted files
         shutil.rmtree(folder)
         with pytest.raises(StoreUnavailable):
             store.put("acme", "ada", b"2", 1)

@@ -19,7 +19,7 @@ THREADS = 12
 
 
 class Numbers:
-    """A table, and the transactions that there were."""
+    """A table, and a record of its transactions."""
 
     def __init__(self, path):
         self._engine = create_engine(f"sqlite:///{path}", isolation_level=None)
@@ -30,7 +30,7 @@ class Numbers:
 
     @contextmanager
     def _transaction(self):
-        """The first one waits until it is told to go on."""
+        """A transaction, of which the first one waits until `go` is set."""
         self.transactions += 1
         self.begun.set()
         assert self.go.wait(30)

@@ -34,7 +34,7 @@ def test_a_writer_with_an_outdated_version_conflicts(store):
             with pytest.raises(Conflict):
                 store.restore("acme", "ada", 1, expected)
     assert store.get("acme", "ada") == second
-    assert store.put("acme", "ada", b"3").version == 3  # whatever is there
+    assert store.put("acme", "ada", b"3").version == 3  # whatever version is stored
 
 
 def test_a_missing_memory_gives_none_or_raises(store):
@@ -94,7 +94,7 @@ def test_tenants_do_not_see_each_other(store):
 
 
 def test_memories_are_listed_in_pages_in_the_order_of_their_bytes(store):
-    names = ["B", "a", "a b", "a-b", "ab", "b", "z", "ä", "中", "😀"]  # ordered: what a locale would order otherwise
+    names = ["B", "a", "a b", "a-b", "ab", "b", "z", "ä", "中", "😀"]  # in an order that a locale would change
     for name in reversed(names):
         store.put("acme", name, name.encode())
     pages, after = [], None
@@ -108,7 +108,7 @@ def test_memories_are_listed_in_pages_in_the_order_of_their_bytes(store):
 
 
 def test_a_recreated_memory_is_a_different_one(store):
-    """A writer that began before the deletion does not restore the deleted memory."""
+    """A writer that began before the deletion must not restore the deleted memory."""
     for data in (b"1", b"2"):
         store.put("acme", "ada", data)
     version = store.get("acme", "ada").version
@@ -147,7 +147,7 @@ def test_writing_beyond_the_quota_raises(open_store):
         store.put_response("acme", "r", b"x" * 60, [])
     store.put("acme", "a", b"x" * 40)
     with pytest.raises(QuotaExceeded, match="bytes"):
-        store.put("acme", "a", b"x" * 60)  # the first version goes, but this one is longer
+        store.put("acme", "a", b"x" * 60)  # the first version is deleted, but this one is longer
     assert store.put("acme", "a", b"x" * 40).version == 3
     assert store.usage("acme") == Usage(2, 2 * (40 + NO_NOTE) + 1 + NO_NOTE)
     assert [memory.id for memory in store.list("acme")] == ["a", "b"]

@@ -39,7 +39,7 @@ def random_call(rng: random.Random) -> list:
 
 
 class Model:
-    """The memories of one tenant: by name their versions, each with its number."""
+    """The memories of one tenant: the versions of each name, by number."""
 
     def __init__(self) -> None:
         self.memories: dict[str, dict[int, bytes]] = {}
@@ -143,7 +143,7 @@ def test_random_calls_match_the_model(open_store):
         sizes = [len(data) + NO_NOTE for versions in model.memories.values() for data in versions.values()]
         sizes += [len(data) + len("[]") for data, _ in model.responses.values()]
         assert store.usage(tenant) == Usage(len(model.memories), sum(sizes))
-    with store._database.read() as connection:  # no content is left of what is gone
+    with store._database.read() as connection:  # no content of deleted memories is left
         rows = connection.execute(select(func.count()).select_from(contents)).scalar_one()
     assert rows == sum(len(model.responses) + sum(map(len, model.memories.values())) for model in models.values())
     succeeded = {name for name, result in outcomes if result is True}

@@ -40,7 +40,7 @@ def test_threads_lose_no_change(store):
 
 @pytest.mark.slow
 def test_processes_lose_no_change(store_url, open_store):
-    """They also create the tables, all at once."""
+    """The processes also create the tables concurrently."""
     turns = 10
     command = [sys.executable, writer.__file__, store_url, str(turns)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(PROCESSES)]
@@ -70,7 +70,7 @@ def test_writers_that_accept_any_version_are_serialised(store):
 
 @pytest.mark.slow
 def test_counted_sizes_match_the_stored_content(store):
-    """Writers, readers and deletions of a few memories at once."""
+    """Writers, readers and deletions access a few memories concurrently."""
 
     def work(index):
         rng = random.Random(index)

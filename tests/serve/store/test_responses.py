@@ -52,7 +52,7 @@ def test_responses_are_deleted_with_their_memory(store):
 
 
 def test_a_response_of_a_deleted_memory_is_not_stored(store):
-    """Its request began before the deletion, and would leave behind what was deleted."""
+    """Its request began before the deletion, and would otherwise store deleted content again."""
     version = store.put("acme", "ada", b"state").version
     store.delete("acme", "ada")
     with pytest.raises(Conflict):

@@ -7,7 +7,7 @@ import sys
 from deltamem_tool.serve.store import Conflict, MemoryStore
 
 TENANT, NAME = "acme", "ada"
-FACTOR = 4000  # data is as long as a state, and says what it counts
+FACTOR = 4000  # as long as a state, starting with the count
 
 
 def data_of(number: int) -> bytes:
@@ -21,7 +21,7 @@ def number_of(data: bytes) -> int:
 
 
 def count_once(store: MemoryStore) -> int:
-    """Add one to what the memory counts, again where another writer was first; return the version."""
+    """Increment the count in the memory, with a retry if another writer was first. Returns the version."""
     while True:
         stored = store.get(TENANT, NAME)
         number, version = (0, None) if stored is None else (number_of(stored.data), stored.version)
