@@ -146,7 +146,7 @@ def test_many_users_of_the_asynchronous_client_are_answered(server):
 
     async def all_of_them():
         async with openai.AsyncOpenAI(base_url=server.api, api_key="none") as client:
-            pets = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno")  # which the adapter recalls in a conversation alone
+            pets = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno")  # recalled in a conversation alone
             answers = await asyncio.gather(*(talk(client, f"async-{pet}", pet) for pet in pets))
             return dict(zip(pets, answers, strict=True))
 
