@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,12 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 def _console(stderr: bool = False) -> Console:
     """Return the console of stdout or stderr.
 
-    rich follows `NO_COLOR`, `FORCE_COLOR` and `TERM`, but leaves bold and dim under the first, which are escape codes
-    as well, and under the second moves the cursor in what goes to a file.
+    rich follows `NO_COLOR`, `FORCE_COLOR`, `TERM` and `COLUMNS`, but leaves bold and dim under the first, which are
+    escape codes as well; under the second it moves the cursor in what goes to a file; and with a width of 0, it prints
+    nothing.
     """
     colours: Any = None if os.environ.get("NO_COLOR") else Console(stderr=stderr).color_system
     is_file = not (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, color_system=colours, force_terminal=False if is_file else None)
+    width = shutil.get_terminal_size().columns if os.environ.get("COLUMNS") == "0" else None
+    return Console(stderr=stderr, color_system=colours, force_terminal=False if is_file else None, width=width)
 
 
 STDOUT, STDERR = _console(), _console(stderr=True)

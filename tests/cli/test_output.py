@@ -153,6 +153,15 @@ def test_the_environment_can_disable_colours(monkeypatch, environment):
     assert not any("\x1b" in text for text in shown(monkeypatch, False, **environment))
 
 
+def test_a_width_of_zero_counts_as_none(monkeypatch):
+    """Some pseudo-terminals have it, and shells pass it on as COLUMNS."""
+    stream = Stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", "0")
+    console._console().print("a table")
+    assert stream.text() == "a table\n"
+
+
 def test_forced_colours_reach_a_file_and_the_animation_does_not(monkeypatch):
     out, err = shown(monkeypatch, False, FORCE_COLOR="1")
     assert "\x1b[31m" in out and "\x1b[31mError" in err
