@@ -37,7 +37,7 @@ def test_a_shipped_ablation_is_valid(file):
     keys = {name: one.key for (_, name, _), one in plan_jobs([ablation], [42], (), FEW, Path("out")).items()}
     assert len(set(keys.values())) == len(keys) == len(ablation.variants)
     (reference,) = [variant for variant in ablation.variants if variant.name == ablation.reference]
-    shared = file.stem != "strategy"  # which compares whole recipes
+    shared = file.stem != "strategy"  # it compares whole recipes
     assert not reference.changes and (reference.recipe.stem == CENTRE) == shared
 
 
@@ -85,7 +85,7 @@ def test_shared_runs_are_trained_once_and_stopped_ones_resume(files, tmp_path, m
     result = ablate(plans, out, [1], FEW, keep_adapters=True)
     runs = result.runs
     assert made[2:] == ["other"] and len(runs) == 3
-    assert [job.key for job in result.unkept] == [run.key for run in runs[:2]]  # made before, and not kept
+    assert [job.key for job in result.unkept] == [run.key for run in runs[:2]]  # created before and not reused
     assert [json.loads(line)["key"] for line in (out / RUNS_FILE).read_text().splitlines()] == [run.key for run in runs]
     assert [path.name for path in (out / ADAPTERS).iterdir()] == [runs[2].key]
     assert runs[1].parameters > runs[0].parameters > runs[2].parameters

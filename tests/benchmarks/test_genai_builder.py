@@ -19,8 +19,8 @@ CALLS = (5, 1, 3, 1)  # tokens
     ids=["every position", "the last, in fixed steps"],
 )
 def test_conversations_match_pytorch(tmp_path, tokenizer, options, fixed_steps):
-    """Two, one after the other in the same buffers."""
-    shape = {"name": "llama", "hidden_size": 64}  # heads of 16: rotary positions in `GroupQueryAttention` want no less
+    """Compares two conversations in succession in the same buffers."""
+    shape = {"name": "llama", "hidden_size": 64}  # heads of 16, the least for rotary positions in `GroupQueryAttention`
     checkpoint = save_checkpoint(tmp_path / "model", tokenizer, **shape)
     model = tiny_model(**shape, vocab_size=len(tokenizer))
     build(checkpoint, tmp_path / "onnx", "float32", options)

@@ -42,7 +42,7 @@ def test_every_pair_is_written_once_and_asked_once():
 
 
 def test_orthogonal_keys_hold_exactly_rank_pairs():
-    """The bound that the table has: R keys are read without error, and of R + 1 one at least is not."""
+    """The bound of the table: R keys are read without error, and at least one of R + 1 is not."""
     values = torch.randn(1, RANK + 1, 1, RANK, generator=drawn())
     keys = torch.eye(RANK)[[*range(RANK), 0]].view(1, RANK + 1, 1, RANK)
     none, ones = torch.zeros_like(values), torch.ones_like(values)
@@ -52,7 +52,7 @@ def test_orthogonal_keys_hold_exactly_rank_pairs():
 
 
 def test_random_keys_forget_at_the_predicted_rate():
-    """(1 − β/R) a write: what is left of the first of n values in its own reading, in the mean."""
+    """The mean share that is left of the first of n values in its own reading: a factor of (1 − β/R) per write."""
     beta, pairs, count = 0.5, 12, 4000
     values = torch.zeros(count, pairs, 1, RANK)
     values[:, 0] = 1.0
@@ -78,7 +78,7 @@ def test_a_rule_that_decays_holds_as_much_only_with_gates_nearly_shut():
 
 
 def test_recall_matches_the_equation():
-    """`recall` against the equation, written out."""
+    """`recall` is compared with the equation."""
     words, layer = mqar_task.Words.draw(drawn()), mqar_task.new_layer(config(states=2, delta_init="random"))
     sequences = mqar_task.Sequences.draw(words, 3, 4, drawn(1))
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_trained_layer_recalls_by_key():
         return mqar_task.recall(layer, words, mqar_task.Sequences(sequences.written, others.asked, sequences.values))
 
     confused, _ = mqar_task.asked(of_other_keys, words, 4, drawn(3))
-    assert confused < 1 / 4 + CHANCE  # at best one of the four values that are there
+    assert confused < 1 / 4 + CHANCE  # at best one of the four existing values
 
 
 def test_keys_of_a_new_layer_overlap_like_random_ones():
@@ -126,7 +126,7 @@ def test_the_number_of_pairs_held_is_counted(recalls, held):
 
 @pytest.mark.slow
 def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
-    """All of the grid is minutes: its smallest shape and the shipped one stand for it."""
+    """The whole grid takes minutes, so only its smallest shape and the shipped one are run."""
     for name, value in {"RULES": {"no_lambda": {}}, "RANKS": [4], "STATES": [1], "SEEDS": 1, "SHIPPED": (8, 2)}.items():
         monkeypatch.setattr(mqar, name, value)
     out = tmp_path / "results.md"
@@ -137,6 +137,6 @@ def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
     assert [(cell["rank"], cell["states"], cell["steps"]) for cell in cells] == [(4, 1, 1), (8, 2, 1), (8, 2, 20)]
     assert (tmp_path / "capacity-mqar.png").stat().st_size > 0
     first = out.read_text()
-    monkeypatch.setattr(mqar, "measure", None)  # nothing is measured again
+    monkeypatch.setattr(mqar, "measure", None)  # nothing is measured twice
     assert not CliRunner().invoke(mqar.main, arguments, catch_exceptions=False).exception
     assert out.read_text() == first and len(log.read_text().splitlines()) == len(cells)

@@ -10,7 +10,7 @@ from replay import Writes, nearest, read, retained
 BATCH, TOKENS, HEADS, RANK = 2, 8, 2, 3
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 DRAWS = 10_000
-FIVE_SIGMA = 5.0  # how far a mean of draws may be from what is expected
+FIVE_SIGMA = 5.0  # maximum deviation of a mean of draws
 
 
 def some_writes(batch=BATCH, tokens=TOKENS, decays=True, seed=0):
@@ -21,7 +21,7 @@ def some_writes(batch=BATCH, tokens=TOKENS, decays=True, seed=0):
 
 
 def naive(writes, valued=None):
-    """The state of every row by itself, from the matrices that the equation multiplies it with."""
+    """The state of every row, by the matrix products in the equation."""
     batch, tokens, heads, rank = writes.k.shape
     states = torch.zeros(batch, heads, rank, rank, dtype=torch.float64)
     for b in range(batch):
@@ -78,7 +78,7 @@ def test_random_keys_leave_the_expected_share(decays):
 
 
 def test_rotated_keys_keep_their_angles_to_each_other():
-    """And to the others, over many draws, what random keys are: (k · q)² is 1 / R in the mean."""
+    """To the other keys, they are random: (k · q)² is 1 / R in the mean over many draws."""
     writes = Writes(*(x.expand(DRAWS, -1, -1, -1) for x in some_writes(1).all))
     fact = (torch.arange(TOKENS) == 0).expand(DRAWS, -1)
     rotated = writes.with_rotated_keys(~fact, torch.Generator().manual_seed(3))
@@ -91,7 +91,7 @@ def test_rotated_keys_keep_their_angles_to_each_other():
 
 
 def test_a_repeated_key_is_overwritten_and_orthogonal_ones_are_kept():
-    """The delta rule's promise: R associations with orthogonal keys are kept, and β = 1 replaces one of them."""
+    """By the delta rule, R associations with orthogonal keys are kept, and β = 1 replaces one of them."""
     keys = torch.eye(RANK)[[*range(RANK), 1]].view(1, RANK + 1, 1, RANK)
     values = torch.randn(1, RANK + 1, 1, RANK, generator=torch.Generator().manual_seed(2))
     ones = torch.ones_like(values)

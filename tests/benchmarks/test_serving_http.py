@@ -15,7 +15,7 @@ COLUMNS = {"the scheduler alone": 4, "one at a time, plain": 5, "3 at once, Open
 
 @pytest.mark.parametrize("stored", [0, 100])
 def test_every_table_of_the_http_benchmark_is_filled(tmp_path_factory, tmp_path, stored):
-    """A store of no memories is the empty one, which is there in any case."""
+    """The empty store without memories is always included."""
     folder = onnx_engine("token", tmp_path_factory).folder
     options = argparse.Namespace(folder=folder, users=3, tokens=4, rounds=1, stored=stored, repeats=1, threads=1)
     report = serving_http.measure(options, folder, tmp_path)

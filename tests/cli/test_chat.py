@@ -1,6 +1,6 @@
 """`deltamem chat` with the shipped model: turns, commands, and the memory file.
 
-Its chat in ONNX Runtime is tested where its ONNX folder is made, in `tests/quickstart`.
+`tests/quickstart`, which creates the ONNX folder, tests the chat in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_stdin_that_is_not_utf_8_gives_a_short_error(here, deltamem, monkeypatch
 def test_byte_order_marks_are_ignored(here, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n{ASKED}\n/context\n")
     without = deltamem("chat", "builtin:adapter")
-    piped(monkeypatch, f"\ufeff{TOLD}\n\ufeff{ASKED}\n\ufeff/context\n")  # as if three files had been put together
+    piped(monkeypatch, f"\ufeff{TOLD}\n\ufeff{ASKED}\n\ufeff/context\n")  # like three concatenated files
     assert deltamem("chat", "builtin:adapter") == without and without.code == 0
 
 
@@ -92,7 +92,7 @@ def test_invalid_options_are_rejected_before_the_model_loads(here, deltamem):
     for options in (("--base", "there"), ("--trust-remote-code",), ("--device", "cpu")):
         deltamem("chat", "onnx", *options).assert_short_error(options[0], "only for an adapter", code=2)
     deltamem("chat", "builtin:adapter", "--device", "nonsense").assert_short_error("is not a device", code=2)
-    deltamem("chat", "onnx").assert_short_error("onnx", code=1)  # a damaged folder is no adapter
+    deltamem("chat", "onnx").assert_short_error("onnx", code=1)  # a damaged folder is not an adapter
     assert listing(here) == before
 
 
@@ -184,7 +184,7 @@ def _interrupted(*_):
 
 @contextmanager
 def in_a_terminal(model, *arguments, cwd):
-    """`deltamem chat MODEL` in a pseudoterminal of its own, until it is left."""
+    """`deltamem chat MODEL` in its own pseudoterminal, killed at the end of the block."""
     environment = {**os.environ, "XDG_STATE_HOME": str(cwd / "state"), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     child = pexpect.spawn(
         START[0],
@@ -194,7 +194,7 @@ def in_a_terminal(model, *arguments, cwd):
         encoding="utf-8",
         timeout=120,
         dimensions=(40, 100),
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which under nohup would be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which would be ignored under nohup
     )
     try:
         yield child
@@ -206,7 +206,7 @@ def in_a_terminal(model, *arguments, cwd):
 
 @pytest.fixture
 def word_of_the_answer(quickstart_onnx):
-    """A word of the answer without end to `TOLD`: when it is there, the answer has begun."""
+    """A word of the endless answer to `TOLD`, which shows that the answer has begun."""
     begins = Conversation(OnnxModel(quickstart_onnx)).generate(TOLD, Sampling(**{**ENDLESS, "max_new_tokens": 20})).text
     return max(re.findall("[A-Za-z]+", begins), key=len)
 
@@ -244,7 +244,7 @@ def test_ctrl_c_stops_only_the_answer(here, quickstart_onnx, word_of_the_answer)
 @pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_chat_in_a_terminal(here, quickstart_onnx, word_of_the_answer, number):
-    """At the prompt; within an answer, whose turn is remembered."""
+    """Covers the prompt, and an answer, whose turn is remembered."""
     with in_a_terminal(quickstart_onnx, "--memory", "me", cwd=here) as child:
         child.expect("> ")
         child.kill(number)

@@ -1,6 +1,6 @@
 """Random commands, options and invalid files: a result or a three-line error, never a traceback or a partial file.
 
-`DELTAMEM_FUZZ_EXAMPLES=20000 pytest tests/cli/test_fuzz.py` tries as many command lines instead of the usual number.
+`DELTAMEM_FUZZ_EXAMPLES=20000 pytest tests/cli/test_fuzz.py` tries this many command lines.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from deltamem_tool.cli import COMMANDS
 from deltamem_tool.serve import server
 
 EXAMPLES = int(os.environ.get("DELTAMEM_FUZZ_EXAMPLES", "250"))
-# A command line that is still at work then was understood; it is interrupted, and must clean up.
+# After this time, a command line counts as accepted. The command is interrupted, and must clean up.
 SECONDS, LONG = 1.0, 15.0
 
 NUMBERS = ["-1", "0", "1", "2", "7", "65", "1000000000000000000", "0.5", "-0.0", "1e400", "nan", "inf", "９", "0x10"]
@@ -77,7 +77,7 @@ def material(tmp_path_factory):
 
 
 def values(parameter: click.Parameter, paths: list[str]) -> st.SearchStrategy[str]:
-    """Words for an option or argument: what its type expects as often as what it does not."""
+    """Words for an option or argument, half of them valid for its type."""
     text = st.sampled_from(WORDS) | st.text(max_size=8).filter(lambda word: "\0" not in word)
     path = st.sampled_from(paths)
     kind = parameter.type
@@ -122,7 +122,7 @@ def any_lines(draw: st.DrawFn, paths: list[str]) -> list[str]:
 
 @st.composite
 def nearly_sound_lines(draw: st.DrawFn, paths: list[str]) -> list[str]:
-    """A line that works, with up to two changes: a word replaced or left out, an option added."""
+    """A valid line with up to two changes: a word replaced or removed, or an option added."""
     words = draw(st.sampled_from(SOUND.strip().splitlines())).split()
     for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
         at = draw(st.integers(1, len(words)))
@@ -136,12 +136,12 @@ def nearly_sound_lines(draw: st.DrawFn, paths: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """A command line with what is around it."""
+    """A command line with its environment."""
 
     words: list[str]
     stdin: bytes
     encoding: str
-    is_patient: bool  # whether it may end its work
+    is_patient: bool  # whether it may finish
 
 
 def cases(paths: list[str]) -> st.SearchStrategy[Case]:
@@ -151,7 +151,7 @@ def cases(paths: list[str]) -> st.SearchStrategy[Case]:
 
 
 class _Enough(BaseException):
-    """The command is at work: what comes now is a person's Ctrl-C."""
+    """Raised after the command has started its work, in the place of Ctrl-C."""
 
 
 class Ending(NamedTuple):
@@ -163,7 +163,7 @@ class Ending(NamedTuple):
 
 
 def run(case: Case, folder: Path) -> Ending:
-    """Run a command in a process of its own: an interrupt in the middle of torch can leave torch broken."""
+    """Run a command in its own process, since an interrupt inside torch can leave torch broken."""
     interrupted, ending, failure = folder / "interrupted", folder / "ending", folder / "failure"
     for file in (interrupted, ending, failure):
         file.unlink(missing_ok=True)
@@ -176,16 +176,16 @@ def run(case: Case, folder: Path) -> Ending:
         finally:
             os._exit(0)
     _, status = os.waitpid(process, 0)
-    if interrupted.exists() and not ending.exists():  # a library fails as it cleans up, torch.export among them
+    if interrupted.exists() and not ending.exists():  # a library, such as torch.export, fails while cleaning up
         return Ending(None, "", "")
     assert not failure.exists(), failure.read_text()
     assert status == 0, f"ended by signal {status}"
     code, out, err = json.loads(ending.read_text())
-    return Ending(None if interrupted.exists() else code, out, err)  # whatever a library made of the interrupt
+    return Ending(None if interrupted.exists() else code, out, err)  # or what a library made of it
 
 
 def run_here(case: Case, interrupted: Path) -> Ending:
-    """Run a command, and interrupt it when it has been at work for long enough; then there is a file `interrupted`."""
+    """Run a command, interrupt it after some time, and then create a file `interrupted`."""
 
     def enough(*_: Any) -> None:
         interrupted.touch()
@@ -194,10 +194,10 @@ def run_here(case: Case, interrupted: Path) -> Ending:
     out = io.TextIOWrapper(io.BytesIO(), case.encoding)
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     signal.signal(signal.SIGALRM, enough)
-    server.run = enough  # a server that listens is at work
+    server.run = enough  # a server that listens has started its work
     code: Any = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        # Again after a while: an exception in a callback of C goes nowhere.
+        # Repeated, since an exception in a C callback is lost.
         signal.setitimer(signal.ITIMER_REAL, LONG if case.is_patient else SECONDS, LONG)
         try:
             cli.main()
@@ -227,21 +227,21 @@ def check(case: Case, code: Any, out: str, err: str, before: dict[str, tuple[int
     named += " ".join(str(path.readlink()) for path in here.iterdir() if path.is_symlink() and path.name in named)
     untouched = {name for name in before if name.split("/")[0] not in named}
     assert {name: after.get(name) for name in untouched} == {name: before[name] for name in untouched}
-    if code == 1 and case.words[0] != "chat":  # a chat goes on, and says of each line what was wrong
+    if code == 1 and case.words[0] != "chat":  # a chat continues, and reports what is wrong with each line
         assert "Error: " in err or "Aborted!" in err
     before_json = case.words[case.words.index("--json") - 1] if "--json" in case.words else "--"
     if code == 0 and not before_json.startswith("--") and not {"-h", "--help"} & set(case.words):
         json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     for name in after.keys() - before.keys():
-        if name.endswith(".json") and case.words[0] not in ("run", "chat"):  # which write memories, whatever their name
+        if name.endswith(".json") and case.words[0] not in ("run", "chat"):  # these write memories, under any name
             json.loads((here / name).read_text(encoding="utf-8"))
 
 
-FROM_NPM = {"page"}  # its work needs packages of npm: tests/page has them
+FROM_NPM = {"page"}  # its work needs npm packages; see tests/page
 
 
 def import_everything() -> None:
-    """Else every process would import it anew."""
+    """Imported here, so that not every process has to."""
     for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):
         if not module.name.endswith(("__main__", "triton_scan")) and not lacks_extra(module.name):
             importlib.import_module(module.name)
@@ -252,7 +252,7 @@ def import_everything() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300 + 2 * EXAMPLES)  # or a busy machine, or 20,000 lines, would end it
+@pytest.mark.timeout(300 + 2 * EXAMPLES)  # or a busy machine, or 20,000 lines, would exceed it
 @pytest.mark.filterwarnings("ignore")  # an interrupted command closes nothing
 def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch, hub):
     source, right = material
@@ -298,6 +298,6 @@ def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch, hu
     print(json.dumps(ends, indent=1, sort_keys=True))
     sound = {words[0]: words for words in map(str.split, reversed(SOUND.strip().splitlines()))}
     assert sound.keys() == set(COMMANDS) - FROM_NPM
-    for words in sound.values():  # what the lines above depart from gets through to its work
+    for words in sound.values():  # the unchanged lines start their work
         ending = no_traceback(Case(words, b"", "utf-8", is_patient=False))
         assert ending.code in (0, None), (words, ending.err)

@@ -35,8 +35,8 @@ CASES = {
 
 
 def make(folder: Path, name: str) -> Path:
-    """An adapter, and beside it its base, a LoRA and a static adapter."""
-    heads = {"num_key_value_heads": 2}  # what two processes can share
+    """Creates an adapter with its base, a LoRA and a static adapter."""
+    heads = {"num_key_value_heads": 2}  # which two processes can share
     base = save_checkpoint(folder / "base", tiny_tokenizer(), name=name, **heads)
     model = AutoModelForCausalLM.from_pretrained(base)
     randomise(attach(model, DeltaMemConfig(rank=4, **CASES[name])))
@@ -48,7 +48,7 @@ def make(folder: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """For each case, what two processes found."""
+    """For each case, the folder with the results of two processes."""
     base = tmp_path_factory.mktemp("parallel")
     folders = {name: make(base / name, name) for name in CASES}
     processes = [forked_process(rank, number, list(folders.values())) for number in range(PROCESSES)]
@@ -65,10 +65,10 @@ def test_two_processes_match_one(folders, name):
     one = results(folders[name], "cpu")
     two = [torch.load(folders[name] / f"rank-{number}.pt", weights_only=False) for number in range(PROCESSES)]
     alone, together = ((folders[name] / f"records-{device}" / RECORDS_FILE).read_bytes() for device in ("cpu", "tp"))
-    assert alone == together  # one of the two has written them
+    assert alone == together  # one of the two processes has written them
     for each in two:
         assert each["words"] == one["words"]
-        assert each["bytes"] < 0.7 * one["bytes"]  # of so small a base, the embedding that both have is a large part
+        assert each["bytes"] < 0.7 * one["bytes"]  # in so small a base, the embedding, which both have, is a large part
         for kind in ("logits", *STATES):
             torch.testing.assert_close(each[kind], one[kind], atol=TOLERANCE, rtol=0)
         for found, expected in zip(each["columns"], one["columns"], strict=True):

@@ -1,4 +1,4 @@
-"""Models inside a wrapper whose signature does not say what the model takes: PEFT's, torch.compile's."""
+"""Models inside a wrapper whose signature hides the model's arguments: PEFT and torch.compile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deltamem_tool.memory.call_options import CallOptions
 
 
 def gpt2(**changes):
-    """Learned positions: a row that begins at another one says something else."""
+    """A GPT-2, whose learned positions make the output depend on where a row begins."""
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 128, "initializer_range": 0.2}
     config = GPT2Config(**sizes | changes, bos_token_id=None, eos_token_id=1)

@@ -51,7 +51,7 @@ class Exported:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and three special ones."""
+    """A tokenizer with one token per byte, and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,7 +61,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(kind: str, layers: str | tuple[int, ...], depth: int = 2, **options) -> PreTrainedModel:
-    """Layers of random weights, large enough that what the memory says changes what the model says."""
+    """Layers with random weights, large enough that the memory changes the output."""
     torch.manual_seed(0)
     config_class, model_class = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[
         kind
@@ -85,7 +85,7 @@ def make_model(kind: str, layers: str | tuple[int, ...], depth: int = 2, **optio
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.3)
-        # One row keeps nothing: ONNX Runtime's sigmoid is 0 from -20 on, and its logarithm is -inf.
+        # One row keeps nothing, because ONNX Runtime's sigmoid is 0 below -20, and its logarithm is -inf.
         adapter.layers[str(depth - 1)].gate.bias[0] = 40.0
     return model
 
@@ -97,13 +97,13 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Its memory's weights are apart from the base's, as quantisation wants them."""
+    """A Llama whose memory's weights are separate from the base's, as quantisation requires."""
     return _exported("llama", make_model("llama", (1,)), "all", tmp_path_factory, without=JOIN_WEIGHTS)
 
 
 @pytest.fixture(scope="session")
 def by_message(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """One layer, whose memory writes a message at once."""
+    """One layer whose memory writes by message."""
     model = make_model("qwen3", "all", depth=1, granularity="message", couple_lambda=False)
     return _exported("by_message", model, "last", tmp_path_factory)
 
@@ -123,7 +123,7 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="session")
 def exported_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    """Exports one layer, by a name of its own."""
+    """Exports one layer under its own name."""
 
     def export(name: str, memory: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> Exported:
         model = make_model("qwen3", "all", depth=1, **memory).to(dtype)
@@ -153,13 +153,13 @@ def _exported(
 
 @pytest.fixture
 def folder(qwen3: Exported, tmp_path: Path) -> Path:
-    """A copy of the Qwen3's to damage."""
+    """A copy of Qwen3's folder for the test to damage."""
     return shutil.copytree(qwen3.folder, tmp_path / "copy")
 
 
 @pytest.fixture
 def write_instead(monkeypatch) -> Callable[[Exported], None]:
-    """Has `export_onnx` write a graph that was exported already: tracing is not what these tests are about."""
+    """Makes `export_onnx` write a graph that was exported before, for tests that are not about tracing."""
     return partial(_write_instead, monkeypatch)
 
 

@@ -25,7 +25,7 @@ from deltamem_tool.onnx.export.targets import TARGETS
 from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
-PROMPT = SEGMENT + 8  # one message ends in it, one stays open
+PROMPT = SEGMENT + 8  # one message ends in it, one remains open
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def test_a_lora_in_buffers_of_fixed_length_matches_pytorch(fixed, tmp_path):
 
 
 def test_the_peak_memory_grows_with_the_prompt(qwen3):
-    """In a process of its own, of which this one's size is no part."""
+    """Measured in its own process, independent of this one's size."""
     batch, prompts, interface = 16, (8, 408), qwen3.manifest.interface
     setting = Setting("adapter", prompts=prompts, decode=1, batch_size=batch, threads=1, runtimes=(ONNX,))
     peak = peak_of(setting, ONNX, MEMORY, GraphFolder(qwen3.folder, interface))

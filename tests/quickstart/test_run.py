@@ -85,7 +85,7 @@ def test_a_second_run_does_not_overwrite_the_first(quickstart, deltamem, monkeyp
 
 @pytest.mark.slow
 def test_the_quickstart_with_training_runs(tmp_path, monkeypatch):
-    """Without --fast, two small steps instead of all, and fewer episodes."""
+    """Without --fast, with two small steps and fewer episodes."""
 
     change_recipe(monkeypatch, *SMALL)
     change_base(monkeypatch, BACKBONE, facts=(1,), episodes=10, agreement=(1, 10))
@@ -94,14 +94,14 @@ def test_the_quickstart_with_training_runs(tmp_path, monkeypatch):
     assert {stage for stage, *_ in reports} == {"patch", "train", "evaluate", "export", "remember"}
     assert set(result.seconds) == {stage for stage, *_ in reports}
     assert result.adapter == tmp_path / "run" / "adapter"
-    assert read_adapter(result.adapter).base.name == "builtin:backbone"  # not where it lies on this machine
+    assert read_adapter(result.adapter).base.name == "builtin:backbone"  # not its path on this machine
     assert result.loss_plot is not None and result.loss_plot.read_bytes().startswith(b"\x89PNG")
     assert {entry.name for entry in (tmp_path / "run").iterdir()} <= module.OWN
 
 
 @pytest.mark.slow
 def test_the_quickstart_runs_on_another_base(tmp_path, monkeypatch):
-    """A tiny GGUF file stands for SmolLM2's, and nobody expects it to remember anything."""
+    """A tiny GGUF file replaces SmolLM2's, and is not expected to remember anything."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, max_position_embeddings=8192)  # a character is a token, nearly
     change_recipe(
@@ -164,7 +164,7 @@ def test_overwrite_keeps_the_adapter_in_use(tmp_path):
 @pytest.mark.real_model
 @pytest.mark.timeout(1800)
 def test_the_quickstart_runs_on_a_published_model(smollm2_gguf, tmp_path, monkeypatch):
-    """Two small steps, few questions, and two layers of memory: nothing is remembered yet."""
+    """Two small steps, few questions and two memory layers do not lead to recall yet."""
     change_recipe(monkeypatch, "training.batch_size=2", "memory.layers=[28,29]")
     change_base(monkeypatch, SMOLLM2, facts=(1,), episodes=3, agreement=(1, 2), told=1)
     result = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=2)

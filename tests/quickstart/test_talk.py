@@ -38,7 +38,7 @@ def test_every_conversation_begins_with_the_system_prompt(system, tmp_path, monk
 
     monkeypatch.setattr(Conversation, "generate", recorded)
     remember(make_engine(), tmp_path / "memory.safetensors", told_facts(NATURAL, 2), system)
-    assert len(conversations) == 5  # one tells; two questions, with the memory and without
+    assert len(conversations) == 5  # one statement; two questions, with the memory and without
     for _, messages in conversations.values():
         roles = [message["role"] for message in messages]
         assert roles.count("user") in (1, 2) and roles[1:].count("system") == 0

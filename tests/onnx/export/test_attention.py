@@ -70,7 +70,7 @@ def flat(x: Tensor) -> np.ndarray:
     return x.transpose(1, 2).flatten(2).numpy()
 
 
-# Windows and chunks are shorter than what is tried.
+# Windows and chunks are shorter than the texts.
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [
@@ -96,7 +96,7 @@ def test_fusion_obstacle_finds_models_that_cannot_be_fused(model_type: str, why:
 
 
 def test_a_long_window_is_detected_with_a_short_text():
-    """Llama 4 has its chunks in its masks alone, where a text of a few tokens does not reach them."""
+    """Llama 4 has its chunks only in its masks, where they have no effect on a short text."""
     model = patched("llama4_text", DEPTH)
     size = 8192
     model.config.attention_chunk_size = size
@@ -111,8 +111,8 @@ def test_a_long_window_is_detected_with_a_short_text():
     [
         "gemma2",  # softcaps, windows in every second layer, a scale of its own
         "gpt_oss",  # sinks, windows in every second layer
-        "cohere",  # neighbours are turned together
-        "gptj",  # the same for a part of each head
+        "cohere",  # neighbouring pairs are rotated
+        "gptj",  # also for a part of each head
         "gpt_neox",  # halves of a part of each head
         "mistral",  # windows in every layer
         "qwen3",  # norms of queries and keys

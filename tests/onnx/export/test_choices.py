@@ -42,7 +42,7 @@ def test_the_smaller_of_two_sizes_is_chosen_when_the_graph_runs():
 
 
 def test_windows_match_those_of_all_tokens_at_once():
-    """Two more than are whole, so that there are several in each call."""
+    """There are two more tokens than fill whole windows, so that each call has several windows."""
     layer, every = CompressedLayer(4), torch.rand(1, 9, 2, dtype=torch.float32)
     for start, stop in ((0, 1), (1, 6), (6, 9)):
         windows, gates, first = layer.store_compression_weights(

@@ -28,20 +28,20 @@ pytestmark = pytest.mark.slow
 
 BY_MESSAGE = {"granularity": "message", "couple_lambda": False}
 LENGTH = 112
-# Of logits that are up to 8: random weights in 8 and 4 bits.
+# For logits of up to 8, with random weights in 8 and 4 bits.
 LARGEST = {INT8: 2.0, INT4: 8.0}
 SAID = ("My dog is Bella.", "What is the name of my dog?")
 
 
 @pytest.fixture(scope="module")
 def fixed_by_message(exported_with):
-    """A fixed length, and the memory's weights apart from the base's, as quantisation wants them."""
+    """A fixed length, with the memory's weights separate from the base's, as quantisation requires."""
     return exported_with("fixed-by-message", BY_MESSAGE, max_length=LENGTH, without=JOIN_WEIGHTS)
 
 
 @pytest.fixture(params=[INT8, INT4])
 def quantised(request, fixed_by_message, write_instead, tmp_path):
-    """The same through the whole export, but for the tracing."""
+    """The same graph after the whole export except tracing."""
     write_instead(fixed_by_message)
     model, tokenizer = fixed_by_message.model, fixed_by_message.tokenizer
     manifest = export_onnx(model, tokenizer, tmp_path / "out", max_length=LENGTH, quantize=request.param)
@@ -77,7 +77,7 @@ def test_a_quantised_conversation_writes_its_messages(quantised, tmp_path):
 
 
 def test_greedy_tokens_depend_on_the_written_segments(by_message):
-    """A graph that loses its states does not choose the same tokens."""
+    """A graph that loses its states chooses other tokens."""
     graph, options = OnnxModel(by_message.folder).graph, CallOptions(by_message.model, "last")
     assert greedy_agreement(by_message.model, graph, options) == 1
     step = graph.step
@@ -108,7 +108,7 @@ def test_a_half_precision_graph_for_cuda_that_writes_by_message(exported_with):
 
 
 def test_sliding_windows_with_a_fixed_length_match_pytorch(tmp_path):
-    """Layers of a window keep every column, and see the last few; those of PyTorch keep these alone."""
+    """Layers with a window keep every column and see the last ones. Those of PyTorch keep only these."""
     model = model_of("sliding")
     manifest = export_onnx(model, tiny_tokenizer(), tmp_path / "out", max_length=LENGTH)
     assert manifest.interface.packed and manifest.interface.max_length == LENGTH

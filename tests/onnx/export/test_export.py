@@ -75,7 +75,7 @@ def test_the_recurrence_is_one_operator_per_layer(qwen3):
 
 
 def test_adapter_weights_are_in_the_weights_file(qwen3):
-    """Not in the graph's constants: then two adapters on one base would need two whole graphs."""
+    """If they were constants in the graph, two adapters on one base would need two whole graphs."""
     graph = onnx.load(qwen3.folder / "model.onnx").graph
     initializers = [onnx.numpy_helper.to_array(tensor).ravel() for tensor in graph.initializer if tensor.dims]
     bias = adapter_of(qwen3.model).layers["0"].gate.bias.detach().numpy()
@@ -170,7 +170,7 @@ def test_the_write_mask_applies_per_token(qwen3):
 
 
 def test_the_memory_changes_the_logits(qwen3):
-    """Otherwise the comparisons above would compare two base models."""
+    """Otherwise, the comparisons above would compare two base models."""
     runtime = OnnxModel(qwen3.folder)
     ids, mask, write = np.full((1, 1), 65), np.ones((1, 1), np.int64), np.ones((1, 1), bool)
     states = {i: np.ones((1, 2, 4, 4), np.float32) for i in (0, 1)}
@@ -183,7 +183,7 @@ def test_a_wrong_graph_raises_and_leaves_nothing(qwen3, no_tracing, tmp_path):
     delta = adapter_of(qwen3.model).layers["1"].delta["o"].weight
     saved = delta.detach().clone()
     with torch.no_grad():
-        delta.add_(0.1)  # the model is no longer what the graph was made from
+        delta.add_(0.1)  # the model is no longer the one that was exported
     try:
         with pytest.raises(ExportError, match="does not compute what PyTorch computes"):
             export.export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "out")
@@ -201,7 +201,7 @@ def test_the_exported_tokenizer_does_not_truncate_or_pad(qwen3, no_tracing, tmp_
     export.export_onnx(qwen3.model, tokenizer, tmp_path / "out", logits="last")
     written = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert written.truncation is None and written.padding is None
-    assert backend.truncation["max_length"] == 8 and backend.padding["length"] == 64  # the caller's own stays
+    assert backend.truncation["max_length"] == 8 and backend.padding["length"] == 64  # the caller's own folder is kept
 
 
 def test_ctrl_c_is_not_reported_as_a_failed_trace(qwen3, monkeypatch, tmp_path):

@@ -68,7 +68,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Two layers, a memory in the second alone; answers to the first question end after some tokens."""
+    """Two layers, with a memory only in the second; answers to the first question end after some tokens."""
     model = tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=CONTEXT)
     randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, branches=("q", "v", "o"), layers=(1,))))
     answer, _ = in_pytorch(model, chat_ids(tokenizer, QUESTIONS[0]), NEW_TOKENS)
@@ -79,7 +79,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def start(model, tokenizer, tmp_path_factory):
-    """A memory file, and the memory in it."""
+    """A memory file and its memory."""
     _, memory = in_pytorch(model, tokenizer("What was said the day before.").input_ids, 1)
     path = tmp_path_factory.mktemp("memory") / "before.safetensors"
     memory.save(path)
@@ -88,7 +88,7 @@ def start(model, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def export_again(model, tokenizer, start, tmp_path_factory):
-    """`export_onnx`, with one trace for all: what follows the trace is done each time."""
+    """`export_onnx` with one trace for all calls. Everything after the trace is done each time."""
     with pytest.MonkeyPatch.context() as patch:
         trace, traced = export.trace_model, tmp_path_factory.mktemp("traced") / "model.onnx"
 
@@ -122,7 +122,7 @@ def chat_ids(tokenizer, question: str) -> list[int]:
 
 
 def in_pytorch(model, ids: list[int], new_tokens: int, memory: MemoryState | None = None):
-    """Greedy tokens of `generate`, up to a stop token or so many, and the memory after them."""
+    """Greedy tokens of `generate`, up to a stop token or a maximum, and the memory after them."""
     cache = MemoryCache(model, memory)
     stop = model.generation_config.eos_token_id
     prompt = torch.tensor([ids])
@@ -156,7 +156,7 @@ def in_genai(folder: Path, ids, new_tokens: int, adapter: Path | None = None, **
 
 
 def without_stop(model, tokens: list[int]) -> list[int]:
-    """onnxruntime-genai leaves the stop token out."""
+    """The tokens without stop tokens, which onnxruntime-genai leaves out."""
     return [token for token in tokens if token not in model.generation_config.eos_token_id]
 
 
@@ -166,7 +166,7 @@ def assert_state(found: np.ndarray, memory: MemoryState) -> None:
 
 @pytest.fixture
 def long_prompt(model, tokenizer) -> list[int]:
-    """One whose answer does not stop."""
+    """A prompt whose answer does not stop."""
     for text in ("Remember the blue door.", "My dog is Bella.", "A long day it was.", "Tell me more about it, please."):
         ids = tokenizer(text).input_ids
         if len(in_pytorch(model, ids, NEW_TOKENS)[0]) == NEW_TOKENS:
@@ -183,7 +183,7 @@ def test_greedy_tokens_and_states_match_pytorch(model, folder, long_prompt):
 
 @pytest.mark.parametrize("quantize", [INT8, INT4])
 def test_a_quantised_folder_matches_onnx_runtime(quantize, model, export_again, long_prompt, tmp_path):
-    """The package chooses the tokens that ONNX Runtime chooses by itself, and near those of PyTorch."""
+    """The package chooses the tokens that ONNX Runtime chooses, which are close to those of PyTorch."""
     manifest = export_again(tmp_path / "out", quantize=quantize, group_size=16)
     nodes = {node.op_type for node in onnx_ir.load(tmp_path / "out" / "model.onnx").graph}
     assert {"MatMulNBits", "GatherBlockQuantized"} <= nodes
@@ -203,8 +203,8 @@ def test_a_quantised_folder_matches_onnx_runtime(quantize, model, export_again, 
 
 @pytest.mark.slow
 def test_layers_of_different_shapes_match_pytorch(tokenizer, monkeypatch, tmp_path):
-    """Keys of two widths, and layers that have the keys of others: Gemma 4."""
-    monkeypatch.setattr(export, "trace_model", trace.trace_model)  # not the one trace for all
+    """Gemma 4 has keys of two widths, and layers that use the keys of others."""
+    monkeypatch.setattr(export, "trace_model", trace.trace_model)  # not the shared trace
     torch.manual_seed(0)
     config = tiny_config("gemma4_text")
     config.vocab_size = config.vocab_size_per_layer_input = len(tokenizer)
@@ -235,11 +235,11 @@ def test_a_folder_can_start_from_a_memory_file(model, folder, folder_with_memory
     expected, after = in_pytorch(model, long_prompt, NEW_TOKENS, memory)
     assert found == without_stop(model, expected)
     assert_state(state, after)
-    assert found != in_genai(folder, long_prompt, NEW_TOKENS)[0][0]  # the memory matters
+    assert found != in_genai(folder, long_prompt, NEW_TOKENS)[0][0]  # the memory has an effect
 
 
 def test_a_batch_of_different_prompts_matches_each_alone(model, tokenizer, folder_with_memory, start):
-    """Padded by onnxruntime-genai; every row starts from the memory, and gets what it gets alone."""
+    """onnxruntime-genai pads the rows. Each starts from the memory, and gives what it gives alone."""
     texts = ["Remember the blue door, it is old.", "My dog is Bella."]
     ids = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder_with_memory))).encode_batch(texts).as_numpy()
     assert ids.shape[0] == 2 and (ids == tokenizer.pad_token_id).any()
@@ -252,7 +252,7 @@ def test_a_batch_of_different_prompts_matches_each_alone(model, tokenizer, folde
 
 
 def chat(folder: Path, memory: Path, questions) -> str:
-    """The program of the docs, fed `questions`; what it prints."""
+    """Run the docs' program with `questions` as its input, and return its output."""
     program = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[-1]
     assert len(program.splitlines()) < 30 and "deltamem_tool" not in program
     result = subprocess.run(
@@ -268,7 +268,7 @@ def chat(folder: Path, memory: Path, questions) -> str:
 def test_the_program_of_the_docs_chats_and_remembers(model, tokenizer, folder, tmp_path):
     file = tmp_path / "memory.onnx_adapter"
     memory = None
-    theirs = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))  # ends a text at a zero byte
+    theirs = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))  # it ends a text at a zero byte
     for questions in (QUESTIONS, QUESTIONS[:1]):  # the second time with the memory of the first, and an empty context
         found = chat(folder, file, questions)
         ids, messages, printed, before = [], [], "", memory
@@ -296,7 +296,7 @@ def test_the_chat_template_renders_as_in_transformers(tokenizer, folder):
     theirs = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
     assert theirs.apply_chat_template(json.dumps(messages), add_generation_prompt=True) == expected
     as_it_was = theirs.apply_chat_template(json.dumps(messages), template_str=TEMPLATE, add_generation_prompt=True)
-    assert as_it_was != expected  # or there would be nothing to spell out
+    assert as_it_was != expected  # or the exported template would need no change
     assert ChatText.from_folder(folder).render(messages) == expected
 
 
@@ -309,7 +309,7 @@ def test_raw_blocks_and_comments_of_a_template_are_converted():
 def test_the_folder_holds_the_expected_files(model, tokenizer, folder):
     content = json.loads((folder / "genai_config.json").read_text())
     assert content["model"]["context_length"] == content["search"]["max_length"] == CONTEXT
-    ends = model.generation_config.eos_token_id  # and what the template writes after an answer
+    ends = model.generation_config.eos_token_id  # and the template's text after an answer
     assert content["model"]["eos_token_id"] == [*ends, tokenizer.convert_tokens_to_ids("<|end|>")]
     assert content["model"]["pad_token_id"] == tokenizer.pad_token_id
     assert content["search"]["past_present_share_buffer"] is True

@@ -30,12 +30,12 @@ from deltamem_tool.onnx.export.targets import TARGETS
 from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
-ROUNDING = 0.01  # of float16, in logits of size 5 and states of size 1
-SIZE, MLP = 32, 56  # of hidden states, and of the MLP: no matrix of the memory is of this shape
+ROUNDING = 0.01  # for float16, with logits of size 5 and states of size 1
+SIZE, MLP = 32, 56  # of hidden states and of the MLP; no matrix of the memory has this shape
 
 
 def one_layer(*dtypes: torch.dtype) -> PreTrainedModel:
-    """Random weights of one layer, taken to each type in turn, and a memory."""
+    """One layer with random weights, converted to each type in turn, and a memory."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=259,
@@ -67,10 +67,10 @@ def float16(qwen3, tmp_path_factory) -> tuple[PreTrainedModel, Path, Manifest]:
     model, folder = one_layer(torch.float16), tmp_path_factory.mktemp("half") / "exported"
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
     manifest = export.export_onnx(model, qwen3.tokenizer, folder)
-    for name, weight in model.state_dict().items():  # the comparison has taken it to float32 and back
+    for name, weight in model.state_dict().items():  # the comparison has converted it to float32 and back
         address, saved = before[name]
         torch.testing.assert_close(weight, saved, rtol=0, atol=0)
-        assert weight.data_ptr() == address  # where it was mapped, it still is
+        assert weight.data_ptr() == address  # memory-mapped weights stay mapped
     return model, folder, manifest
 
 
@@ -120,13 +120,13 @@ def test_a_half_precision_graph_can_be_quantised(bits, largest, float16, tmp_pat
     ids, mask, write = np.arange(20)[None] + 65, np.ones((1, 20), np.int64), np.ones((1, 20), bool)
     logits, _ = plain.graph.step(ids, mask, write, plain.graph.empty_past(1))
     found, _ = quantized.graph.step(ids, mask, write, quantized.graph.empty_past(1))
-    assert ROUNDING < np.abs(found - logits).max() < largest  # of logits of size 5
+    assert ROUNDING < np.abs(found - logits).max() < largest  # for logits of size 5
     in_graph = columns(copy)
     assert all(column.tobytes() in in_graph for weight in memory_in(model) for column in weight.T)
 
 
 def test_onnx_runtime_is_released_before_pytorch_converts_to_float32(float16, monkeypatch):
-    """Both would hold the weights in float32."""
+    """Otherwise, both would hold the weights in float32 at the same time."""
     model, folder, _ = float16
     opened = []
 
@@ -146,7 +146,7 @@ def test_onnx_runtime_is_released_before_pytorch_converts_to_float32(float16, mo
 
 
 def test_an_error_beyond_rounding_raises(float16, qwen3, monkeypatch, tmp_path):
-    """An error that float32's tolerance would let pass in a large model, and PyTorch's own rounding does not."""
+    """In a large model, float32's tolerance would accept this error; PyTorch's own rounding does not explain it."""
     model, folder, _ = float16
     graph = OnnxModel(folder).graph
     own = graph.step

@@ -51,7 +51,7 @@ def test_states_of_the_base_are_not_counted_as_memory():
 
 
 def test_layers_with_base_states_are_described_separately():
-    """Under one name, in one table: layers of linear attention, and those with a memory."""
+    """Layers of linear attention and layers with a memory are in one table under one name."""
     of_states = {row.meaning for row in rows(interface("qwen3_5_text")) if row.name.endswith("recurrent_state")}
     assert {"memory" in meaning for meaning in of_states} == {True, False}
 
@@ -74,7 +74,7 @@ LAYERS = (
 def test_a_manifest_records_which_states_belong_to_the_base():
     content = manifest(LAYERS)
     assert Manifest.from_json(json.dumps(content)).interface.layers == LAYERS
-    for layer in content["interface"]["layers"]:  # as folders before had it
+    for layer in content["interface"]["layers"]:  # as in earlier folders
         del layer["convolutions"], layer["recurrent"], layer["columns"], layer["ngrams"]
     older = Manifest.from_json(json.dumps(content)).interface.layers
     assert older[0] == LAYERS[0] and not older[1].base_states
@@ -112,7 +112,7 @@ def test_invalid_states_in_a_manifest_raise(field, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
 def test_a_float16_hybrid_is_exported_with_float32_states(name, tmp_path):
-    """The states of the base are float32 all the same; the export itself has compared it."""
+    """The base's states are float32 nevertheless. The export itself has compared the results."""
     tokenizer = tiny_tokenizer()
     found = export_onnx(hybrid(name, tokenizer).half(), tokenizer, tmp_path / "onnx")
     assert found.interface.dtype == "float16" and found.max_abs_diff is not None

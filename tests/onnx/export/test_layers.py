@@ -44,7 +44,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     [
         ("llama", {1: 0, 2: 0, 3: 0}),
         ("gemma2", {2: 0, 3: 1}),  # every second layer has a window
-        ("smollm3", {1: 0, 2: 0}),  # the last one turns nothing
+        ("smollm3", {1: 0, 2: 0}),  # the last one has no rotary positions
         ("ernie4_5_moe", {2: 1, 3: 1}),  # the first has no experts
         ("diffllama", {}),  # every layer has a constant of its own
         ("longcat_flash", {}),  # two attention modules in each
@@ -127,7 +127,7 @@ def test_copied_layers_with_lora_in_some_match_pytorch(tmp_path: Path):
 
 
 def difference(model: PreTrainedModel, folder: Path) -> float:
-    """The largest from PyTorch that the export itself has measured, over logits and states."""
+    """The largest difference from PyTorch over logits and states, as measured by the export."""
     found = export_onnx(model, tokenizer(), folder / "onnx").max_abs_diff
     assert found is not None
     return found

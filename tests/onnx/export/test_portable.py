@@ -33,10 +33,10 @@ from deltamem_tool.ops.scan import delta_scan, use_implementation
 from deltamem_tool.ops.segment_sums import cumulative_sums, segment_sums
 
 TOLERANCE = 1e-4  # of logits and states, over whole conversations
-SCAN_TOLERANCE = 2e-6  # of the scan alone; its numbers are of order 1
+SCAN_TOLERANCE = 2e-6  # for the scan alone, whose numbers are of order 1
 SUMS_TOLERANCE = 2e-6  # relative: float32 sums of 100 tokens, where PyTorch's are float64
 
-RESULTS = ("of_tokens", "afterwards")  # of the scan and of the sums
+RESULTS = ("of_tokens", "afterwards")  # in the scan and the sums
 
 
 def in_onnxruntime(file: Path) -> Run:
@@ -46,7 +46,7 @@ def in_onnxruntime(file: Path) -> Run:
 
 
 def in_openvino(file: Path) -> Run:
-    # Without the hint it computes in bfloat16 on CPUs that have it.
+    # Without the hint, it computes in bfloat16 on CPUs that support it.
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(file, "CPU", options)
     names = [output.any_name for output in compiled.outputs]
@@ -67,7 +67,7 @@ def runtime(request) -> Callable[[Path], Run]:
 
 
 def test_conversations_match_pytorch(portable, runtime):
-    """An empty past, padding, single tokens, writes on, off and mixed; alone and in a batch."""
+    """Covers an empty past, padding, single tokens, writes on, off and mixed, alone and in a batch."""
     runner = GraphRunner(runtime(portable.folder / contract.MODEL_FILE), portable.manifest.interface)
     difference = largest_difference(portable.model, runner, CallOptions(portable.model, "last"))
     assert 0 < difference < TOLERANCE
@@ -91,7 +91,7 @@ def test_every_operator_is_standard(portable):
 
 
 def test_the_opset_is_released():
-    newest = onnx.defs.onnx_opset_version()  # which may still change
+    newest = onnx.defs.onnx_opset_version()  # which may not be final
     released = [opset for _, _, opset, *_ in onnx.helper.VERSION_TABLE if opset < newest]
     assert PORTABLE_OPSET in released
 
@@ -107,7 +107,7 @@ class Sums(nn.Module):
 
 
 def written(module: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Path:
-    """The graph of `module`, for any batch and length; the last input is what a conversation carries."""
+    """The graph of `module`, for any batch and length. The last input is the state of a conversation."""
     batch, tokens = Dim("batch"), Dim("tokens")
     axes = (*({0: batch, 1: tokens} for _ in inputs[1:]), {0: batch})
     with torch.no_grad(), use_implementation("portable"):

@@ -1,4 +1,4 @@
-"""Quantising the base's weights, and that the memory's weights are unchanged."""
+"""Quantisation of the base's weights, which leaves the memory's weights unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deltamem_tool.onnx.export.quantized_matrices import ACCURACY_LEVEL
 from deltamem_tool.onnx.manifest import Quantization
 
 WIDE, VOCABULARY = 96, 80  # three groups of 32: of 4 bits, two zero points share a byte and the third has its own
-ROUNDING = 1e-5  # of float32, beside the step that a quantised weight may be off
+ROUNDING = 1e-5  # for float32, in addition to the quantisation step
 INT8_32, INT4_32 = Quantization(8, 32, True), Quantization(4, 32, True)
 ASYMMETRIC = Quantization(4, 16, False)
 
@@ -95,7 +95,7 @@ def test_every_weight_is_within_its_step_and_the_memory_is_untouched(how, weight
     for name, weight in (("base", weights["base"]), ("gemm", weights["gemm"].T), ("head", weights["head"].T)):
         off = np.abs(after[f"{name}_out"] - before[f"{name}_out"])
         assert (off <= steps(weight, how) + ROUNDING).all()
-        assert off.max() > ROUNDING  # it was quantised
+        assert off.max() > ROUNDING  # it is quantised
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     tensors = constants(tmp_path)
     np.testing.assert_array_equal(tensors["memory"], weights["memory"])
@@ -110,7 +110,7 @@ def test_every_weight_is_within_its_step_and_the_memory_is_untouched(how, weight
 @pytest.mark.parametrize("how", [INT8_32, INT4_32, Quantization(4, 32, False), Quantization(8, 32, False)], ids=str)
 @pytest.mark.parametrize("stored", ["once", "transposed too"])
 def test_a_tied_embedding_is_stored_once(how, stored, weights, tmp_path):
-    """The rows that are looked up are those that the logits are made with, in both operators' kernels."""
+    """Both operators' kernels use the same rows for the lookup and for the logits."""
     if stored == "once":
         write_graph(tmp_path, weights, "embedding head")
     else:
@@ -144,7 +144,7 @@ def test_an_embedding_with_incomplete_groups_is_not_quantised(weights, tmp_path)
 
 
 def test_a_matrix_is_stored_once_per_orientation(tmp_path):
-    """Twice as it is, once transposed: two sets of groups."""
+    """Two uses as is and one transposed give two sets of groups."""
     weight = np.random.default_rng(0).normal(size=(WIDE, WIDE)).astype(np.float32)
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", WIDE]) for name in "abc"]
@@ -191,7 +191,7 @@ def test_embeddings_are_found_behind_scaled_logits_and_reshaped_tokens(weights, 
 @pytest.mark.parametrize("how", [INT4_32, Quantization(4, 32, False), INT8_32], ids=str)
 @pytest.mark.parametrize("rows", [16, 40, 96])
 def test_incomplete_and_odd_numbers_of_groups_are_quantised(how, rows, tmp_path):
-    """Half a group, one and a quarter, three: in ONNX Runtime's kernel."""
+    """Covers half a group, one and a quarter, and three, in ONNX Runtime's kernel."""
     weight = np.random.default_rng(rows).normal(size=(rows, 5)).astype(np.float32)
     weight[:, 0] = 0
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", rows])
@@ -204,7 +204,7 @@ def test_incomplete_and_odd_numbers_of_groups_are_quantised(how, rows, tmp_path)
 
 
 def test_a_matrix_with_a_part_of_the_memory_is_not_quantised(weights, tmp_path):
-    """Fusions put the weights that read one input side by side."""
+    """Fusions concatenate weights that read the same input."""
     packed = np.concatenate([weights["base"], weights["memory"]], axis=1)
     write_graph(tmp_path, {**weights, "base": packed}, "base gemm")
     x = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
@@ -214,7 +214,7 @@ def test_a_matrix_with_a_part_of_the_memory_is_not_quantised(weights, tmp_path):
 
 
 def test_base_weights_packed_with_the_memory_are_quantised(weights, tmp_path):
-    """Two of the base's matrices, the memory's between them, in one product that is split: the base's leave it."""
+    """One product combines two matrices of the base and, between them, the memory's. The base's are taken out."""
     base, memory = weights["base"], weights["memory"]
     packed, sizes = np.concatenate([base, memory, base], axis=1), np.array([48, 16, 48], np.int64)
     outputs = [helper.make_tensor_value_info(f"o{i}", TensorProto.FLOAT, ["B", int(n)]) for i, n in enumerate(sizes)]
@@ -236,7 +236,7 @@ def test_base_weights_packed_with_the_memory_are_quantised(weights, tmp_path):
 
 
 def test_repeated_columns_of_the_memory_are_stored_once(weights, tmp_path):
-    """Columns of zeros and columns twice, as a fused memory has them, and rows of zeros."""
+    """A fused memory has columns of zeros, repeated columns, and rows of zeros."""
     own = weights["memory"].copy()
     own[32:] = 0
     weights["memory"] = np.concatenate([own, own[:, 4:12], np.zeros_like(own), own[:, :1]], axis=1)
@@ -270,4 +270,4 @@ def test_a_graph_with_nothing_to_quantise_raises(weights, tmp_path):
 
 
 # What an 8-bit and a 4-bit base of random weights may do to logits and states: root mean squares, of their own. Logits
-# that have nothing to do with each other are 1.4 apart.
+# that are unrelated are 1.4 apart.

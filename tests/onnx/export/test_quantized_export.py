@@ -30,7 +30,7 @@ from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 INT8_32, INT4_32 = Quantization(8, 32, True), Quantization(4, 32, True)
-BUILDERS_SIZE = 1.1  # times that of onnxruntime-genai's builder: the memory is in ours
+BUILDERS_SIZE = 1.1  # times the size by onnxruntime-genai's builder; ours includes the memory
 AGREEMENT = {INT8: 0.85, INT4: 0.6}  # of SmolLM2-135M's greedy tokens, at least (measured: 0.93 and 0.70)
 LARGEST = {INT8_32: 0.1, INT4_32: 0.8}
 
@@ -169,7 +169,7 @@ def with_memory(checkpoint: Path, folder: Path, quantize: str) -> Manifest:
 
 
 def assert_size_is_the_builders(checkpoint: Path, folder: Path, scratch: Path) -> None:
-    """In 4 bits; the builder of onnxruntime-genai has no memory in its folder."""
+    """Compare with onnxruntime-genai's builder in 4 bits, whose folder has no memory."""
     builder = ["-m", "onnxruntime_genai.models.builder", "-m", checkpoint, "-o", scratch, "-p", "int4", "-e", "cpu"]
     subprocess.run([sys.executable, *builder], check=True, capture_output=True)
     ours, builders = (sum(file.stat().st_size for file in path.iterdir()) for path in (folder, scratch))
@@ -178,7 +178,7 @@ def assert_size_is_the_builders(checkpoint: Path, folder: Path, scratch: Path) -
 
 @pytest.mark.slow
 def test_a_folder_is_no_larger_than_that_of_onnxruntime_genais_builder(tmp_path):
-    """One layer of SmolLM2's shape."""
+    """Compared for one layer of SmolLM2's shape."""
     checkpoint = random_checkpoint(tmp_path / "checkpoint", layers=1)
     with_memory(checkpoint, tmp_path / "ours", INT4)
     assert_size_is_the_builders(checkpoint, tmp_path / "ours", tmp_path / "builder")

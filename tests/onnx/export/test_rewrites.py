@@ -1,4 +1,4 @@
-"""Every graph rewrite gives the same numbers before and after, and the lean memory matches PyTorch."""
+"""Every graph rewrite gives the same numbers before and after, and the fused memory matches PyTorch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from deltamem_tool.onnx.export.mixed_norms import split_mixed_norms
 from deltamem_tool.onnx.export.rewrites import REWRITES, optimize
 from deltamem_tool.onnx.export.targets import TARGETS
 
-TOLERANCE = 1e-5  # of the lean memory, whose gates and norm are other formulas for the same numbers
-SAME = 1e-6  # of a rewrite that only moves things
-HALF = 5e-3  # a sum of float16 of numbers up to 4
+TOLERANCE = 1e-5  # for the fused memory, whose gates and norm use other formulas for the same numbers
+SAME = 1e-6  # for a rewrite that only moves operations
+HALF = 5e-3  # a float16 sum of numbers up to 4
 WIDTH, OUT = 16, {"q": 12, "k": 8, "v": 8, "o": 16}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Memories(nn.Module):
-    """One memory of each config, as the hooks use it: all in one graph, to trace but once."""
+    """One memory of each config, used as the hooks do, all in one graph that is traced only once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ agraph (float[B,T,6] x) => (float[B,T,6] y, float[B,T,2,3] z)
     z = Neg(x1)
 }
 """
-# Keys, queries and values to the other order of their axes and back, as transformers leaves them.
+# Transposes of keys, queries and values and back, as transformers leaves them.
 ATTENTION = """
 <ir_version: 10, opset_import: ["": 20]>
 agraph (float[B,T,2,3] q, float[B,2,S,3] k, float[B,2,S,3] v) => (float[B,T,6] y)
@@ -257,10 +257,10 @@ GRAPHS = {
 FEWER = {  # nodes
     "plain_products": 0,  # another operator each
     "plain_shapes": 2,
-    "joined_projections": 3,  # for five products and sums more than two products and two sums
+    "joined_projections": 3,  # instead of five products and sums more than two of each
     "joined_corrections": 1,  # the inputs are joined, a product and a sum go
     "skip_norms": 1,
-    "gathered_states": -2,  # of two states six take over for four
+    "gathered_states": -2,  # with two states, six replace four
     "plain_attention": 11,
 }
 
@@ -289,7 +289,7 @@ def run(model: onnx_ir.Model) -> dict[str, np.ndarray]:
 def test_each_rewrite_preserves_the_results(name):
     before, after = parsed(GRAPHS[name]), parsed(GRAPHS[name])
     optimize(after, TARGETS["cpu"], without=set(REWRITES) - {name})
-    assert len(before.graph) - len(after.graph) == FEWER[name]  # it was done
+    assert len(before.graph) - len(after.graph) == FEWER[name]  # it was applied
     expected = run(before)
     found = run(after)
     assert list(found) == list(expected)
@@ -313,7 +313,7 @@ def test_without_rewrites_the_graph_is_unchanged(text):
 
 
 def test_reshapes_that_have_an_effect_are_kept():
-    """Queries, keys and values of two heads come to have three; what comes of them has three before and after."""
+    """Queries, keys and values with two heads get three; the result has three before and after."""
     text = ATTENTION.replace("int64[4] apart = {0,0,2,-1}", "int64[4] apart = {0,0,3,-1}")
     before, after = parsed(text), parsed(text)
     optimize(after, TARGETS["cpu"])
@@ -377,7 +377,7 @@ def test_a_memory_adds_few_nodes_per_layer(qwen3, tmp_path):
 
 
 def nodes_of_a_layer(folder: Path) -> int:
-    """From one layer's attention to the next one's."""
+    """The number of nodes from one layer's attention to the next one's."""
     operators = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
     first, second = (i for i, operator in enumerate(operators) if operator == "GroupQueryAttention")
     return second - first

@@ -41,7 +41,7 @@ def test_a_failed_export_leaves_nothing(cache, monkeypatch):
         path.write_bytes(b"a part")
         raise ExportError("It was interrupted.", "", "")
 
-    killed = cache / "onnx" / f".{shipped_folder(ADAPTER).name}.x"  # what a program that was killed has left
+    killed = cache / "onnx" / f".{shipped_folder(ADAPTER).name}.x"  # left by a killed program
     killed.mkdir(parents=True)
     monkeypatch.setattr(export, "_write_graph", fail)
     with pytest.raises(ExportError, match="interrupted"):

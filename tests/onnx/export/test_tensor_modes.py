@@ -29,7 +29,7 @@ def test_an_axis_is_squeezed_only_if_it_is_of_size_1(shape: tuple[int, ...], axi
 
 
 class Sums(TorchFunctionMode):
-    """Counts what is added to rows of a tensor."""
+    """Counts the additions to rows of a tensor."""
 
     count = 0
 
@@ -40,13 +40,13 @@ class Sums(TorchFunctionMode):
 
 @pytest.mark.parametrize(("model_type", "computed"), [("dbrx", 4), ("longcat_flash", 2), ("qwen3_moe", 0)])
 def test_a_loop_over_chosen_experts_covers_all_experts(model_type: str, computed: int):
-    """All four of DBRX; LongCat asks which have tokens, which it knows here; Qwen3's are not in a loop."""
+    """Covers all four of DBRX, LongCat, which checks which experts have tokens, and Qwen3, which has no loop."""
     model = patched(model_type)
     experts = next(part for name, part in model.named_modules() if name.endswith("experts"))
     random = torch.Generator().manual_seed(0)
     width = model.get_input_embeddings().weight.shape[-1]
     x, weights = torch.randn(5, width, generator=random), torch.rand(5, 2, generator=random)
-    index = torch.tensor([[0, 2], [2, 0], [2, 0], [0, 2], [0, 2]])  # and no token chooses the others
+    index = torch.tensor([[0, 2], [2, 0], [2, 0], [0, 2], [0, 2]])  # and no token selects the others
     with torch.no_grad():
         expected = experts(x, index, weights)
         with Sums() as sums, run_every_expert(model):

@@ -56,7 +56,7 @@ def difference_from_pytorch(exported, graph: GraphRunner) -> float:
 
 
 def test_conversations_are_pytorchs(web, in_web):
-    """An empty past, padding, single tokens, writes on, off and mixed; alone and in a batch."""
+    """Covers an empty past, padding, single tokens, writes on, off and mixed, alone and in a batch."""
     assert web.manifest.target == "web"
     assert 0 < difference_from_pytorch(web, in_web(web.folder)) < TOLERANCE
 
@@ -75,8 +75,8 @@ def test_every_mechanism_has_its_operators(exported_with, in_web, mechanism):
 
 
 SMALL = {  # type, quantisation, and by how much logits may differ from those of ONNX Runtime's CPU provider
-    "half": (torch.float16, "none", 1e-2),  # of logits up to 4, which are whole multiples of 1/256
-    "int8": (torch.float32, "int8", 0.1),  # activations become int8: one that is rounded the other way is off by 1/127
+    "half": (torch.float16, "none", 1e-2),  # for logits up to 4, which are multiples of 1/256
+    "int8": (torch.float32, "int8", 0.1),  # activations become int8, so another rounding is off by 1/127
     "int4": (torch.float32, "int4", 0.1),
 }
 
@@ -95,14 +95,14 @@ def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mechanism", [None, "messages"])
 def test_conversations_are_pytorchs_on_webgpu(exported_with, in_web, mechanism):
-    """Minutes where a processor does the work: `VK_ICD_FILENAMES` may name SwiftShader, which browsers come with."""
+    """Takes minutes on a CPU, for example with SwiftShader, which browsers include (`VK_ICD_FILENAMES`)."""
     options = MECHANISMS[mechanism] if mechanism else {}
     exported = exported_with(f"web_{mechanism}" if mechanism else "web", options, target="web")
     assert 0 < difference_from_pytorch(exported, in_web(exported.folder, "webgpu")) < TOLERANCE
 
 
 def test_queries_and_keys_have_three_axes_before_their_norms(exported_with):
-    """ONNX Runtime fuses the norms with attention on WebGPU and CUDA, and takes what is before them for its queries."""
+    """ONNX Runtime fuses the norms with attention on WebGPU and CUDA, and uses the norms' inputs as queries."""
     exported = exported_with("web_messages", MECHANISMS["messages"], target="web")
     graph = onnx_ir.load(exported.folder / "model.onnx").graph
     (attention,) = (node for node in graph if node.op_type == "GroupQueryAttention")
@@ -115,11 +115,11 @@ def test_queries_and_keys_have_three_axes_before_their_norms(exported_with):
 
 @pytest.mark.real_model
 def test_smollm2(smollm2, in_web, tmp_path):
-    """A memory in each of 30 layers."""
+    """SmolLM2 with a memory in each of its 30 layers."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     torch.manual_seed(0)
     for parameter in attach(model, DeltaMemConfig(branches=("q", "o"))).parameters():
-        torch.nn.init.normal_(parameter, std=0.01)  # of the size of trained ones
+        torch.nn.init.normal_(parameter, std=0.01)  # as large as trained ones
     export.export_onnx(model, AutoTokenizer.from_pretrained(smollm2), tmp_path / "out", target="web")
     difference = largest_difference(model, in_web(tmp_path / "out"), CallOptions(model, "last"))
     assert 0 < difference < TOLERANCE

@@ -27,7 +27,7 @@ def test_a_padded_row_matches_the_row_alone_in_pytorch(tokenizer, tmp_path):
 
 
 def test_models_whose_positions_count_padding_run_row_by_row(tokenizer, tmp_path, monkeypatch):
-    """The base counts columns: a graph that does the same gives a padded row what no text alone gives."""
+    """The base counts columns. A graph that did the same would give padded rows results that no text alone has."""
     base = gpt2(n_layer=1)
     randomise(attach(base, DeltaMemConfig(rank=4)))
     monkeypatch.setattr(call_options, "_first_position", lambda model: None)
@@ -36,7 +36,7 @@ def test_models_whose_positions_count_padding_run_row_by_row(tokenizer, tmp_path
 
 
 def check_padded_rows(folder, base):
-    """A row that is padded on the left gives what its text alone gives in PyTorch."""
+    """Check that a row with left padding gives what its text alone gives in PyTorch."""
     graph, rows = OnnxModel(folder).graph, [tokens(1, 9), tokens(1, 5, seed=1)]
     ids, mask = np.zeros((2, 9), np.int64), np.zeros((2, 9), np.int64)
     for row, text in enumerate(rows):

@@ -9,7 +9,7 @@ from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 @pytest.fixture
 def packed(qwen3):
-    """Two layers; buffers begin so small that conversations outgrow them."""
+    """Two layers, with initial buffers so small that conversations exceed them."""
     interface = qwen3.manifest.interface
     assert interface.packed and not interface.max_length
     return open_graph(qwen3.folder, interface)

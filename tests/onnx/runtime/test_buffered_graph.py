@@ -26,7 +26,7 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.ortvalue import to_numpy
 
 SHORT = Sampling(max_new_tokens=6)
-# The same sums in another order, of logits and states of order 10.
+# The same sums in another order, for logits and states of order 10.
 CLOSE = 2e-4
 
 
@@ -37,7 +37,7 @@ def model(fixed):
 
 @pytest.fixture(params=["fixed", "fixed_columns", "growing"])
 def graph(request, model, exported_with):
-    """Packed keys and values of a fixed length; the same with padding in their columns; packed ones that grow."""
+    """Packed keys and values of a fixed length, without and with padding in their columns, and growing ones."""
     if request.param == "fixed":
         return model.graph
     if request.param == "growing":
@@ -49,7 +49,7 @@ def graph(request, model, exported_with):
 
 @pytest.fixture
 def bound(monkeypatch):
-    """Addresses of the keys that each call of ONNX Runtime reads and writes, and whether it was a new binding."""
+    """For each call of ONNX Runtime: the addresses of the keys read and written, and whether its binding is new."""
     seen = []
     of_binding: dict[int, dict[str, int]] = {}
 
@@ -84,7 +84,7 @@ def test_the_graph_reports_its_length(fixed, model):
 
 
 def test_a_conversation_matches_pytorch(fixed, model):
-    """Turns, an undone one, and one that goes another way from there."""
+    """Covers turns, an undone one, and a different one after it."""
     talks = [
         Conversation(model),
         Conversation(TorchModel(fixed.model, fixed.tokenizer), window=fixed.manifest.interface.max_length),
@@ -112,7 +112,7 @@ def test_conversations_of_different_lengths_answer_together(model):
 
 
 def test_keys_and_values_are_not_copied(fixed, bound):
-    """Every call reads and writes the same buffers; single tokens go through two bindings, there and back."""
+    """Every call reads and writes the same buffers. Single tokens alternate between two bindings."""
     graph = open_graph(fixed.folder, fixed.manifest.interface)
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     fed(graph, range(68, 74), past)
@@ -137,7 +137,7 @@ def test_repeating_a_step_gives_the_same_result(graph):
 
 
 def test_continuing_from_a_past_does_not_change_it(graph):
-    """Though its buffers are: another call from it works on a copy."""
+    """Its buffers are changed, but another call from it uses a copy."""
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     _, past = fed(graph, [68, 69], past)
     before = content(graph, past)
@@ -153,7 +153,7 @@ def test_continuing_from_a_past_does_not_change_it(graph):
 
 
 def test_pasts_of_every_step_stay_valid(graph):
-    """Memories that wait in the two slots are copied before they are written over."""
+    """Memories in the two slots are copied before they are overwritten."""
     _, past = called(graph, [[65, 66]], graph.empty_past(1))
     kept = [past]
     contents = [content(graph, past)]
@@ -190,7 +190,7 @@ def test_buffers_are_reused(model):
     del past
     past = graph.empty_past(1)
     assert past.lease.buffers is buffers
-    _, past = called(graph, [[65, 66]], past)  # with what the last conversation has left behind these columns
+    _, past = called(graph, [[65, 66]], past)  # with values of the last conversation behind these columns
     assert np.array_equal(fed(graph, [67, 68, 69], past)[0], logits)
 
 

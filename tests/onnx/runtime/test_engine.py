@@ -25,7 +25,7 @@ USER = {"role": "user", "content": "Hello"}
 TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
 
-# Each is exported for the first test that wants it.
+# Each is exported for the first test that uses it.
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "by_message")]
 
 
@@ -123,7 +123,7 @@ def test_the_window_defaults_to_the_positions_of_the_model(qwen3, folder):
 
 
 def test_a_token_unknown_to_the_graph_is_named(folder):
-    """onnxruntime would read another row of the embedding, or stop."""
+    """onnxruntime would read another row of the embedding, or crash."""
     file = folder / "tokenizer.json"
     words = json.loads(file.read_text())
     size = OnnxModel(folder).manifest.interface.vocab_size
@@ -136,7 +136,7 @@ def test_a_token_unknown_to_the_graph_is_named(folder):
 
 
 def test_the_end_token_of_the_template_stops_too(qwen3, folder):
-    """The model's generation config names no token; the exported one names it for every runtime."""
+    """The model's generation config has no end token; the exported one has it, for every runtime."""
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [257]
     assert qwen3.model.generation_config.eos_token_id is None
     assert stopping_at(folder, 3).stop_tokens == {3, 257}
@@ -223,7 +223,7 @@ def test_a_conversation_that_does_not_write_keeps_its_memory(qwen3):
 
 
 def test_conversations_of_one_model_are_independent(qwen3):
-    """Not in turn, and not from several threads at once."""
+    """They do not affect each other in turn or in several threads."""
     model = OnnxModel(qwen3.folder)
 
     def talk(number):
@@ -248,7 +248,7 @@ def both(exported, stop_tokens=frozenset()) -> tuple[OnnxModel, TorchModel]:
 
 @pytest.mark.parametrize("exported", ["qwen3", *OTHERS], indirect=True)
 def test_a_conversation_is_the_same_in_both_runtimes(exported, tmp_path):
-    """Turns, undo, a full window, a batch, and memories that go from one to the other with their open segments."""
+    """Covers turns, undo, a full window, a batch, and memories with open segments that move between the runtimes."""
     stop_tokens = frozenset(range(0, 256, 9))
     conversations = [Conversation(engine, window=170) for engine in both(exported, stop_tokens)]
     replies = []

@@ -38,7 +38,7 @@ def test_an_empty_folder_raises(tmp_path):
 
 
 def test_a_folder_of_release_0_1_still_runs(portable, tmp_path):
-    """Its graph is the one that standard operators still give; its manifest knows nothing of packed keys."""
+    """Its graph uses standard operators, as now, and its manifest has no field for packed keys."""
     folder = shutil.copytree(portable.folder, tmp_path / "older")
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["format_version"] = 3

@@ -25,7 +25,7 @@ def called(graph, tokens, past):
 
 
 def test_outputs_are_passed_to_the_next_call_without_a_copy(portable, monkeypatch):
-    """The same tensors, at the same addresses: nothing is copied and nothing becomes numpy but the logits."""
+    """They are the same tensors at the same addresses. Only the logits are copied to numpy."""
     graph = OnnxModel(portable.folder).graph
     bound: dict[str, int] = {}
     bind = onnxruntime.IOBinding.bind_ortvalue_input
@@ -68,7 +68,7 @@ def test_states_are_copies(qwen3):
 
 
 def test_rows_are_joined_and_selected(portable):
-    """Shorter rows get zeros on the left; one row with its own columns is what it was."""
+    """Shorter rows get zeros on the left. One row with its own columns is unchanged."""
     graph = OnnxModel(portable.folder).graph
     _, short = called(graph, [[65, 66]], graph.empty_past(1))
     _, long = called(graph, [[70, 71, 72, 73]], graph.empty_past(1))
@@ -84,7 +84,7 @@ def test_rows_are_joined_and_selected(portable):
 
 @pytest.mark.parametrize("dtype", contract.DTYPES)
 def test_tensors_of_every_dtype_are_returned(dtype):
-    """bfloat16, which numpy has not, as its bits."""
+    """bfloat16, which numpy lacks, is returned as bits."""
     stored = {contract.FLOAT32: np.float32, contract.FLOAT16: np.float16, contract.BFLOAT16: np.uint16}[dtype]
     for shape in ((2, 3, 4), (2, 0, 4)):
         array = np.arange(np.prod(shape)).reshape(shape).astype(stored)
@@ -125,7 +125,7 @@ def test_an_unknown_provider_raises(qwen3, monkeypatch):
 
 
 def test_a_session_that_fell_back_to_another_provider_raises(qwen3, monkeypatch):
-    """ONNX Runtime falls back to the CPU with no more than a line on stderr, as it does where there is no GPU."""
+    """ONNX Runtime falls back to the CPU with only a line on stderr, for example without a GPU."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(providers.PROVIDERS.values()))
     monkeypatch.setattr(providers, "_load_cuda", lambda: None)
     session = onnxruntime.InferenceSession
@@ -140,20 +140,20 @@ def test_a_session_that_fell_back_to_another_provider_raises(qwen3, monkeypatch)
 
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA build")
 def test_a_missing_library_of_cuda_is_named(qwen3, capfd):
-    """The real error, where this build of ONNX Runtime finds no CUDA."""
+    """Uses the real error of this build of ONNX Runtime without CUDA."""
     try:
         ctypes.CDLL("libcublasLt.so." + onnxruntime.cuda_version.partition(".")[0])
     except OSError:
         with pytest.raises(ExportError, match=r"libcublasLt\.so\.\d+, which cannot be loaded") as caught:
             OnnxModel(qwen3.folder, "cuda")
         assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.next
-        assert capfd.readouterr() == ("", "")  # nothing of what ONNX Runtime's loader prints
+        assert capfd.readouterr() == ("", "")  # no output of ONNX Runtime's loader
     else:
         pytest.skip("CUDA's libraries are here")
 
 
 def test_the_missing_library_is_taken_from_the_loader_message(monkeypatch):
-    """Whichever is missing first; what is no missing library is left to ONNX Runtime."""
+    """Covers each library, and errors that are not about a missing library, which are left to ONNX Runtime."""
     monkeypatch.setattr(providers, "_CUDA_LIBRARY", providers.Path(__file__))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(providers.PROVIDERS.values()))

@@ -54,7 +54,7 @@ def test_turns_and_memories_match_pytorch(engines, tmp_path):
         assert here.generate(content, Sampling(8)).tokens == there.generate(content, Sampling(8)).tokens
         close(here.memory, there.memory)
     here.save_memory(tmp_path / "memory.safetensors")
-    assert read_memory(tmp_path / "memory.safetensors").shape == there.memory.shape  # nothing of the base's own
+    assert read_memory(tmp_path / "memory.safetensors").shape == there.memory.shape  # without states of the base
 
 
 def test_conversations_in_a_batch_match_each_alone(engines):
@@ -80,7 +80,7 @@ def test_undone_turns_leave_no_trace(engines):
 
 
 def test_padding_anywhere_changes_nothing(engines):
-    """Rows with tokens and padding in any order, in calls of several tokens and of one."""
+    """Covers rows with tokens and padding in any order, in calls of several tokens and of one."""
     engine = engines[0]
     random = np.random.default_rng(0)
     valid = random.random((3, 12)) < 0.6

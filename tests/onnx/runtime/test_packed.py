@@ -11,7 +11,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.runtime.ortvalue import to_device, to_numpy
 
-# The same sums in another order, of logits and states of order 10.
+# The same sums in another order, for logits and states of order 10.
 CLOSE = 2e-4
 
 
@@ -21,7 +21,7 @@ def texts(rows, tokens):
 
 
 def in_pytorch(exported, text):
-    """Logits `[T, V]` of all positions of one text, and the states after it: one call of the model."""
+    """Logits `[T, V]` of all positions of one text, and the states after it, by one call of the model."""
     cache = MemoryCache(exported.model)
     with torch.no_grad():
         logits = exported.model(input_ids=torch.tensor(text)[None], cache=cache).logits[0].numpy()
@@ -60,7 +60,7 @@ PADDING = {
 @pytest.mark.parametrize("first", PADDING)
 @pytest.mark.parametrize("second", PADDING)
 def test_rows_of_different_length_match_each_alone(qwen3, packed, small_rooms, first, second):
-    """Over prompts, single tokens, and tokens of some rows alone."""
+    """Covers prompts, single tokens, and tokens of only some rows."""
     masks = [PADDING[first], ["1", "1", "1"], ["1", "0", "1"], PADDING[second], ["1", "1", "0"], ["1", "1", "1"]]
     valid = np.array([[int(digit) for digit in "".join(row)] for row in zip(*masks, strict=True)])
     ids = texts(*valid.shape)
@@ -79,7 +79,7 @@ def test_rows_of_different_length_match_each_alone(qwen3, packed, small_rooms, f
 
 @pytest.mark.parametrize("masks", [[[1] * 6], [[1] * 6, [0, 0, 1, 1, 1, 1]]], ids=["one row", "two rows"])
 def test_buffer_contents_after_the_tokens_are_not_read(packed, masks):
-    """Not a number, there: what another conversation has left, or nobody has written."""
+    """They may be NaN, from another conversation or from uninitialised memory."""
     mask = np.array(masks)
     rows, new = texts(len(masks), 9), np.ones((len(masks), 3), np.int64)
     whole = np.concatenate([mask, new], axis=1)

@@ -18,7 +18,7 @@ def test_text_streams_in_whole_characters(qwen3):
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
     assert [piece for piece in pieces if piece] == list(text)
-    # Bytes that never become a character come out as one replacement, when something else follows or at the end.
+    # Bytes that never form a character become one replacement character, before other text or at the end.
     cat = tokenizer.encode("🐈").ids
     stream = TextStream(tokenizer)
     assert [stream.push(token) for token in cat[:2]] == ["", ""]

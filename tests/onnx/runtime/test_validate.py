@@ -32,7 +32,7 @@ def folder(by_message, tmp_path):
 
 @pytest.fixture
 def sessions(monkeypatch):
-    """The models that ONNX Runtime was asked to load."""
+    """The models that ONNX Runtime has loaded."""
     seen, real = [], onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda *args, **kw: (seen.append(args[0]), real(*args, **kw))[1]
@@ -45,7 +45,7 @@ def graph_of(folder):
 
 
 def external(location=DATA_FILE, offset="0", length="4", name="w", **more):
-    """One float32 in another file."""
+    """A tensor of one float32 in another file."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
     for key, value in {"location": location, "offset": offset, "length": length, **more}.items():
         if value is not None:
@@ -197,7 +197,7 @@ def test_unsafe_graphs_raise(folder, sessions, damage, says):
 
 
 def test_every_tensor_of_an_exported_graph_is_checked(folder, sessions):
-    """Its own weights, sent elsewhere one by one."""
+    """Each of its weights in turn refers to another file."""
     original = graph_of(folder)
     there = [i for i, tensor in enumerate(original.graph.initializer) if tensor.external_data]
     assert there
@@ -231,7 +231,7 @@ def test_a_file_that_is_not_a_graph_raises(folder, sessions, monkeypatch):
 
 
 def test_deeply_nested_graphs_raise(folder, sessions):
-    """Deeper than protobuf reads, so written by hand: fields `graph`, and again and again `node`, `attribute`, `g`."""
+    """Too deep for protobuf, so written by hand: the field `graph`, then `node`, `attribute` and `g` repeatedly."""
     content = inner(external("/etc/passwd")).SerializeToString()
     for field in [6, 5, 1] * 100 + [7]:
         length, size = b"", len(content)

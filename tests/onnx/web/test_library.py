@@ -20,7 +20,7 @@ from deltamem_tool.page.unpacked import write_unpacked
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 TOLERANCE = 1e-4  # of logits and states in float32, over whole conversations
-INT4_TOLERANCE = 0.1  # of logits, to ONNX Runtime's CPU provider
+INT4_TOLERANCE = 0.1  # for logits, compared with ONNX Runtime's CPU provider
 TURNS = ("My dog is Rex.", "I've moved to Zürich 🏔, and\n  have a cat.  Her name? Dr. Who! ", "Who am I?")
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TURNS[0]}]
 
@@ -31,7 +31,7 @@ def scripts(tmp_path_factory):
 
 
 class Recorded:
-    """An engine whose logits are kept."""
+    """An engine that records its logits."""
 
     def __init__(self, engine) -> None:
         self._engine, self.logits = engine, []
@@ -79,7 +79,7 @@ MECHANISMS = {
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_conversations_are_pytorchs(exported_with, scripts, name):
-    """Prompts with a system message, answers that end by themselves and by their length, a memory from before."""
+    """Covers prompts with a system message, answers that end by themselves or by length, and an earlier memory."""
     exported = exported_with(name, MECHANISMS[name], target="web")
     engine = Recorded(TorchModel(exported.model, exported.tokenizer))
     earlier = Conversation(engine)
@@ -116,7 +116,7 @@ def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts,
 
 
 def test_a_hybrids_conversations_are_pytorchs(scripts, tmp_path):
-    """Convolutions and recurrent states of the base: they go on from turn to turn, and back where one is undone."""
+    """Convolutions and recurrent states of the base continue from turn to turn, and are restored by undo."""
     tokenizer = tiny_tokenizer()
     model = hybrid("qwen3_5_text", tokenizer)
     export_onnx(model, tokenizer, tmp_path / "onnx", target="web")
@@ -134,7 +134,7 @@ def test_a_hybrids_conversations_are_pytorchs(scripts, tmp_path):
 
 
 SAMPLED = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 5}
-WINDOW = 170  # the first two turns fit in
+WINDOW = 170  # the first two turns fit
 
 
 def test_a_window_undo_and_sampling_are_pytorchs(exported_with, scripts):

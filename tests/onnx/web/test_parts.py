@@ -1,4 +1,4 @@
-"""Parts of the JavaScript library of `web/`, in Node: files, random numbers, sampling, text; and strangers' files."""
+"""Parts of the JavaScript library of `web/`, in Node: files, also untrusted ones, random numbers, sampling, text."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.node
 
 DOCS = Path(__file__).parents[3] / "docs"
 BACKBONE = Path(deltamem_tool.__file__).parent / "assets" / "backbone"
-TOLERANCE = 1e-6  # of a segment's write: float32 here, rounded float64 there
+TOLERANCE = 1e-6  # for a segment's write: float32 in Python, rounded float64 in JavaScript
 
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory):
-    """Gives the result of a part of the library for each argument."""
+    """Returns the result of a part of the library for each argument."""
     scripts = library_folder(tmp_path_factory.mktemp("node") / "scripts")
     return lambda name, arguments: in_node(scripts, "parts.mjs", name, input=arguments)
 
