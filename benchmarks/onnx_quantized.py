@@ -48,7 +48,7 @@ from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
-from deltamem_tool.onnx.export.targets import GROUP_SIZE, INT4, INT8, SYMMETRIC, TARGETS, quantization_of
+from deltamem_tool.onnx.export.targets import GROUP_SIZE, INT4, INT8, TARGETS, quantization_of
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.quickstart.bases import BASES
@@ -67,7 +67,7 @@ KINDS = ("float32", "float16", INT8, INT4)
 
 
 def quantized_copy(
-    folder: Path, how: str, model: PreTrainedModel, group_size: int = GROUP_SIZE, symmetric: bool = SYMMETRIC
+    folder: Path, how: str, model: PreTrainedModel, group_size: int = GROUP_SIZE, symmetric: bool | None = None
 ) -> Path:
     """Write a quantised copy of a float32 folder beside it."""
     copy = folder.with_name(f"{folder.name}-{how}")

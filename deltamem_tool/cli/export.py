@@ -14,7 +14,6 @@ from deltamem_tool.onnx.export.targets import (
     GROUP_SIZES,
     NO_QUANTIZATION,
     QUANTIZATIONS,
-    SYMMETRIC,
     TARGETS,
     target_of,
 )
@@ -59,7 +58,7 @@ from deltamem_tool.onnx.manifest import Manifest
     type=click.Choice(list(QUANTIZATIONS)),
     default=NO_QUANTIZATION,
     show_default=True,
-    help="Quantise the base model's weights to 8 or 4 bits, including embedding and LM head. The memory stays float32.",
+    help="Quantise the base model's weights to 8 or 4 bits; embedding and LM head to 8. The memory stays float32.",
 )
 @click.option(
     "--group-size",
@@ -70,8 +69,8 @@ from deltamem_tool.onnx.manifest import Manifest
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
-    help=f"With --quantize: use no zero points, or one per group.  [default: "
-    f"{'symmetric' if SYMMETRIC else 'asymmetric'}]",
+    help="With --quantize: centre the range of each group on zero, or store an offset.  [default: symmetric for int8, "
+    "asymmetric for int4]",
 )
 @click.option(
     "--memory",
@@ -136,7 +135,7 @@ def command(
             target=target,
             quantize=quantize,
             group_size=GROUP_SIZE if group_size is None else int(group_size),
-            symmetric=SYMMETRIC if symmetric is None else symmetric,
+            symmetric=symmetric,
             logits=logits,
             max_length=max_length or 0,
             memory=memory,

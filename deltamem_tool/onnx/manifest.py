@@ -32,7 +32,7 @@ class Quantization:
     Args:
         bits: bits per weight, 4 or 8.
         group_size: number of weights of one output that share a scale.
-        symmetric: whether the range is symmetric around zero. If not, the weights of a group also share a zero point.
+        symmetric: whether the range is symmetric around zero. If not, the weights of a group also share an offset.
     """
 
     bits: int

@@ -46,7 +46,6 @@ from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, check_rewrites, opt
 from deltamem_tool.onnx.export.targets import (
     GROUP_SIZE,
     NO_QUANTIZATION,
-    SYMMETRIC,
     Target,
     check_size,
     quantization_of,
@@ -73,7 +72,7 @@ def export_onnx(
     target: str = "cpu",
     quantize: str = NO_QUANTIZATION,
     group_size: int = GROUP_SIZE,
-    symmetric: bool = SYMMETRIC,
+    symmetric: bool | None = None,
     logits: str = "last",
     max_length: int = 0,
     memory: str | Path | None = None,
@@ -98,7 +97,7 @@ def export_onnx(
             float32.
         group_size: number of quantised weights of one output that share a scale: 16, 32, 64, 128 or 256. It must divide
             the model's width.
-        symmetric: quantise without zero points.
+        symmetric: quantise without an offset for each of these groups. By default, int8 is symmetric, and int4 is not.
         logits: "last" for the logits of the last position only, "all" for those of every position.
         max_length: fixed length of keys and values, in tokens; 0 lets them grow.
         memory: memory file that conversations start from, for onnxruntime-genai. Other graphs take the state as an

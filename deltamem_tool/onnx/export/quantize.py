@@ -1,7 +1,7 @@
 """Quantise the base model's weights in an exported graph to 8 or 4 bits. The memory's weights stay float32, unchanged.
 
-This applies to the constant matrices of the base model's products (MatMul, Gemm), including the LM head, and to the
-embedding. A tied embedding is stored once. The memory and everything else stay unchanged.
+This applies to the constant matrices of the base model's products (MatMul, Gemm), and to LM head and embedding, which
+have 8 bits in either case. A tied embedding is stored once. The memory and everything else stay unchanged.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def quantize_graph(
 
     Args:
         folder: folder with `model.onnx` and its data, which are both replaced.
-        quantization: bits, groups and zero points.
+        quantization: bits, groups, and whether there are offsets.
         memory: matrices of the memory, from `memory_weights`.
         report: called after each product with the number of finished products and the total.
 
@@ -68,13 +68,14 @@ def quantize_graph(
             "The graph has no product of the base model with a constant matrix.",
             "Export it without --quantize.",
         )
-    lookups = list(_lookups(model.graph, quantization.group_size))
-    matrices = QuantizedMatrices(model.graph, quantization)
+    lookups = list(_lookups(model.graph))
+    matrices = QuantizedMatrices(model.graph, quantization, {_matrix(node).shape for node in lookups})
+    lookups = [node for node in lookups if len(_matrix(node)) % quantization.group_size == 0]
     names = _names([*lookups, *products])
     for node in lookups:
         _replace(model.graph, node, matrices.lookup(_input(node, 1), names[node], _matrix(node)))
     for number, node in enumerate(products, start=1):
-        _replace(model.graph, node, [matrices.product(_input(node, 0), names[node], _matrix(node))])
+        _replace(model.graph, node, matrices.product(_input(node, 0), names[node], _matrix(node)))
         if report is not None:
             report(number, len(products))
     for constant in dict.fromkeys(map(_constant, of_memory)):
@@ -189,12 +190,12 @@ def _is_product(node: onnx_ir.Node) -> bool:
     return node.attributes.get_float("beta", 1.0) == 1.0 and not any(turned) and _is_matrix(node.inputs[1])
 
 
-def _lookups(graph: onnx_ir.Graph, group_size: int) -> Iterator[onnx_ir.Node]:
-    """Yield the lookups of tokens in an embedding `[V, D]` whose rows consist of whole groups."""
+def _lookups(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Node]:
+    """Yield the lookups of tokens in an embedding `[V, D]`."""
     for node in graph:
         if node.domain or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
             continue
-        if _is_matrix(node.inputs[0]) and _are_tokens(node.inputs[1]) and len(_matrix(node)) % group_size == 0:
+        if _is_matrix(node.inputs[0]) and _are_tokens(node.inputs[1]):
             yield node
 
 

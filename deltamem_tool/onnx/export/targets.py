@@ -60,7 +60,8 @@ DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
 QUANTIZATIONS = {NO_QUANTIZATION: DTYPES, INT8: (FLOAT32, FLOAT16), INT4: (FLOAT32, FLOAT16)}
 BITS = {INT8: 8, INT4: 4}
 GROUP_SIZES = (16, 32, 64, 128, 256)  # supported by ONNX Runtime's operators
-GROUP_SIZE, SYMMETRIC = 32, True
+GROUP_SIZE = 32
+SYMMETRIC = {INT8: True, INT4: False}
 _TYPE_BITS = {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16}
 
 
@@ -108,13 +109,15 @@ def target_of(name: str, dtype: str, quantize: str) -> Target:
     return target
 
 
-def quantization_of(quantize: str, group_size: int, symmetric: bool, width: int | None = None) -> Quantization | None:
+def quantization_of(
+    quantize: str, group_size: int = GROUP_SIZE, symmetric: bool | None = None, width: int | None = None
+) -> Quantization | None:
     """Return the settings of the quantisation `quantize`; None if it is "none".
 
     Args:
         quantize: a name in `QUANTIZATIONS`.
         group_size: number of weights of one output that share a scale.
-        symmetric: whether to quantise without zero points.
+        symmetric: whether to quantise without offsets; None means the default, `SYMMETRIC`.
         width: width of the model, which groups must divide; None if it is not known yet.
 
     Raises:
@@ -130,4 +133,4 @@ def quantization_of(quantize: str, group_size: int, symmetric: bool, width: int 
             of_width or "ONNX Runtime's operators do not support groups of this size.",
             f"Choose one of {', '.join(map(str, possible))}." if possible else "Export it without quantisation.",
         )
-    return Quantization(BITS[quantize], group_size, symmetric)
+    return Quantization(BITS[quantize], group_size, SYMMETRIC[quantize] if symmetric is None else symmetric)
