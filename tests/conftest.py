@@ -120,7 +120,16 @@ def browser():
 
 
 # Created once for several tests, of which the first is slow: exports, a quickstart, processes.
-SLOW_FIXTURES = {"export_again", "exported_with", "fixed", "float16", "growths", "llama", "portable", "quickstart_run"}
+SLOW_FIXTURES = {
+    "export_again",
+    "exported_with",
+    "float16",
+    "growths",
+    "llama",
+    "portable_export",
+    "quickstart_run",
+    "static_export",
+}
 
 
 def pytest_collection_modifyitems(items):

@@ -69,7 +69,7 @@ def test_random_keys_replace_only_those_of_other_tokens(tokenizer):
     randomise(attach(model, DeltaMemConfig(rank=4, update_rule="no_lambda")))
     items = Recall([1], 4, session=2).items()
     prototypes = capacity_replay.Prototypes(model, tokenizer, 0)
-    found = capacity_replay.predict(model, tokenizer, items, prototypes, 0)
-    assert found["tokens since"] == 0 and found["gate"] is None and found["overlap"] is None
-    assert found["left, own keys"] == found["left, random keys"] == pytest.approx(1.0)
-    assert found == capacity_replay.predict(model, tokenizer, items, prototypes, 0)
+    prediction = capacity_replay.predict(model, tokenizer, items, prototypes, 0)
+    assert prediction["tokens since"] == 0 and prediction["gate"] is None and prediction["overlap"] is None
+    assert prediction["left, own keys"] == prediction["left, random keys"] == pytest.approx(1.0)
+    assert prediction == capacity_replay.predict(model, tokenizer, items, prototypes, 0)

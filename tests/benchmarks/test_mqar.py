@@ -82,7 +82,7 @@ def test_recall_matches_the_equation():
     words, layer = mqar_task.Words.draw(drawn()), mqar_task.new_layer(config(states=2, delta_init="random"))
     sequences = mqar_task.Sequences.draw(words, 3, 4, drawn(1))
     with torch.no_grad():
-        found = mqar_task.recall(layer, words, sequences)
+        actual = mqar_task.recall(layer, words, sequences)
         part = {name: getattr(layer, name)(sequences.written).view(3, 4, 2, RANK) for name in ("key", "value", "gate")}
         k, beta = normalise(part["key"]), torch.sigmoid(part["gate"])
         state = torch.zeros(3, 2, RANK, RANK)
@@ -92,8 +92,8 @@ def test_recall_matches_the_equation():
         q = normalise(layer.query(sequences.asked).view(3, 4, 2, RANK))
         readings = read_state(state, q).flatten(2) * layer.config.scale
         expected = readings @ layer.delta_of("o").weight.mT @ words.values.mT
-    assert found.abs().max() > 0
-    torch.testing.assert_close(found, expected, **CLOSE)
+    assert actual.abs().max() > 0
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.slow

@@ -102,20 +102,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.fixture(scope="session")
-def by_message(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def message_export(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """One layer whose memory writes by message."""
     model = make_model("qwen3", "all", depth=1, granularity="message", couple_lambda=False)
     return _exported("by_message", model, "last", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def portable(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The model of `fixed` in standard operators."""
+def portable_export(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The model of `static_export` in standard operators."""
     return _exported("portable", make_model("qwen3", "all", depth=1), "last", tmp_path_factory, target="portable")
 
 
 @pytest.fixture(scope="session")
-def fixed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def static_export(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """One layer, with keys and values of a fixed length."""
     model = make_model("qwen3", "all", depth=1)
     return _exported("fixed", model, "last", tmp_path_factory, max_length=112)
@@ -169,7 +169,7 @@ def no_tracing(write_instead, qwen3):
 
 
 @pytest.fixture
-def no_tracing_of_llama(write_instead, llama):
+def no_llama_tracing(write_instead, llama):
     write_instead(llama)
 
 

@@ -56,13 +56,13 @@ def agree(one, other, vocab_size, steps=3):
 
 
 @pytest.mark.slow
-def test_base_and_memory_match_pytorch(by_message, tmp_path):
+def test_base_and_memory_match_pytorch(message_export, tmp_path):
     setting = Setting("adapter", models=(BASE, MEMORY), runtimes=(PYTORCH, ONNX), prompts=(PROMPT,), decode=3)
     messages = []
-    with apart(by_message.model) as (model, adapter):
-        export = (by_message.folder, by_message.manifest)
+    with apart(message_export.model) as (model, adapter):
+        export = (message_export.folder, message_export.manifest)
         graphs = write_graphs(model, adapter, setting, export, tmp_path, messages.append)
-        assert messages == ["exporting base"] and graphs[MEMORY].folder == by_message.folder
+        assert messages == ["exporting base"] and graphs[MEMORY].folder == message_export.folder
         last = {}
         for name, side in torch_sides(model, adapter, setting).items():
             graph = OnnxSide(graphs[name], "cpu", 1)
@@ -70,10 +70,10 @@ def test_base_and_memory_match_pytorch(by_message, tmp_path):
     assert np.abs(last[BASE] - last[MEMORY]).max() > 10 * TOLERANCE
 
 
-def test_a_lora_in_buffers_of_fixed_length_matches_pytorch(fixed, tmp_path):
-    options, interface = CallOptions(fixed.model, "last"), without_memory(fixed.manifest.interface)
+def test_a_lora_in_buffers_of_fixed_length_matches_pytorch(static_export, tmp_path):
+    options, interface = CallOptions(static_export.model, "last"), without_memory(static_export.manifest.interface)
     ids = torch.arange(9)[None]
-    with apart(fixed.model) as (model, adapter), torch.no_grad():
+    with apart(static_export.model) as (model, adapter), torch.no_grad():
         lora = random_lora(shared_copy(model), adapter, seed=0).eval()
         expected = lora(ids).logits[:, -1:]
         write_plain(lora.get_base_model(), options, interface, TARGETS["cpu"], tmp_path / "lora")
@@ -98,7 +98,7 @@ def test_the_peak_memory_grows_with_the_prompt(qwen3):
     assert peak.imports < 200e6, "it has imported PyTorch"
 
 
-def test_an_export_of_another_adapter_raises(qwen3, fixed, monkeypatch):
+def test_an_export_of_another_adapter_raises(qwen3, static_export, monkeypatch):
     setting = Setting("adapter", runtimes=(ONNX,), prompts=(64,), decode=16)
     own = qwen3.manifest.adapter
     assert read_export(setting, str(qwen3.folder), own) == (qwen3.folder, qwen3.manifest)
@@ -108,7 +108,7 @@ def test_an_export_of_another_adapter_raises(qwen3, fixed, monkeypatch):
         read_export(dataclasses.replace(setting, dtype="float16"), str(qwen3.folder), own)
     longer = dataclasses.replace(setting, prompts=(100,))
     with pytest.raises(ConfigError, match="has room for 112"):
-        read_export(longer, str(fixed.folder), fixed.manifest.adapter)
+        read_export(longer, str(static_export.folder), static_export.manifest.adapter)
     for change, error in (
         ({"interface": dataclasses.replace(qwen3.manifest.interface, genai=True)}, "onnxruntime-genai"),
         ({"quantize": "int8", "quantization": Quantization(8, 32, True)}, "is quantised"),

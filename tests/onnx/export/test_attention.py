@@ -91,8 +91,8 @@ def flat(x: Tensor) -> np.ndarray:
 )
 def test_fusion_obstacle_finds_models_that_cannot_be_fused(model_type: str, why: str | None):
     model = patched(model_type, DEPTH)
-    found = fusion_obstacle(model, len(MemoryCache(model).layers))
-    assert found is None if why is None else why in (found or "")
+    obstacle = fusion_obstacle(model, len(MemoryCache(model).layers))
+    assert obstacle is None if why is None else why in (obstacle or "")
 
 
 def test_a_long_window_is_detected_with_a_short_text():

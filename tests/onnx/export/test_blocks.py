@@ -25,20 +25,20 @@ def test_every_token_chooses_the_same_blocks(model):
     causal = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
 
     def chosen() -> list[torch.Tensor]:
-        cache, found, start = MemoryCache(model), [], 0
+        cache, blocks, start = MemoryCache(model), [], 0
         for count in calls:
             stop = start + count
             rotary = model.model.rotary_emb(hidden, positions[..., :stop])
             mask = causal[:, :, start:stop, :stop]
-            found.append(indexer(hidden[:, start:stop], rotary, mask, cache) & mask)
+            blocks.append(indexer(hidden[:, start:stop], rotary, mask, cache) & mask)
             start = stop
-        return found
+        return blocks
 
     with torch.no_grad(), StableTopK():
         expected = chosen()
         with replace_loops(model):
-            found = chosen()
-    assert not all(mask.all() for mask in expected) and all(map(torch.equal, found, expected))
+            blocks = chosen()
+    assert not all(mask.all() for mask in expected) and all(map(torch.equal, blocks, expected))
     assert has_blocks(model)
 
 

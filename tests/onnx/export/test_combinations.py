@@ -34,36 +34,36 @@ SAID = ("My dog is Bella.", "What is the name of my dog?")
 
 
 @pytest.fixture(scope="module")
-def fixed_by_message(exported_with):
+def static_message_export(exported_with):
     """A fixed length, with the memory's weights separate from the base's, as quantisation requires."""
     return exported_with("fixed-by-message", BY_MESSAGE, max_length=LENGTH, without=JOIN_WEIGHTS)
 
 
 @pytest.fixture(params=[INT8, INT4])
-def quantised(request, fixed_by_message, write_instead, tmp_path):
+def quantised_export(request, static_message_export, write_instead, tmp_path):
     """The same graph after the whole export except tracing."""
-    write_instead(fixed_by_message)
-    model, tokenizer = fixed_by_message.model, fixed_by_message.tokenizer
+    write_instead(static_message_export)
+    model, tokenizer = static_message_export.model, static_message_export.tokenizer
     manifest = export_onnx(model, tokenizer, tmp_path / "out", max_length=LENGTH, quantize=request.param)
-    return dataclasses.replace(fixed_by_message, folder=tmp_path / "out", manifest=manifest)
+    return dataclasses.replace(static_message_export, folder=tmp_path / "out", manifest=manifest)
 
 
 def states(conversation: Conversation) -> list[NDArray]:
     return list(conversation.memory.states.values())
 
 
-def test_a_quantised_graph_reports_its_error_and_keeps_the_memory_weights(quantised, fixed_by_message):
-    manifest, plain = quantised.manifest, fixed_by_message.manifest
+def test_a_quantised_graph_reports_its_error_and_keeps_the_memory_weights(quantised_export, static_message_export):
+    manifest, plain = quantised_export.manifest, static_message_export.manifest
     assert manifest.interface == plain.interface and manifest.interface.max_length == LENGTH
     assert plain.max_abs_diff < TOLERANCE < manifest.max_abs_diff < LARGEST[manifest.quantize]
     assert 0.5 < manifest.greedy_agreement <= 1
-    found = columns(quantised.folder)
-    matrices = [weight.detach() for weight in adapter_of(quantised.model).parameters() if weight.dim() == 2]
-    assert all(row.numpy().tobytes() in found for matrix in matrices for row in matrix)
+    actual = columns(quantised_export.folder)
+    matrices = [weight.detach() for weight in adapter_of(quantised_export.model).parameters() if weight.dim() == 2]
+    assert all(row.numpy().tobytes() in actual for matrix in matrices for row in matrix)
 
 
-def test_a_quantised_conversation_writes_its_messages(quantised, tmp_path):
-    model, short = OnnxModel(quantised.folder), Sampling(max_new_tokens=4)
+def test_a_quantised_conversation_writes_its_messages(quantised_export, tmp_path):
+    model, short = OnnxModel(quantised_export.folder), Sampling(max_new_tokens=4)
     conversation, other = Conversation(model), Conversation(model)
     conversation.generate(SAID[0], short)
     once = states(conversation)
@@ -76,10 +76,10 @@ def test_a_quantised_conversation_writes_its_messages(quantised, tmp_path):
         assert np.abs(x).max() > 0.01 and np.abs(x - y).max() > 0.01
 
 
-def test_greedy_tokens_depend_on_the_written_segments(by_message):
+def test_greedy_tokens_depend_on_the_written_segments(message_export):
     """A graph that loses its states chooses other tokens."""
-    graph, options = OnnxModel(by_message.folder).graph, CallOptions(by_message.model, "last")
-    assert greedy_agreement(by_message.model, graph, options) == 1
+    graph, options = OnnxModel(message_export.folder).graph, CallOptions(message_export.model, "last")
+    assert greedy_agreement(message_export.model, graph, options) == 1
     step = graph.step
 
     def forgetting(*inputs):
@@ -88,7 +88,7 @@ def test_greedy_tokens_depend_on_the_written_segments(by_message):
         return logits, graph.with_memory(past, empty, graph.segments(past))
 
     graph.step = forgetting
-    assert greedy_agreement(by_message.model, graph, options) < 0.95
+    assert greedy_agreement(message_export.model, graph, options) < 0.95
 
 
 @pytest.mark.slow

@@ -145,11 +145,11 @@ def test_a_padded_batch_over_many_calls_matches_pytorch(exported):
             alone = torch.from_numpy(ids[row : row + 1, valid[row]])
             with torch.no_grad():
                 expected = exported.model(alone, cache=cache).logits[0]
-            found = torch.from_numpy(logits[row])
+            actual = torch.from_numpy(logits[row])
             if exported.manifest.interface.logits == "all":
-                torch.testing.assert_close(found[valid[row]], expected, rtol=0, atol=TOLERANCE)
+                torch.testing.assert_close(actual[valid[row]], expected, rtol=0, atol=TOLERANCE)
             elif valid[row, -1]:
-                torch.testing.assert_close(found[-1], expected[-1], rtol=0, atol=TOLERANCE)
+                torch.testing.assert_close(actual[-1], expected[-1], rtol=0, atol=TOLERANCE)
             for layer, state in runtime.graph.states(past).items():
                 expected_state = cache.memory.layers[layer][0]
                 torch.testing.assert_close(torch.from_numpy(state[row]), expected_state, rtol=0, atol=TOLERANCE)

@@ -160,8 +160,8 @@ def without_stop(model, tokens: list[int]) -> list[int]:
     return [token for token in tokens if token not in model.generation_config.eos_token_id]
 
 
-def assert_state(found: np.ndarray, memory: MemoryState) -> None:
-    torch.testing.assert_close(torch.from_numpy(found), memory.layers[1], rtol=0, atol=TOLERANCE)
+def assert_state(actual: np.ndarray, memory: MemoryState) -> None:
+    torch.testing.assert_close(torch.from_numpy(actual), memory.layers[1], rtol=0, atol=TOLERANCE)
 
 
 @pytest.fixture
@@ -175,9 +175,9 @@ def long_prompt(model, tokenizer) -> list[int]:
 
 
 def test_greedy_tokens_and_states_match_pytorch(model, folder, long_prompt):
-    (found,), state = in_genai(folder, long_prompt, NEW_TOKENS)
+    (tokens,), state = in_genai(folder, long_prompt, NEW_TOKENS)
     expected, memory = in_pytorch(model, long_prompt, NEW_TOKENS)
-    assert found == expected and len(found) == NEW_TOKENS
+    assert tokens == expected and len(tokens) == NEW_TOKENS
     assert_state(state, memory)
 
 
@@ -187,7 +187,7 @@ def test_a_quantised_folder_matches_onnx_runtime(quantize, model, export_again, 
     manifest = export_again(tmp_path / "out", quantize=quantize, group_size=16)
     nodes = {node.op_type for node in onnx_ir.load(tmp_path / "out" / "model.onnx").graph}
     assert {"MatMulNBits", "GatherBlockQuantized"} <= nodes
-    (found,), state = in_genai(tmp_path / "out", long_prompt, NEW_TOKENS)
+    (tokens,), state = in_genai(tmp_path / "out", long_prompt, NEW_TOKENS)
     graph = open_graph(tmp_path / "out", manifest.interface)
     past, ids, expected = graph.empty_past(1), np.array([long_prompt]), []
     for length in range(len(long_prompt), len(long_prompt) + NEW_TOKENS):
@@ -195,8 +195,8 @@ def test_a_quantised_folder_matches_onnx_runtime(quantize, model, export_again, 
         logits, past = graph.step(ids, mask, write, past)
         ids = logits[:, -1].argmax(-1, keepdims=True)
         expected.append(int(ids[0, 0]))
-    assert found == expected[: len(found)] and len(found) > 4
-    if len(found) == NEW_TOKENS:
+    assert tokens == expected[: len(tokens)] and len(tokens) > 4
+    if len(tokens) == NEW_TOKENS:
         np.testing.assert_allclose(state, graph.states(past)[1], rtol=0, atol=TOLERANCE)
     assert np.abs(state - in_pytorch(model, long_prompt, NEW_TOKENS)[1].layers[1].numpy()).max() > TOLERANCE
 
@@ -213,9 +213,9 @@ def test_layers_of_different_shapes_match_pytorch(tokenizer, monkeypatch, tmp_pa
     manifest = export.export_onnx(model, tokenizer, tmp_path / "out", target="genai")
     assert {layer.key for layer in manifest.interface.layers} == {(2, 8), (2, 16), None}
     prompt = list(range(5, 17))
-    (found,), state = in_genai(tmp_path / "out", prompt, NEW_TOKENS)
+    (tokens,), state = in_genai(tmp_path / "out", prompt, NEW_TOKENS)
     expected, memory = in_pytorch(model, prompt, NEW_TOKENS)
-    assert found == expected
+    assert tokens == expected
     assert_state(state, memory)
 
 
@@ -231,11 +231,11 @@ def test_a_folder_can_start_from_a_memory_file(model, folder, folder_with_memory
     if way == "adapter file":
         adapter = tmp_path / "before.onnx_adapter"
         genai.write_adapter_file(folder, path, adapter)
-    (found,), state = in_genai(folder if adapter else folder_with_memory, long_prompt, NEW_TOKENS, adapter)
+    (tokens,), state = in_genai(folder if adapter else folder_with_memory, long_prompt, NEW_TOKENS, adapter)
     expected, after = in_pytorch(model, long_prompt, NEW_TOKENS, memory)
-    assert found == without_stop(model, expected)
+    assert tokens == without_stop(model, expected)
     assert_state(state, after)
-    assert found != in_genai(folder, long_prompt, NEW_TOKENS)[0][0]  # the memory has an effect
+    assert tokens != in_genai(folder, long_prompt, NEW_TOKENS)[0][0]  # the memory has an effect
 
 
 def test_a_batch_of_different_prompts_matches_each_alone(model, tokenizer, folder_with_memory, start):
@@ -243,11 +243,11 @@ def test_a_batch_of_different_prompts_matches_each_alone(model, tokenizer, folde
     texts = ["Remember the blue door, it is old.", "My dog is Bella."]
     ids = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder_with_memory))).encode_batch(texts).as_numpy()
     assert ids.shape[0] == 2 and (ids == tokenizer.pad_token_id).any()
-    found, states = in_genai(folder_with_memory, ids, 3)
+    answers, states = in_genai(folder_with_memory, ids, 3)
     for row, text in enumerate(texts):
         expected, memory = in_pytorch(model, tokenizer(text).input_ids, 3, start[1])
         assert len(expected) == 3, "a row that ends earlier is fed padding"
-        assert found[row] == expected
+        assert answers[row] == expected
         assert_state(states[row : row + 1], memory)
 
 
@@ -270,7 +270,7 @@ def test_the_program_of_the_docs_chats_and_remembers(model, tokenizer, folder, t
     memory = None
     theirs = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))  # it ends a text at a zero byte
     for questions in (QUESTIONS, QUESTIONS[:1]):  # the second time with the memory of the first, and an empty context
-        found = chat(folder, file, questions)
+        output = chat(folder, file, questions)
         ids, messages, printed, before = [], [], "", memory
         for question in questions:
             messages.append({"role": "user", "content": question})
@@ -280,7 +280,7 @@ def test_the_program_of_the_docs_chats_and_remembers(model, tokenizer, folder, t
             messages.append({"role": "assistant", "content": "(answer)"})
             ids += without_stop(model, answer)
             printed += theirs.decode(np.array(without_stop(model, answer), np.int32)) + "\n"
-        assert found == printed
+        assert output == printed
         saved = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
         assert list(saved) == ["initial.1.recurrent_state"]
         assert_state(saved["initial.1.recurrent_state"].numpy(), memory)

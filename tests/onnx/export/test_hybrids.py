@@ -41,11 +41,11 @@ def test_every_state_belongs_to_the_memory_or_the_base(name, layer, base, memory
 
 
 def test_states_of_the_base_are_not_counted_as_memory():
-    found = interface("falcon_h1")
-    inputs, own = found.inputs(), found.base_states
+    hybrid_interface = interface("falcon_h1")
+    inputs, own = hybrid_interface.inputs(), hybrid_interface.base_states
     assert own.keys() <= inputs.keys() and all(inputs[name][0] == "float32" for name in own)
-    assert found.memory_bytes == sum(4 * 2 * 4 * 4 for layer in found.layers if layer.state)
-    meanings = {row.name.rpartition(".")[2]: row.meaning for row in rows(found) if row.kind == "input"}
+    assert hybrid_interface.memory_bytes == sum(4 * 2 * 4 * 4 for layer in hybrid_interface.layers if layer.state)
+    meanings = {row.name.rpartition(".")[2]: row.meaning for row in rows(hybrid_interface) if row.kind == "input"}
     assert "memory" in meanings["recurrent_state"]
     assert "base" in meanings["ssm_state"] and "convolution" in meanings["conv_state"]
 
@@ -114,5 +114,5 @@ def test_invalid_states_in_a_manifest_raise(field, value):
 def test_a_float16_hybrid_is_exported_with_float32_states(name, tmp_path):
     """The base's states are float32 nevertheless. The export itself has compared the results."""
     tokenizer = tiny_tokenizer()
-    found = export_onnx(hybrid(name, tokenizer).half(), tokenizer, tmp_path / "onnx")
-    assert found.interface.dtype == "float16" and found.max_abs_diff is not None
+    manifest = export_onnx(hybrid(name, tokenizer).half(), tokenizer, tmp_path / "onnx")
+    assert manifest.interface.dtype == "float16" and manifest.max_abs_diff is not None

@@ -128,6 +128,6 @@ def test_copied_layers_with_lora_in_some_match_pytorch(tmp_path: Path):
 
 def difference(model: PreTrainedModel, folder: Path) -> float:
     """The largest difference from PyTorch over logits and states, as measured by the export."""
-    found = export_onnx(model, tokenizer(), folder / "onnx").max_abs_diff
-    assert found is not None
-    return found
+    largest = export_onnx(model, tokenizer(), folder / "onnx").max_abs_diff
+    assert largest is not None
+    return largest

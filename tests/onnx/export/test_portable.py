@@ -52,8 +52,8 @@ def in_openvino(file: Path) -> Run:
     names = [output.any_name for output in compiled.outputs]
 
     def run(feed: dict[str, NDArray]) -> dict[str, NDArray]:
-        found = compiled(feed)
-        return {name: found[name].copy() for name in names}
+        outputs = compiled(feed)
+        return {name: outputs[name].copy() for name in names}
 
     return run
 
@@ -66,28 +66,29 @@ def runtime(request) -> Callable[[Path], Run]:
     return RUNTIMES[request.param]
 
 
-def test_conversations_match_pytorch(portable, runtime):
+def test_conversations_match_pytorch(portable_export, runtime):
     """Covers an empty past, padding, single tokens, writes on, off and mixed, alone and in a batch."""
-    runner = GraphRunner(runtime(portable.folder / contract.MODEL_FILE), portable.manifest.interface)
-    difference = largest_difference(portable.model, runner, CallOptions(portable.model, "last"))
+    runner = GraphRunner(runtime(portable_export.folder / contract.MODEL_FILE), portable_export.manifest.interface)
+    difference = largest_difference(portable_export.model, runner, CallOptions(portable_export.model, "last"))
     assert 0 < difference < TOLERANCE
 
 
-def test_the_portable_graph_gives_the_same_answer_as_the_fused_one(portable, fixed):
-    assert portable.manifest.target == "portable"
-    found, expected = (
-        Conversation(OnnxModel(model.folder)).generate("Hello", Sampling(8)) for model in (portable, fixed)
+def test_the_portable_graph_gives_the_same_answer_as_the_fused_one(portable_export, static_export):
+    assert portable_export.manifest.target == "portable"
+    actual, expected = (
+        Conversation(OnnxModel(model.folder)).generate("Hello", Sampling(8))
+        for model in (portable_export, static_export)
     )
-    assert found.tokens == expected.tokens
+    assert actual.tokens == expected.tokens
 
 
-def test_every_operator_is_standard(portable):
-    model = onnx_ir.load(portable.folder / contract.MODEL_FILE)
+def test_every_operator_is_standard(portable_export):
+    model = onnx_ir.load(portable_export.folder / contract.MODEL_FILE)
     assert model.opset_imports == {"": PORTABLE_OPSET} and not model.functions
     operators = [(node.domain, node.op_type) for graph in model.graphs() for node in graph]
     assert {domain for domain, _ in operators} == {""}
     assert operators.count(("", "Scan")) == 1  # of its one layer
-    onnx.checker.check_model(portable.folder / contract.MODEL_FILE, full_check=True)
+    onnx.checker.check_model(portable_export.folder / contract.MODEL_FILE, full_check=True)
 
 
 def test_the_opset_is_released():
@@ -172,9 +173,9 @@ def named(file: Path, inputs: tuple[Tensor, ...]) -> dict[str, NDArray]:
 @pytest.mark.parametrize("kind", ["random", "gates of 0 and 1", "one key"])
 def test_the_scan_matches_a_token_loop(scan, scan_file, kind, tokens):
     inputs = scan_inputs(kind, tokens)
-    found = scan(named(scan_file, inputs))
+    actual = scan(named(scan_file, inputs))
     for name, expected in zip(RESULTS, naive_scan(*inputs), strict=True):
-        np.testing.assert_allclose(found[name], expected, rtol=0, atol=SCAN_TOLERANCE)
+        np.testing.assert_allclose(actual[name], expected, rtol=0, atol=SCAN_TOLERANCE)
 
 
 def test_masked_tokens_leave_the_state_bit_identical(scan, scan_file):
@@ -186,9 +187,9 @@ def test_masked_tokens_leave_the_state_bit_identical(scan, scan_file):
 @pytest.mark.parametrize("tokens", [1, 2, 63, 100])
 def test_sums_restart_after_every_segment(sums, sums_file, tokens):
     inputs = sums_inputs(tokens)
-    found = sums(named(sums_file, inputs))
+    actual = sums(named(sums_file, inputs))
     for name, expected in zip(RESULTS, cumulative_sums(*inputs), strict=True):
-        np.testing.assert_allclose(found[name], expected, rtol=SUMS_TOLERANCE, atol=SUMS_TOLERANCE)
+        np.testing.assert_allclose(actual[name], expected, rtol=SUMS_TOLERANCE, atol=SUMS_TOLERANCE)
 
 
 @pytest.mark.parametrize("file", ["scan_file", "sums_file"])
@@ -236,15 +237,15 @@ def test_unused_operator_domains_are_removed():
     assert program.opset_imports == {"": 18}
 
 
-def test_a_rejected_export_leaves_nothing(portable, monkeypatch, tmp_path):
+def test_a_rejected_export_leaves_nothing(portable_export, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "trace_model", lambda *args: graph_of(FOREIGN))
     with pytest.raises(ExportError, match="Qwen3ForCausalLM cannot be written in standard ONNX operators"):
-        export.export_onnx(portable.model, portable.tokenizer, tmp_path / "out", target="portable")
+        export.export_onnx(portable_export.model, portable_export.tokenizer, tmp_path / "out", target="portable")
     monkeypatch.setattr(
         export, "trace_model", lambda *args: graph_of("g (float[2] x) => (float[3] y) { y = Relu (x) }")
     )
     with pytest.raises(ExportError, match="not valid ONNX"):
-        export.export_onnx(portable.model, portable.tokenizer, tmp_path / "out", target="portable")
+        export.export_onnx(portable_export.model, portable_export.tokenizer, tmp_path / "out", target="portable")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -109,7 +109,7 @@ def test_every_weight_is_within_its_step_and_the_memory_is_untouched(how, weight
     nodes = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "MatMulNBits"]
     attributes = [{attribute.name: attribute.i for attribute in node.attribute} for node in nodes]
     for name, value in {"bits": how.bits, "block_size": how.group_size, "accuracy_level": ACCURACY_LEVEL}.items():
-        assert [found[name] for found in attributes] == [value] * 3
+        assert [node_attributes[name] for node_attributes in attributes] == [value] * 3
 
 
 @pytest.mark.parametrize("how", [INT8_32, INT4_32, Quantization(4, 32, False), Quantization(8, 32, False)], ids=str)
@@ -242,8 +242,8 @@ def test_incomplete_and_odd_numbers_of_groups_are_quantised(how, rows, tmp_path)
     node = helper.make_node("MatMul", ["x", "base"], ["base_out"])
     save(tmp_path, helper.make_graph([node], "product", [x], [y], [numpy_helper.from_array(weight, "base")]))
     assert quantize_graph(tmp_path, how, []) == 1
-    found = run(tmp_path, np.eye(rows, dtype=np.float32))["base_out"]
-    assert (np.abs(found - weight) <= largest_errors(weight, how) + ROUNDING).all()
+    actual = run(tmp_path, np.eye(rows, dtype=np.float32))["base_out"]
+    assert (np.abs(actual - weight) <= largest_errors(weight, how) + ROUNDING).all()
 
 
 def test_a_matrix_with_a_part_of_the_memory_is_not_quantised(weights, tmp_path):
@@ -270,11 +270,11 @@ def test_base_weights_packed_with_the_memory_are_quantised(weights, tmp_path):
     initializers = [numpy_helper.from_array(packed, "packed"), numpy_helper.from_array(sizes, "sizes")]
     save(tmp_path, helper.make_graph(nodes, "packed", [x], outputs, initializers))
     assert quantize_graph(tmp_path, INT8_32, [memory]) == 1
-    given = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
-    first, own, last = run(tmp_path, given).values()
-    np.testing.assert_allclose(own, given @ memory, atol=1e-4)
+    inputs = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
+    first, own, last = run(tmp_path, inputs).values()
+    np.testing.assert_allclose(own, inputs @ memory, atol=1e-4)
     np.testing.assert_array_equal(first, last)
-    exact = given @ base
+    exact = inputs @ base
     assert 1e-3 < np.abs(first - exact).max() < 0.1 * np.abs(exact).max()
 
 

@@ -50,15 +50,15 @@ def test_a_quantised_graph_stays_close_to_the_original(how, llama, tmp_path):
     ids, mask = np.random.default_rng(2).integers(0, 256, (2, 40)), np.ones((2, 40), np.int64)
     write = np.ones((2, 40), bool)
     logits, past = plain.graph.step(ids, mask, write, plain.graph.empty_past(2))
-    found, found_past = quantized.graph.step(ids, mask, write, quantized.graph.empty_past(2))
-    states, found_states = plain.graph.states(past), quantized.graph.states(found_past)
-    for x, y in ((found, logits), (found_states[1], states[1])):
+    actual, actual_past = quantized.graph.step(ids, mask, write, quantized.graph.empty_past(2))
+    states, found_states = plain.graph.states(past), quantized.graph.states(actual_past)
+    for x, y in ((actual, logits), (found_states[1], states[1])):
         assert 1e-3 < np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < LARGEST[how]
-    found = columns(folder)
-    assert all(column.tobytes() in found for weight in memory for column in weight.T)
+    actual = columns(folder)
+    assert all(column.tobytes() in actual for weight in memory for column in weight.T)
 
 
-def test_the_manifest_records_the_quantisation_error(llama, no_tracing_of_llama, tmp_path):
+def test_the_manifest_records_the_quantisation_error(llama, no_llama_tracing, tmp_path):
     manifest = export.export_onnx(
         llama.model, llama.tokenizer, tmp_path / "out", logits="all", quantize=INT8, group_size=16, symmetric=False
     )
@@ -69,7 +69,7 @@ def test_the_manifest_records_the_quantisation_error(llama, no_tracing_of_llama,
     assert llama.manifest.greedy_agreement is None
 
 
-def test_progress_counts_calls_and_matrices(llama, no_tracing_of_llama, tmp_path):
+def test_progress_counts_calls_and_matrices(llama, no_llama_tracing, tmp_path):
     progress: dict[str, list[tuple[int, int]]] = {}
 
     def note(stage, result, of):
@@ -91,7 +91,7 @@ def test_progress_counts_calls_and_matrices(llama, no_tracing_of_llama, tmp_path
     assert counted["Quantising"][-1][1] == sum(node.op_type == "MatMulNBits" for node in nodes)
 
 
-def test_a_wrong_graph_raises_before_it_is_quantised(llama, no_tracing_of_llama, monkeypatch, tmp_path):
+def test_a_wrong_graph_raises_before_it_is_quantised(llama, no_llama_tracing, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "quantize_graph", lambda *args: pytest.fail("it was quantised"))
     norm = llama.model.model.norm.weight
     saved = norm.detach().clone()

@@ -67,8 +67,8 @@ class Memories(nn.Module):
     def forward(self, hidden: Tensor, writes: Tensor, states: list[Tensor]) -> list[Tensor]:
         """For each memory: the state after the last token, and the correction of every branch."""
         results = []
-        for memory, given in zip(self.memories.values(), states, strict=True):
-            readings, state, *_ = memory(hidden, given, torch.ones_like(writes), writes)
+        for memory, start in zip(self.memories.values(), states, strict=True):
+            readings, state, *_ = memory(hidden, start, torch.ones_like(writes), writes)
             scaled = memory.scale_readings(readings)
             results += [state, *(memory.correction(branch, scaled) for branch in memory.config.branches)]
         return results
@@ -87,7 +87,7 @@ def memories() -> Memories:
 
 
 @pytest.fixture(scope="module")
-def lean(memories, tmp_path_factory) -> onnxruntime.InferenceSession:
+def fused_session(memories, tmp_path_factory) -> onnxruntime.InferenceSession:
     batch, tokens = Dim("batch"), Dim("tokens")
     axes = ({0: batch, 1: tokens}, {0: batch, 1: tokens}, [{0: batch} for _ in CONFIGS])
     fused = copy.deepcopy(memories)
@@ -102,28 +102,28 @@ def lean(memories, tmp_path_factory) -> onnxruntime.InferenceSession:
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 5), (2, 130)])
 @torch.no_grad()
-def test_the_lean_memory_matches_pytorch(memories, lean, batch, tokens):
+def test_the_lean_memory_matches_pytorch(memories, fused_session, batch, tokens):
     hidden, writes, states = memories.arguments(batch, tokens)
     expected = memories(hidden, writes, states)
     inputs = [hidden, writes, *states]
-    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), inputs, strict=True)}
-    for found, right in zip(lean.run(None, feed), expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(found), right, rtol=TOLERANCE, atol=TOLERANCE)
+    feed = {value.name: x.numpy() for value, x in zip(fused_session.get_inputs(), inputs, strict=True)}
+    for actual, reference in zip(fused_session.run(None, feed), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), reference, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_lean_memory_keeps_an_unwritten_state_bit_identical(memories, lean):
+def test_the_lean_memory_keeps_an_unwritten_state_bit_identical(memories, fused_session):
     hidden, writes, states = memories.arguments(2, 7)
     for state in states:
         state[0, 0, 0] = 0.0
     inputs = [hidden, torch.zeros_like(writes), *states]
-    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), inputs, strict=True)}
-    found = iter(lean.run(None, feed))
+    feed = {value.name: x.numpy() for value, x in zip(fused_session.get_inputs(), inputs, strict=True)}
+    outputs = iter(fused_session.run(None, feed))
     for (name, memory), state in zip(memories.memories.items(), states, strict=True):
-        assert np.array_equal(next(found), state.numpy()), name
+        assert np.array_equal(next(outputs), state.numpy()), name
         for _ in memory.config.branches:
-            next(found)
+            next(outputs)
 
 
 # A memory of two layers with states of 2 x 2.
@@ -291,10 +291,10 @@ def test_each_rewrite_preserves_the_results(name):
     optimize(after, TARGETS["cpu"], without=set(REWRITES) - {name})
     assert len(before.graph) - len(after.graph) == FEWER[name]  # it was applied
     expected = run(before)
-    found = run(after)
-    assert list(found) == list(expected)
+    actual = run(after)
+    assert list(actual) == list(expected)
     for output, array in expected.items():
-        np.testing.assert_allclose(found[output], array, rtol=SAME, atol=SAME)
+        np.testing.assert_allclose(actual[output], array, rtol=SAME, atol=SAME)
 
 
 @pytest.mark.parametrize("text", [*GRAPHS.values()])
@@ -337,13 +337,13 @@ def test_a_float32_norm_accepts_a_float16_sum():
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match="bound to different types"):
         run(model)
     split_mixed_norms(model.graph)
-    found = run(model)
+    actual = run(model)
     random = np.random.default_rng(0)
     x, a, w = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 4), (2, 5, 4), (4,)))
     total = (x.astype(np.float16) + a.astype(np.float16)).astype(np.float32)
     expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * w
-    np.testing.assert_allclose(found["z"].astype(np.float32), total, rtol=0, atol=HALF)
-    np.testing.assert_allclose(found["y"], expected, rtol=0, atol=HALF)
+    np.testing.assert_allclose(actual["z"].astype(np.float32), total, rtol=0, atol=HALF)
+    np.testing.assert_allclose(actual["y"], expected, rtol=0, atol=HALF)
 
 
 def test_a_norm_of_one_dtype_is_not_split():

@@ -17,8 +17,8 @@ TOLERANCE = 1e-5  # float32, sums in another order
 def test_indexing_complex_numbers_matches_torch(part: object):
     numbers = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     with ExportableCalls():
-        found = numbers[part]
-    assert torch.equal(found, numbers[part])
+        actual = numbers[part]
+    assert torch.equal(actual, numbers[part])
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((2, 3), 0), ((2, 3), -1), ((1, 3), 0)])
@@ -50,6 +50,6 @@ def test_a_loop_over_chosen_experts_covers_all_experts(model_type: str, computed
     with torch.no_grad():
         expected = experts(x, index, weights)
         with Sums() as sums, run_every_expert(model):
-            found = experts(x, index, weights)
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+            actual = experts(x, index, weights)
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
     assert sums.count == computed and "forward" not in vars(experts)

@@ -33,7 +33,7 @@ def scripts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def in_web(scripts) -> Iterator[Callable[..., GraphRunner]]:
+def open_in_onnxruntime_web(scripts) -> Iterator[Callable[..., GraphRunner]]:
     """Opens a folder's graph in onnxruntime-web."""
     opened: list[WebGraph] = []
 
@@ -47,7 +47,7 @@ def in_web(scripts) -> Iterator[Callable[..., GraphRunner]]:
 
 
 @pytest.fixture
-def web(exported_with):
+def web_export(exported_with):
     return exported_with("web", {}, target="web")
 
 
@@ -55,10 +55,10 @@ def difference_from_pytorch(exported, graph: GraphRunner) -> float:
     return largest_difference(exported.model, graph, CallOptions(exported.model, exported.manifest.interface.logits))
 
 
-def test_conversations_are_pytorchs(web, in_web):
+def test_conversations_are_pytorchs(web_export, open_in_onnxruntime_web):
     """Covers an empty past, padding, single tokens, writes on, off and mixed, alone and in a batch."""
-    assert web.manifest.target == "web"
-    assert 0 < difference_from_pytorch(web, in_web(web.folder)) < TOLERANCE
+    assert web_export.manifest.target == "web"
+    assert 0 < difference_from_pytorch(web_export, open_in_onnxruntime_web(web_export.folder)) < TOLERANCE
 
 
 MECHANISMS = {
@@ -69,9 +69,9 @@ MECHANISMS = {
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_every_mechanism_has_its_operators(exported_with, in_web, mechanism):
+def test_every_mechanism_has_its_operators(exported_with, open_in_onnxruntime_web, mechanism):
     exported = exported_with(f"web_{mechanism}", MECHANISMS[mechanism], target="web")
-    assert 0 < difference_from_pytorch(exported, in_web(exported.folder)) < TOLERANCE
+    assert 0 < difference_from_pytorch(exported, open_in_onnxruntime_web(exported.folder)) < TOLERANCE
 
 
 SMALL = {  # type, quantisation, and by how much logits may differ from those of ONNX Runtime's CPU provider
@@ -82,10 +82,13 @@ SMALL = {  # type, quantisation, and by how much logits may differ from those of
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web, name):
+def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, open_in_onnxruntime_web, name):
     dtype, quantize, tolerance = SMALL[name]
     exported = exported_with(f"web_{name}", {}, dtype, target="web", quantize=quantize)
-    graphs = (in_web(exported.folder), open_graph(exported.folder, exported.manifest.interface, threads=1))
+    graphs = (
+        open_in_onnxruntime_web(exported.folder),
+        open_graph(exported.folder, exported.manifest.interface, threads=1),
+    )
     for results in zip(*(run_in_onnx_runtime(exported.model, graph).results for graph in graphs), strict=True):
         (logits, states, _), (expected, expected_states, _) = results
         torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
@@ -94,11 +97,11 @@ def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mechanism", [None, "messages"])
-def test_conversations_are_pytorchs_on_webgpu(exported_with, in_web, mechanism):
+def test_conversations_are_pytorchs_on_webgpu(exported_with, open_in_onnxruntime_web, mechanism):
     """Takes minutes on a CPU, for example with SwiftShader, which browsers include (`VK_ICD_FILENAMES`)."""
     options = MECHANISMS[mechanism] if mechanism else {}
     exported = exported_with(f"web_{mechanism}" if mechanism else "web", options, target="web")
-    assert 0 < difference_from_pytorch(exported, in_web(exported.folder, "webgpu")) < TOLERANCE
+    assert 0 < difference_from_pytorch(exported, open_in_onnxruntime_web(exported.folder, "webgpu")) < TOLERANCE
 
 
 def test_queries_and_keys_have_three_axes_before_their_norms(exported_with):
@@ -114,19 +117,19 @@ def test_queries_and_keys_have_three_axes_before_their_norms(exported_with):
 
 
 @pytest.mark.real_model
-def test_smollm2(smollm2, in_web, tmp_path):
+def test_smollm2(smollm2, open_in_onnxruntime_web, tmp_path):
     """SmolLM2 with a memory in each of its 30 layers."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     torch.manual_seed(0)
     for parameter in attach(model, DeltaMemConfig(branches=("q", "o"))).parameters():
         torch.nn.init.normal_(parameter, std=0.01)  # as large as trained ones
     export.export_onnx(model, AutoTokenizer.from_pretrained(smollm2), tmp_path / "out", target="web")
-    difference = largest_difference(model, in_web(tmp_path / "out"), CallOptions(model, "last"))
+    difference = largest_difference(model, open_in_onnxruntime_web(tmp_path / "out"), CallOptions(model, "last"))
     assert 0 < difference < TOLERANCE
 
 
-def test_weights_that_no_browser_holds_are_refused_before_any_work(web, monkeypatch, tmp_path):
+def test_weights_that_no_browser_holds_are_refused_before_any_work(web_export, monkeypatch, tmp_path):
     monkeypatch.setitem(targets.TARGETS, "web", replace(targets.TARGETS["web"], max_bytes=10_000))
     with pytest.raises(ExportError, match=r"(?s)too large for the target web.*--quantize"):
-        export.export_onnx(web.model, web.tokenizer, tmp_path / "out", target="web")
+        export.export_onnx(web_export.model, web_export.tokenizer, tmp_path / "out", target="web")
     assert list(tmp_path.iterdir()) == []

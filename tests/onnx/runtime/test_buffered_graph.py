@@ -31,8 +31,8 @@ CLOSE = 2e-4
 
 
 @pytest.fixture(scope="module")
-def model(fixed):
-    return OnnxModel(fixed.folder)
+def model(static_export):
+    return OnnxModel(static_export.folder)
 
 
 @pytest.fixture(params=["fixed", "fixed_columns", "growing"])
@@ -48,9 +48,9 @@ def graph(request, model, exported_with):
 
 
 @pytest.fixture
-def bound(monkeypatch):
+def bindings(monkeypatch):
     """For each call of ONNX Runtime: the addresses of the keys read and written, and whether its binding is new."""
-    seen = []
+    addresses = []
     of_binding: dict[int, dict[str, int]] = {}
 
     def watch(method):
@@ -66,28 +66,30 @@ def bound(monkeypatch):
     run = onnxruntime.InferenceSession.run_with_iobinding
 
     def run_and_note(self, binding, options=None):
-        seen.append(of_binding.get(id(binding)))
+        addresses.append(of_binding.get(id(binding)))
         run(self, binding, options)
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", run_and_note)
-    return seen
+    return addresses
 
 
-def test_the_graph_reports_its_length(fixed, model):
-    interface = fixed.manifest.interface
-    assert interface.max_length == fixed.manifest.interface.max_length == model.max_length
-    assert fixed.manifest.max_abs_diff <= TOLERANCE
+def test_the_graph_reports_its_length(static_export, model):
+    interface = static_export.manifest.interface
+    assert interface.max_length == static_export.manifest.interface.max_length == model.max_length
+    assert static_export.manifest.max_abs_diff <= TOLERANCE
     key = contract.carried_name(contract.PAST, 0, contract.KEY)
     assert interface.inputs()[key] == interface.outputs()["present.0.key"]
-    assert interface.inputs()[key][1] == (contract.BATCH, 2, fixed.manifest.interface.max_length, 16)
+    assert interface.inputs()[key][1] == (contract.BATCH, 2, static_export.manifest.interface.max_length, 16)
     assert interface.inputs()[contract.PAST_LENGTH] == (contract.INT64, (1,))
 
 
-def test_a_conversation_matches_pytorch(fixed, model):
+def test_a_conversation_matches_pytorch(static_export, model):
     """Covers turns, an undone one, and a different one after it."""
     talks = [
         Conversation(model),
-        Conversation(TorchModel(fixed.model, fixed.tokenizer), window=fixed.manifest.interface.max_length),
+        Conversation(
+            TorchModel(static_export.model, static_export.tokenizer), window=static_export.manifest.interface.max_length
+        ),
     ]
     for content_, undone in (("hi", False), ("a b", True), ("xyz", False), ("so", False)):
         answers = [talk.generate(content_, SHORT) for talk in talks]
@@ -111,15 +113,15 @@ def test_conversations_of_different_lengths_answer_together(model):
         np.testing.assert_allclose(one.memory.states[0], other.memory.states[0], atol=CLOSE)
 
 
-def test_keys_and_values_are_not_copied(fixed, bound):
+def test_keys_and_values_are_not_copied(static_export, bindings):
     """Every call reads and writes the same buffers. Single tokens alternate between two bindings."""
-    graph = open_graph(fixed.folder, fixed.manifest.interface)
+    graph = open_graph(static_export.folder, static_export.manifest.interface)
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     fed(graph, range(68, 74), past)
     key, out = contract.carried_name(contract.PAST, 0, contract.KEY), "present.0.key"
     buffer = past.lease.buffers.cache[key].data_ptr()
-    assert {call[name] for call in bound for name in (key, out)} == {buffer}
-    steps = bound[1:]
+    assert {call[name] for call in bindings for name in (key, out)} == {buffer}
+    steps = bindings[1:]
     assert steps[0] is not steps[1] and all(call is steps[n % 2] for n, call in enumerate(steps))
     state = contract.carried_name(contract.PAST, 0, contract.STATE)
     assert steps[0][state] == steps[1]["present.0.recurrent_state"] != steps[1][state]
@@ -142,12 +144,12 @@ def test_continuing_from_a_past_does_not_change_it(graph):
     _, past = fed(graph, [68, 69], past)
     before = content(graph, past)
     first, one = fed(graph, [70, 71, 72, 73], past)
-    kept = content(graph, one)
+    expected = content(graph, one)
     second, other = fed(graph, [80, 81], past)
     again, twin = fed(graph, [70, 71, 72, 73], past)
     same(content(graph, past), before)
-    same(content(graph, one), kept)
-    same(content(graph, twin), kept)
+    same(content(graph, one), expected)
+    same(content(graph, twin), expected)
     assert np.array_equal(first, again) and not np.array_equal(first, second)
     assert one.lease is past.lease and other.lease is not past.lease
 
@@ -155,12 +157,12 @@ def test_continuing_from_a_past_does_not_change_it(graph):
 def test_pasts_of_every_step_stay_valid(graph):
     """Memories in the two slots are copied before they are overwritten."""
     _, past = called(graph, [[65, 66]], graph.empty_past(1))
-    kept = [past]
+    pasts = [past]
     contents = [content(graph, past)]
     for token in range(70, 76):
-        kept.append(called(graph, [[token]], kept[-1])[1])
-        contents.append(content(graph, kept[-1]))
-    for past, expected in zip(kept, contents, strict=True):
+        pasts.append(called(graph, [[token]], pasts[-1])[1])
+        contents.append(content(graph, pasts[-1]))
+    for past, expected in zip(pasts, contents, strict=True):
         same(content(graph, past), expected)
 
 
@@ -170,9 +172,9 @@ def test_truncating_a_past_makes_no_copy(graph):
     assert cut.lease is past.lease and cut.length == 3
     _, expected = called(graph, [[65, 66, 67]], graph.empty_past(1))
     expected = graph.with_memory(expected, graph.states(past), {})
-    found, _ = called(graph, [[90]], cut)
+    actual, _ = called(graph, [[90]], cut)
     logits, _ = called(graph, [[90]], expected)
-    np.testing.assert_allclose(found, logits, atol=CLOSE)
+    np.testing.assert_allclose(actual, logits, atol=CLOSE)
     assert to_numpy(past.lease.buffers.cache["past_key_values.0.key"])[:, :, 3].any()
     moved = graph.take(past, 0, np.array([1, 3]))
     assert moved.lease is not past.lease
@@ -203,13 +205,13 @@ def test_buffers_with_nan_are_not_reused(model):
     assert graph.empty_past(1).lease.buffers is not buffers
 
 
-def test_a_long_prompt_is_fed_in_pieces(graph, monkeypatch, bound):
+def test_a_long_prompt_is_fed_in_pieces(graph, monkeypatch, bindings):
     tokens = [list(range(65, 76))]
     whole, past = called(graph, tokens, graph.empty_past(1))
     monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
-    bound.clear()
+    bindings.clear()
     pieces, other = called(graph, tokens, graph.empty_past(1))
-    assert len(bound) == 3
+    assert len(bindings) == 3
     np.testing.assert_allclose(pieces, whole, atol=CLOSE)
     np.testing.assert_allclose(graph.states(other)[0], graph.states(past)[0], atol=CLOSE)
 
@@ -217,27 +219,29 @@ def test_a_long_prompt_is_fed_in_pieces(graph, monkeypatch, bound):
 def test_threads_can_continue_from_one_past(graph):
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     expected = {start: fed(graph, range(start, start + 8), past)[0] for start in (70, 90, 110)}
-    found = {}
+    results = {}
     threads = [
-        threading.Thread(target=lambda start=start: found.update({start: fed(graph, range(start, start + 8), past)[0]}))
+        threading.Thread(
+            target=lambda start=start: results.update({start: fed(graph, range(start, start + 8), past)[0]})
+        )
         for start in expected
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    same(found, expected)
+    same(results, expected)
 
 
-def test_a_conversation_that_outgrows_the_buffers_raises(fixed, model, bound):
-    graph, room = model.graph, fixed.manifest.interface.max_length
+def test_a_conversation_that_outgrows_the_buffers_raises(static_export, model, bindings):
+    graph, room = model.graph, static_export.manifest.interface.max_length
     _, past = called(graph, [[65] * (room - 1)], graph.empty_past(1))
     _, past = called(graph, [[66]], past)
     before = content(graph, past)
-    bound.clear()
+    bindings.clear()
     with pytest.raises(ExportError, match=f"room for {room} tokens, and {room + 1} are needed"):
         called(graph, [[67]], past)
-    assert not bound
+    assert not bindings
     same(content(graph, past), before)
     with pytest.raises(ConfigError, match=f"window of {room + 1} tokens is too large"):
         Conversation(model, window=room + 1)
@@ -247,31 +251,33 @@ def test_a_conversation_that_outgrows_the_buffers_raises(fixed, model, bound):
         talk.generate("x" * room, SHORT)
 
 
-def test_cuda_graphs_need_cuda_and_a_fixed_length(fixed):
+def test_cuda_graphs_need_cuda_and_a_fixed_length(static_export):
     with pytest.raises(ExportError, match="CUDA graph") as caught:
-        OnnxModel(fixed.folder, cuda_graph=True)
+        OnnxModel(static_export.folder, cuda_graph=True)
     assert "provider is cpu" in caught.value.why
     with pytest.raises(ExportError, match="CUDA graph") as caught:
-        open_graph(fixed.folder, replace(fixed.manifest.interface, max_length=0), "cuda", cuda_graph=True)
+        open_graph(
+            static_export.folder, replace(static_export.manifest.interface, max_length=0), "cuda", cuda_graph=True
+        )
     assert "--max-length" in caught.value.next
 
 
-def test_run_options_for_cuda_graphs(fixed, monkeypatch):
+def test_run_options_for_cuda_graphs(static_export, monkeypatch):
     """Steps are recorded under an id of their binding's own, other calls never; and one thread makes them all. The
     session itself is on the CPU here."""
-    session, asked = onnxruntime.InferenceSession, []
+    session, requests = onnxruntime.InferenceSession, []
 
     def on_cpu(path, options, providers):
-        asked.extend(providers)
+        requests.extend(providers)
         return session(path, options, providers=[providers[-1]])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("deltamem_tool.onnx.runtime.graph.execution_providers", lambda name: names)
     monkeypatch.setattr("deltamem_tool.onnx.runtime.graph.check_provider", lambda name, found: None)
-    graph = open_graph(fixed.folder, fixed.manifest.interface, "cuda", cuda_graph=True)
+    graph = open_graph(static_export.folder, static_export.manifest.interface, "cuda", cuda_graph=True)
     graph.device = "cpu"
-    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}), "CPUExecutionProvider"]
+    assert requests == [("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}), "CPUExecutionProvider"]
     ids = []
     run = session.run_with_iobinding
 

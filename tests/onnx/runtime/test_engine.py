@@ -26,7 +26,7 @@ TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
 
 # Each is exported for the first test that uses it.
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "by_message")]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "message_export")]
 
 
 def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
@@ -286,12 +286,12 @@ def test_answers_in_a_batch_match_answers_alone(exported):
     contents = ("Hello", TURNS[0], "a much longer text than the others are")
     together, alone = ([Conversation(model) for _ in contents] for _ in range(2))
     for number in range(3):
-        found = generate_together(together, contents[number:] + contents[:number], Sampling(8))
+        answers = generate_together(together, contents[number:] + contents[:number], Sampling(8))
         expected = [
             one.generate(content, Sampling(8))
             for one, content in zip(alone, contents[number:] + contents[:number], strict=True)
         ]
-        assert found == expected
+        assert answers == expected
         for one, other in zip(together, alone, strict=True):
             assert one.context == other.context
             assert_close(one.memory, memory_of(other.memory))

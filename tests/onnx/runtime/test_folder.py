@@ -37,14 +37,14 @@ def test_an_empty_folder_raises(tmp_path):
         OnnxModel(tmp_path / "nowhere")
 
 
-def test_a_folder_of_release_0_1_still_runs(portable, tmp_path):
+def test_a_folder_of_release_0_1_still_runs(portable_export, tmp_path):
     """Its graph uses standard operators, as now, and its manifest has no field for packed keys."""
-    folder = shutil.copytree(portable.folder, tmp_path / "older")
+    folder = shutil.copytree(portable_export.folder, tmp_path / "older")
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["format_version"] = 3
     del manifest["quantization"], manifest["interface"]["packed"], manifest["interface"]["positions"]
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
-    older, newer = OnnxModel(folder), OnnxModel(portable.folder)
+    older, newer = OnnxModel(folder), OnnxModel(portable_export.folder)
     ids, mask, write = np.array([[65, 66, 67]]), np.ones((1, 3), np.int64), np.ones((1, 3), np.bool_)
     logits = [model.graph.step(ids, mask, write, model.graph.empty_past(1))[0] for model in (older, newer)]
     assert not older.manifest.interface.packed

@@ -24,9 +24,9 @@ def called(graph, tokens, past):
     return graph.step(ids, np.ones((len(ids), length), np.int64), np.ones(ids.shape, bool), past)
 
 
-def test_outputs_are_passed_to_the_next_call_without_a_copy(portable, monkeypatch):
+def test_outputs_are_passed_to_the_next_call_without_a_copy(portable_export, monkeypatch):
     """They are the same tensors at the same addresses. Only the logits are copied to numpy."""
-    graph = OnnxModel(portable.folder).graph
+    graph = OnnxModel(portable_export.folder).graph
     bound: dict[str, int] = {}
     bind = onnxruntime.IOBinding.bind_ortvalue_input
     monkeypatch.setattr(
@@ -47,8 +47,8 @@ def test_outputs_are_passed_to_the_next_call_without_a_copy(portable, monkeypatc
     assert read == [[1, 1, graph.interface.vocab_size]]
 
 
-def test_a_call_does_not_change_its_past(portable):
-    graph = OnnxModel(portable.folder).graph
+def test_a_call_does_not_change_its_past(portable_export):
+    graph = OnnxModel(portable_export.folder).graph
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     before = {name: to_numpy(value).copy() for name, value in past.items()}
     first, _ = called(graph, [[68, 69]], past)
@@ -60,23 +60,23 @@ def test_a_call_does_not_change_its_past(portable):
 
 def test_states_are_copies(qwen3):
     graph = OnnxModel(qwen3.folder).graph
-    given = {i: np.ones((1, 2, 4, 4), np.float32) for i in (0, 1)}
-    past = graph.empty_past(1, given)
-    given[0][:] = 7
+    states = {i: np.ones((1, 2, 4, 4), np.float32) for i in (0, 1)}
+    past = graph.empty_past(1, states)
+    states[0][:] = 7
     graph.states(past)[1][:] = 7
     assert all((state == 1).all() for state in graph.states(past).values())
 
 
-def test_rows_are_joined_and_selected(portable):
+def test_rows_are_joined_and_selected(portable_export):
     """Shorter rows get zeros on the left. One row with its own columns is unchanged."""
-    graph = OnnxModel(portable.folder).graph
+    graph = OnnxModel(portable_export.folder).graph
     _, short = called(graph, [[65, 66]], graph.empty_past(1))
     _, long = called(graph, [[70, 71, 72, 73]], graph.empty_past(1))
     joined = graph.join([short, long])
     for row, (past, columns) in enumerate([(short, np.arange(2, 4)), (long, np.arange(4))]):
-        taken = graph.take(joined, row, columns)
+        selected = graph.take(joined, row, columns)
         for name, value in past.items():
-            assert np.array_equal(to_numpy(taken[name]), to_numpy(value)), name
+            assert np.array_equal(to_numpy(selected[name]), to_numpy(value)), name
     keys = to_numpy(joined[contract.carried_name(contract.PAST, 0, contract.KEY)])
     assert keys.shape[2] == 4 and not keys[0, :, :2].any() and keys[0, :, 2:].all()
     assert graph.join([long]) is long

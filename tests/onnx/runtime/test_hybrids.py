@@ -42,10 +42,10 @@ def engines(request, tmp_path_factory) -> tuple[OnnxModel, TorchModel]:
     return engine, in_pytorch
 
 
-def close(found, expected) -> None:
-    assert found.adapter == expected.adapter
+def close(actual, expected) -> None:
+    assert actual.adapter == expected.adapter
     for layer, state in expected.states.items():
-        np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(actual.states[layer], state, rtol=0, atol=TOLERANCE)
 
 
 def test_turns_and_memories_match_pytorch(engines, tmp_path):
@@ -97,15 +97,15 @@ def test_padding_anywhere_changes_nothing(engines):
         call = slice(start, start + tokens)
         start += tokens
         _, past = engine.step(past, ids[:, call], valid[:, :start].astype(np.int64), valid[:, call])
-    found = engine.memory(past)
+    actual = engine.memory(past)
     next_ids, longer = ids[:, :1], np.concatenate([valid, np.ones((3, 1), bool)], axis=1).astype(np.int64)
     logits, _ = engine.step(past, next_ids, longer, np.ones((3, 1), bool))
     for row, (memory, row_past) in enumerate(zip(alone, rows, strict=True)):
         for layer, state in memory.states.items():
-            np.testing.assert_allclose(found.states[layer][row], state[0], rtol=0, atol=TOLERANCE)
-        taken = engine.take(past, row, np.flatnonzero(valid[row]))
+            np.testing.assert_allclose(actual.states[layer][row], state[0], rtol=0, atol=TOLERANCE)
+        selection = engine.take(past, row, np.flatnonzero(valid[row]))
         mask = np.ones((1, int(valid[row].sum()) + 1), np.int64)
-        for one in (taken, row_past):
+        for one in (selection, row_past):
             expected, _ = engine.step(one, next_ids[row : row + 1], mask, np.ones((1, 1), bool))
             np.testing.assert_allclose(logits[row], expected[0], rtol=0, atol=TOLERANCE)
 

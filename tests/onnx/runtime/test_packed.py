@@ -28,8 +28,8 @@ def in_pytorch(exported, text):
     return logits, {i: state[0].numpy() for i, state in cache.memory.layers.items()}
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, atol=CLOSE)
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=CLOSE)
 
 
 def close_states(graph, past, row, expected):
@@ -43,8 +43,8 @@ def test_a_text_that_outgrows_its_buffers_continues_in_larger_ones(qwen3, packed
     past, end, rooms = packed.empty_past(1), 0, []
     for tokens in (3, 1, 1, 1, 1, 1, 9, 1, 1, 14, 1, 6):
         end += tokens
-        found, past = called(packed, text[None, end - tokens : end], past)
-        close(found[0, -1], logits[end - 1])
+        actual, past = called(packed, text[None, end - tokens : end], past)
+        close(actual[0, -1], logits[end - 1])
         rooms.append(past.lease.buffers.room)
     close_states(packed, past, 0, states)
     assert end == len(text) and len(set(rooms)) > 2 and rooms == sorted(rooms)
@@ -69,10 +69,10 @@ def test_rows_of_different_length_match_each_alone(qwen3, packed, small_rooms, f
     for rows in masks:
         call = slice(end, end + len(rows[0]))
         end = call.stop
-        found, past = packed.step(ids[:, call], valid[:, :end], np.ones((3, len(rows[0])), bool), past)
+        actual, past = packed.step(ids[:, call], valid[:, :end], np.ones((3, len(rows[0])), bool), past)
         for row, (logits, _) in enumerate(alone):
             if valid[row, call].any():
-                close(found[row, -1], logits[valid[row, :end].sum() - 1])
+                close(actual[row, -1], logits[valid[row, :end].sum() - 1])
     for row, (_, states) in enumerate(alone):
         close_states(packed, past, row, states)
 
@@ -104,19 +104,19 @@ def test_rows_of_different_length_are_joined_and_selected(qwen3, packed):
     pasts = [called(packed, prompt[None], packed.empty_past(1))[1] for prompt in prompts]
     past = packed.join(pasts)
     assert past.mask.sum(1).tolist() == list(lengths) and past.length == max(lengths)
-    kept = past
+    joined = past
     for start, end in ((0, 1), (1, 4), (4, 5), (5, 6)):
         mask = np.concatenate([past.mask, np.ones((3, end - start), np.int64)], axis=1)
-        found, past = called_with(packed, more[:, start:end], mask, past)
+        actual, past = called_with(packed, more[:, start:end], mask, past)
         for row, (logits, _) in enumerate(alone):
-            close(found[row, -1], logits[lengths[row] + end - 1])
+            close(actual[row, -1], logits[lengths[row] + end - 1])
     for row, (logits, states) in enumerate(alone):
         close_states(packed, past, row, states)
-        taken = packed.take(kept, row, np.flatnonzero(kept.mask[row]))
-        assert taken.length == lengths[row]
-        same(content(packed, taken), content(packed, pasts[row]))
-        found, after = called(packed, more[row : row + 1], taken)
-        close(found[0, -1], logits[-1])
+        selection = packed.take(joined, row, np.flatnonzero(joined.mask[row]))
+        assert selection.length == lengths[row]
+        same(content(packed, selection), content(packed, pasts[row]))
+        actual, after = called(packed, more[row : row + 1], selection)
+        close(actual[0, -1], logits[-1])
         close_states(packed, after, 0, states)
 
 
@@ -124,11 +124,11 @@ def test_columns_in_the_middle_can_be_selected(packed):
     """In a row with padding, columns are counted as in the mask."""
     mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
     _, past = called_with(packed, texts(2, 6), mask, packed.empty_past(2))
-    taken = packed.take(past, 0, np.array([0, 2, 4]))  # the first and the fourth token, and padding
+    selection = packed.take(past, 0, np.array([0, 2, 4]))  # the first and the fourth token, and padding
     key = contract.carried_name(contract.PAST, 0, contract.KEY)
     whole = to_numpy(past.lease.buffers.cache[key])[0]
-    assert taken.mask.tolist() == [[1, 0, 1]]
-    assert np.array_equal(to_numpy(taken.lease.buffers.cache[key])[0, :, :2], whole[:, [0, 3]])
+    assert selection.mask.tolist() == [[1, 0, 1]]
+    assert np.array_equal(to_numpy(selection.lease.buffers.cache[key])[0, :, :2], whole[:, [0, 3]])
 
 
 @pytest.mark.parametrize("valid", ["11111100000", "00000111111", "01100000000", "11111111111"])
@@ -136,8 +136,8 @@ def test_a_prompt_in_pieces_returns_the_logits_of_its_last_token(qwen3, packed, 
     monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
     mask, ids = np.array([[int(digit) for digit in valid]]), texts(1, 11)
     logits, states = in_pytorch(qwen3, ids[mask > 0])
-    found, past = called_with(packed, ids, mask, packed.empty_past(1))
-    close(found[0, -1], logits[-1])
+    actual, past = called_with(packed, ids, mask, packed.empty_past(1))
+    close(actual[0, -1], logits[-1])
     close_states(packed, past, 0, states)
 
 
@@ -147,9 +147,9 @@ def test_prompts_of_a_batch_are_fed_in_pieces(qwen3, packed, monkeypatch):
     mask = np.ones_like(ids)
     mask[0, 3:6] = mask[0, 12:] = mask[1, :3] = mask[1, 7:9] = 0
     first, past = called_with(packed, ids[:, :6], mask[:, :6], packed.empty_past(2))
-    found, past = called_with(packed, ids[:, 6:], mask, past)
+    actual, past = called_with(packed, ids[:, 6:], mask, past)
     for row in range(2):
         close(first[row, -1], in_pytorch(qwen3, ids[row, :6][mask[row, :6] > 0])[0][-1])
         logits, states = in_pytorch(qwen3, ids[row, mask[row] > 0])
         close_states(packed, past, row, states)
-        close(found[row, -1], logits[-1])
+        close(actual[row, -1], logits[-1])

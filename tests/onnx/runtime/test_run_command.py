@@ -53,10 +53,10 @@ def test_byte_order_marks_are_removed_and_invalid_characters_raise(qwen3):
 
 
 def test_the_command_passes_its_options_to_the_library(qwen3, monkeypatch):
-    seen = []
+    calls = []
 
     def generate(self, content, sampling, on_text):
-        seen.append((self.window, self.engine.graph._session.get_session_options().intra_op_num_threads, sampling))
+        calls.append((self.window, self.engine.graph._session.get_session_options().intra_op_num_threads, sampling))
         return Answer("said", (1, 2), "stop string")
 
     monkeypatch.setattr(Conversation, "generate", generate)
@@ -65,10 +65,10 @@ def test_the_command_passes_its_options_to_the_library(qwen3, monkeypatch):
     result = CliRunner().invoke(command, [str(qwen3.folder), *options.split()])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["ended_by"] == ["stop string"]
-    assert seen == [(99, 2, Sampling(9, 0.5, 3, 0.9, 0.1, 1.2, 4, ("END", "STOP")))]
+    assert calls == [(99, 2, Sampling(9, 0.5, 3, 0.9, 0.1, 1.2, 4, ("END", "STOP")))]
     result = CliRunner().invoke(command, [str(qwen3.folder), "--prompt", "Hi"])
     positions = qwen3.model.config.max_position_embeddings
-    assert seen[1][::2] == (positions, Sampling())  # the command's defaults are the library's
+    assert calls[1][::2] == (positions, Sampling())  # the command's defaults are the library's
 
 
 def test_an_interrupted_answer_ends_the_command_and_is_remembered(qwen3, monkeypatch, tmp_path):

@@ -25,19 +25,19 @@ MUTATIONS = 300
 
 
 @pytest.fixture
-def folder(by_message, tmp_path):
+def folder(message_export, tmp_path):
     """A copy to damage."""
-    return shutil.copytree(by_message.folder, tmp_path / "copy")
+    return shutil.copytree(message_export.folder, tmp_path / "copy")
 
 
 @pytest.fixture
 def sessions(monkeypatch):
     """The models that ONNX Runtime has loaded."""
-    seen, real = [], onnxruntime.InferenceSession
+    models, real = [], onnxruntime.InferenceSession
     monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda *args, **kw: (seen.append(args[0]), real(*args, **kw))[1]
+        onnxruntime, "InferenceSession", lambda *args, **kw: (models.append(args[0]), real(*args, **kw))[1]
     )
-    return seen
+    return models
 
 
 def graph_of(folder):
@@ -172,7 +172,7 @@ def test_valid_folders_load(folder, sessions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "portable", "fixed"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "portable_export", "static_export"])
 def test_exported_folders_pass_validation(kind, request):
     check_onnx_folder(request.getfixturevalue(kind).folder)
 
@@ -354,17 +354,17 @@ def test_odd_entries_of_a_tokenizer_config_are_ignored(folder):
 
 
 def mutated(content, chance):
-    found = bytearray(content)
+    result = bytearray(content)
     for _ in range(chance.choice((1, 2, 5))):
-        at = chance.randrange(len(found))
+        at = chance.randrange(len(result))
         kind = chance.randrange(3)
         if kind == 0:
-            found[at] ^= 1 << chance.randrange(8)
+            result[at] ^= 1 << chance.randrange(8)
         elif kind == 1:
-            del found[at : at + chance.randrange(1, 9)]
+            del result[at : at + chance.randrange(1, 9)]
         else:
-            found[at:at] = chance.randbytes(chance.randrange(1, 9))
-    return bytes(found)
+            result[at:at] = chance.randbytes(chance.randrange(1, 9))
+    return bytes(result)
 
 
 @pytest.mark.parametrize("name", [MODEL_FILE, MANIFEST_FILE])

@@ -15,9 +15,9 @@ from deltamem_tool.onnx.runtime.validate import check_onnx_folder
 
 
 @pytest.fixture
-def folder(by_message, tmp_path):
+def folder(message_export, tmp_path):
     """A copy to damage."""
-    return shutil.copytree(by_message.folder, tmp_path / "copy")
+    return shutil.copytree(message_export.folder, tmp_path / "copy")
 
 
 GENAI = {
