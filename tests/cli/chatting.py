@@ -30,7 +30,7 @@ def engine():
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -59,7 +59,7 @@ class Talk:
 
 
 @pytest.fixture
-def talk(engine, here):
+def talk(engine, working_folder):
     return lambda **options: Talk(engine, **options)
 
 

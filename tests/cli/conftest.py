@@ -1,1 +1,1 @@
-from cli.chatting import engine, here, talk  # noqa: F401
+from cli.chatting import engine, talk, working_folder  # noqa: F401

@@ -28,7 +28,7 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 # The command
 
 
-def test_a_fact_is_recalled_from_the_memory_file(here, deltamem, monkeypatch):
+def test_a_fact_is_recalled_from_the_memory_file(working_folder, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n\n{ASKED}\n")
     first = deltamem("chat", "builtin:adapter", "--memory", "me.safetensors")
     assert first.code == 0 and first.out.splitlines()[1:] == [ANSWER]
@@ -38,21 +38,21 @@ def test_a_fact_is_recalled_from_the_memory_file(here, deltamem, monkeypatch):
     second = deltamem("chat", "builtin:adapter", "--memory", "me.safetensors")
     assert (second.code, second.out) == (0, f"{ANSWER}\n") and "me.safetensors is loaded" in second.err
     assert not same(read_memory("me.safetensors"), kept), "a question is remembered too"
-    assert set(listing(here)) == {"me.safetensors"}
+    assert set(listing(working_folder)) == {"me.safetensors"}
     piped(monkeypatch, ASKED)
     assert ANSWER not in deltamem("chat", "builtin:adapter").out
 
 
-def test_failed_lines_set_the_exit_code(here, deltamem, monkeypatch):
+def test_failed_lines_set_the_exit_code(working_folder, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n/sav me\n/load nowhere\n{ASKED}\n/quit\n{TOLD}\n")
     result = deltamem("chat", "builtin:adapter")
     assert result.code == 1 and result.out.splitlines()[1:] == [ANSWER]  # nothing after /quit
     for words in ("There is no command /sav.", "Did you mean /save?", "The memory file nowhere does not exist."):
         assert words in result.err
-    assert "Traceback" not in result.err and listing(here) == {}
+    assert "Traceback" not in result.err and listing(working_folder) == {}
 
 
-def test_stdin_that_is_not_utf_8_gives_a_short_error(here, deltamem, monkeypatch):
+def test_stdin_that_is_not_utf_8_gives_a_short_error(working_folder, deltamem, monkeypatch):
     piped(monkeypatch, b"caf\xe9\n")
     deltamem("chat", "builtin:adapter").assert_short_error("stdin is not UTF-8 text", "Convert it", code=1)
     piped(monkeypatch, f"{TOLD}\n{ASKED}\n".encode() + b"caf\xe9\n")
@@ -60,14 +60,14 @@ def test_stdin_that_is_not_utf_8_gives_a_short_error(here, deltamem, monkeypatch
     assert result.code == 1 and ANSWER in result.out  # the lines before it are answered
 
 
-def test_byte_order_marks_are_ignored(here, deltamem, monkeypatch):
+def test_byte_order_marks_are_ignored(working_folder, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n{ASKED}\n/context\n")
     without = deltamem("chat", "builtin:adapter")
     piped(monkeypatch, f"\ufeff{TOLD}\n\ufeff{ASKED}\n\ufeff/context\n")  # like three concatenated files
     assert deltamem("chat", "builtin:adapter") == without and without.code == 0
 
 
-def test_options_of_the_command_are_used(here, deltamem, monkeypatch):
+def test_options_of_the_command_are_used(working_folder, deltamem, monkeypatch):
     piped(monkeypatch, "Hello.\n/context\n")
     result = deltamem("chat", "builtin:adapter", "--window", 64, "--max-new-tokens", 2, "--system", "Be kind.")
     assert result.code == 0 and "of 64" in result.out and "Cut after 2 tokens" in result.err
@@ -77,11 +77,11 @@ def test_options_of_the_command_are_used(here, deltamem, monkeypatch):
     assert result.code == 0 and result.out.endswith("\nYour dog\n") and ANSWER.startswith("Your dog is")
 
 
-def test_invalid_options_are_rejected_before_the_model_loads(here, deltamem):
-    (here / "file").write_text("mine")
-    (here / "onnx").mkdir()
-    (here / "onnx" / "deltamem_onnx.json").write_text("{}")
-    before = listing(here)
+def test_invalid_options_are_rejected_before_the_model_loads(working_folder, deltamem):
+    (working_folder / "file").write_text("mine")
+    (working_folder / "onnx").mkdir()
+    (working_folder / "onnx" / "deltamem_onnx.json").write_text("{}")
+    before = listing(working_folder)
     result = deltamem("chat", "nowhere", "--memory", "file/me")
     result.assert_short_error("is not a folder", "Choose another place", code=1)
     deltamem("chat", "nowhere", "--memory", "file").assert_short_error("file is not a memory file", code=1)
@@ -93,19 +93,19 @@ def test_invalid_options_are_rejected_before_the_model_loads(here, deltamem):
         deltamem("chat", "onnx", *options).assert_short_error(options[0], "only for an adapter", code=2)
     deltamem("chat", "builtin:adapter", "--device", "nonsense").assert_short_error("is not a device", code=2)
     deltamem("chat", "onnx").assert_short_error("onnx", code=1)  # a damaged folder is not an adapter
-    assert listing(here) == before
+    assert listing(working_folder) == before
 
 
-def test_a_memory_that_does_not_fit_is_rejected_before_the_first_prompt(here, deltamem, monkeypatch, engine):
+def test_a_memory_that_does_not_fit_is_rejected_before_the_first_prompt(working_folder, deltamem, monkeypatch, engine):
     empty = empty_memory(engine)
     write_memory("stranger", StoredMemory(empty.states, {}, "0" * 64))
     write_memory("small", StoredMemory({0: np.zeros((1, 1, 2, 2), np.float32)}, {}, engine.adapter))
     write_memory("two", StoredMemory({i: np.repeat(s, 2, 0) for i, s in empty.states.items()}, {}, engine.adapter))
-    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    before = {path.name: path.read_bytes() for path in working_folder.iterdir()}
     for name, says in (("stranger", "another adapter"), ("small", "does not fit"), ("two", "one conversation")):
         piped(monkeypatch, TOLD)
         deltamem("chat", "builtin:adapter", "--memory", name).assert_short_error(says, code=1)
-    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in working_folder.iterdir()} == before
 
 
 # Turns and commands
@@ -154,7 +154,7 @@ def test_lines_that_start_with_a_slash(talk):
     assert chat.chat.over
 
 
-def test_control_characters_in_an_answer_are_removed(engine, here):
+def test_control_characters_in_an_answer_are_removed(engine, working_folder):
     file = io.StringIO()
     chat = Chat(Conversation(engine), Sampling(), out=Console(file=file, force_terminal=True))
     chat._write("a\x1b[2Jb\r\x9b2J\tc\n\x07é")
@@ -212,13 +212,13 @@ def word_of_the_answer(quickstart_onnx):
 
 
 @pytest.mark.server
-def test_ctrl_c_stops_only_the_answer(here, quickstart_onnx, word_of_the_answer):
+def test_ctrl_c_stops_only_the_answer(working_folder, quickstart_onnx, word_of_the_answer):
     options = [word for name, value in ENDLESS.items() for word in (f"--{name.replace('_', '-')}", value)]
-    with in_a_terminal(quickstart_onnx, "--memory", "me", *options, cwd=here) as child:
+    with in_a_terminal(quickstart_onnx, "--memory", "me", *options, cwd=working_folder) as child:
         child.expect("me is new, and written after every turn")
         child.expect("Ctrl-D leaves")
         child.expect("> ")
-        before = read_memory(here / "me")
+        before = read_memory(working_folder / "me")
         child.send(f"{TOLD}\r")
         child.expect_exact(word_of_the_answer)
         child.sendintr()
@@ -234,27 +234,29 @@ def test_ctrl_c_stops_only_the_answer(here, quickstart_onnx, word_of_the_answer)
         child.expect("> ")
         child.send("\x04")
     assert child.exitstatus == 0
-    memory = read_memory(here / "me")
+    memory = read_memory(working_folder / "me")
     assert any(state.any() for state in memory.states.values()) and not same(memory, before)
-    history = here / "state" / "deltamem" / "chat_history"
+    history = working_folder / "state" / "deltamem" / "chat_history"
     assert f"+{TOLD}" in history.read_text() and "half a line" not in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_chat_in_a_terminal(here, quickstart_onnx, word_of_the_answer, number):
+def test_a_signal_ends_a_chat_in_a_terminal(working_folder, quickstart_onnx, word_of_the_answer, number):
     """Covers the prompt, and an answer, whose turn is remembered."""
-    with in_a_terminal(quickstart_onnx, "--memory", "me", cwd=here) as child:
+    with in_a_terminal(quickstart_onnx, "--memory", "me", cwd=working_folder) as child:
         child.expect("> ")
         child.kill(number)
     assert child.exitstatus == 128 + number and "Traceback" not in child.before
-    before = read_memory(here / "me")
+    before = read_memory(working_folder / "me")
     options = [word for name, value in ENDLESS.items() for word in (f"--{name.replace('_', '-')}", value)]
-    with in_a_terminal(quickstart_onnx, "--memory", "me", *options, cwd=here) as child:
+    with in_a_terminal(quickstart_onnx, "--memory", "me", *options, cwd=working_folder) as child:
         child.expect("> ")
         child.send(f"{TOLD}\r")
         child.expect_exact(word_of_the_answer)
         child.kill(number)
     assert child.exitstatus == 128 + number and "Traceback" not in child.before
-    assert "What was said is part of the conversation" in child.before and not same(read_memory(here / "me"), before)
+    assert "What was said is part of the conversation" in child.before and not same(
+        read_memory(working_folder / "me"), before
+    )

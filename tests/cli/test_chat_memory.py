@@ -15,8 +15,8 @@ from deltamem_tool.memory.file import StoredMemory, read_memory, write_memory
 from deltamem_tool.memory.shared_file import MemoryConflict, SharedMemoryFile
 
 
-def test_undo_restores_memory_and_context(talk, here):
-    chat = talk(memory_file=here / "me")
+def test_undo_restores_memory_and_context(talk, working_folder):
+    chat = talk(memory_file=working_folder / "me")
     chat(TOLD)
     memory, context = chat.conversation.memory, chat.conversation.context
     assert chat(ASKED)[0] == f"{ANSWER}\n" and not same(chat.conversation.memory, memory)
@@ -29,8 +29,8 @@ def test_undo_restores_memory_and_context(talk, here):
     assert chat.chat.failures == 1 and not any(state.any() for state in read_memory("me").states.values())
 
 
-def test_forget_clears_memory_and_context(talk, here):
-    chat = talk(memory_file=here / "me", system="Be kind.")
+def test_forget_clears_memory_and_context(talk, working_folder):
+    chat = talk(memory_file=working_folder / "me", system="Be kind.")
     for line in (TOLD, "/forget"):
         chat(line)
     assert not any(state.any() for state in read_memory("me").states.values())
@@ -40,8 +40,8 @@ def test_forget_clears_memory_and_context(talk, here):
     assert [message["role"] for message in chat.conversation.messages] == ["system", "user", "assistant"]
 
 
-def test_a_memory_is_saved_and_loaded(talk, here, engine):
-    chat = talk(memory_file=here / "me")
+def test_a_memory_is_saved_and_loaded(talk, working_folder, engine):
+    chat = talk(memory_file=working_folder / "me")
     chat(TOLD)
     memory = chat.conversation.memory
     assert "Saved to other" in chat("/save other")[1] and same(read_memory("other"), memory)
@@ -50,7 +50,7 @@ def test_a_memory_is_saved_and_loaded(talk, here, engine):
     assert same(chat.conversation.memory, memory)
     assert chat(ASKED)[0] == f"{ANSWER}\n"
 
-    now, before = chat.conversation.memory, listing(here)
+    now, before = chat.conversation.memory, listing(working_folder)
     write_memory("stranger", StoredMemory(empty_memory(engine).states, {}, "0" * 64))
     for line, says in (
         ("/load stranger", "another adapter"),
@@ -63,50 +63,50 @@ def test_a_memory_is_saved_and_loaded(talk, here, engine):
     ):
         assert says in chat(line)[1], line
     assert chat.chat.failures == 7 and same(chat.conversation.memory, now)
-    assert listing(here) == {**before, "stranger": listing(here)["stranger"]}
+    assert listing(working_folder) == {**before, "stranger": listing(working_folder)["stranger"]}
 
 
-def test_files_that_are_not_memories_are_not_overwritten(talk, here):
-    (here / "notes.txt").write_text("mine")
-    (here / "folder").mkdir()
+def test_files_that_are_not_memories_are_not_overwritten(talk, working_folder):
+    (working_folder / "notes.txt").write_text("mine")
+    (working_folder / "folder").mkdir()
     chat = talk()
     for name in ("notes.txt", "folder"):
         assert f"{name} exists and is not a memory file." in chat(f"/save {name}")[1]
-    assert (here / "notes.txt").read_text() == "mine"
+    assert (working_folder / "notes.txt").read_text() == "mine"
     chat("/save me")
     chat(TOLD)
     chat("/save me")  # an existing memory file may be overwritten
     assert same(read_memory("me"), chat.conversation.memory)
 
 
-def test_the_chat_continues_when_the_disk_is_full(talk, here):
-    chat = talk(memory_file=here / "me")
+def test_the_chat_continues_when_the_disk_is_full(talk, working_folder):
+    chat = talk(memory_file=working_folder / "me")
     chat(TOLD)
-    memory, before = read_memory("me"), listing(here)
+    memory, before = read_memory("me"), listing(working_folder)
     with small_files(2000):
         answered, notice = chat(ASKED)
     assert answered == f"{ANSWER}\n" and chat.chat.failures == 1
     assert "me could not be written and is unchanged." in notice and "disk is full" in notice
-    assert same(read_memory("me"), memory) and listing(here) == before
+    assert same(read_memory("me"), memory) and listing(working_folder) == before
     chat("Thank you.")
     assert same(read_memory("me"), chat.conversation.memory)
 
 
-def test_the_chat_continues_when_the_folder_is_deleted(talk, here):
-    (here / "folder").mkdir()
-    chat = talk(memory_file=here / "folder" / "me")
+def test_the_chat_continues_when_the_folder_is_deleted(talk, working_folder):
+    (working_folder / "folder").mkdir()
+    chat = talk(memory_file=working_folder / "folder" / "me")
     chat(TOLD)
-    (here / "folder").rename(here / "moved")
-    (here / "folder").write_text("in the way")
+    (working_folder / "folder").rename(working_folder / "moved")
+    (working_folder / "folder").write_text("in the way")
     answered, notice = chat(ASKED)
     assert answered == f"{ANSWER}\n" and "could not be written" in notice and chat.chat.failures == 1
-    (here / "folder").unlink()
+    (working_folder / "folder").unlink()
     chat("Thank you.")
     assert same(read_memory("folder/me"), chat.conversation.memory)
 
 
-def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
-    chat = talk(memory_file=here / "me")
+def test_ctrl_c_does_not_stop_a_save(talk, working_folder, monkeypatch):
+    chat = talk(memory_file=working_folder / "me")
     real = SharedMemoryFile.write
     pressed = []
 
@@ -125,30 +125,35 @@ def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
 # Another memory than the file's
 
 
-def test_a_loaded_memory_is_saved_to_a_new_file(talk, here):
+def test_a_loaded_memory_is_saved_to_a_new_file(talk, working_folder):
     """`/load bob` under `--memory alice`: alice's file stays as it is."""
-    talk(memory_file=here / "bob.safetensors")("By the way, my dog is Rex.")
-    chat = talk(memory_file=here / "alice.safetensors")
+    talk(memory_file=working_folder / "bob.safetensors")("By the way, my dog is Rex.")
+    chat = talk(memory_file=working_folder / "alice.safetensors")
     chat(TOLD)
-    alice, bob, before = read_memory("alice.safetensors"), read_memory("bob.safetensors"), listing(here)
+    alice, bob, before = read_memory("alice.safetensors"), read_memory("bob.safetensors"), listing(working_folder)
     notice = chat("/load bob.safetensors")[1]
     assert "saved to" in notice and "alice-2.safetensors" in notice
-    assert same(chat.conversation.memory, bob) and listing(here) == before
+    assert same(chat.conversation.memory, bob) and listing(working_folder) == before
     chat(ASKED)
     assert same(read_memory("alice.safetensors"), alice) and same(read_memory("bob.safetensors"), bob)
     assert same(read_memory("alice-2.safetensors"), chat.conversation.memory)
     chat("/load bob.safetensors")
     chat(ASKED)
-    assert set(listing(here)) == {"alice.safetensors", "alice-2.safetensors", "alice-3.safetensors", "bob.safetensors"}
+    assert set(listing(working_folder)) == {
+        "alice.safetensors",
+        "alice-2.safetensors",
+        "alice-3.safetensors",
+        "bob.safetensors",
+    }
     chat("/load alice.safetensors")  # whose file is then written again
     assert same(chat.conversation.memory, alice)
     chat(ASKED)
-    assert same(read_memory("alice.safetensors"), chat.conversation.memory) and len(listing(here)) == 4
+    assert same(read_memory("alice.safetensors"), chat.conversation.memory) and len(listing(working_folder)) == 4
 
 
-def test_undo_reverts_a_load_separately_from_turns(talk, here):
-    talk(memory_file=here / "bob")("By the way, my dog is Rex.")
-    chat = talk(memory_file=here / "alice")
+def test_undo_reverts_a_load_separately_from_turns(talk, working_folder):
+    talk(memory_file=working_folder / "bob")("By the way, my dog is Rex.")
+    chat = talk(memory_file=working_folder / "alice")
     empty = chat.conversation.memory
     chat(TOLD)
     memory, context = chat.conversation.memory, chat.conversation.context
@@ -167,30 +172,30 @@ def test_undo_reverts_a_load_separately_from_turns(talk, here):
     assert same(read_memory("alice"), empty) and chat.conversation.context.tokens == 0
 
 
-def test_a_load_without_turns_can_be_undone(talk, here):
-    talk(memory_file=here / "bob")(TOLD)
+def test_a_load_without_turns_can_be_undone(talk, working_folder):
+    talk(memory_file=working_folder / "bob")(TOLD)
     chat = talk()
     chat("/load bob")
     assert "/load is undone" in chat("/undo")[1] and "nothing to undo" in chat("/undo")[1]
     assert not any(state.any() for state in chat.conversation.memory.states.values())
 
 
-def test_a_loaded_memory_can_be_saved_to_the_file_by_name(talk, here):
-    talk(memory_file=here / "bob")(TOLD)
-    chat = talk(memory_file=here / "alice")
+def test_a_loaded_memory_can_be_saved_to_the_file_by_name(talk, working_folder):
+    talk(memory_file=working_folder / "bob")(TOLD)
+    chat = talk(memory_file=working_folder / "alice")
     chat("Hello.")
     for line in ("/load bob", "/save alice"):
         chat(line)
     assert same(read_memory("alice"), read_memory("bob"))
     chat(ASKED)
-    assert same(read_memory("alice"), chat.conversation.memory) and set(listing(here)) == {"alice", "bob"}
+    assert same(read_memory("alice"), chat.conversation.memory) and set(listing(working_folder)) == {"alice", "bob"}
 
 
 # Two writers
 
 
-def test_the_second_writer_is_warned_and_saves_to_another_file(talk, here):
-    one, two = talk(memory_file=here / "me.safetensors"), talk(memory_file=here / "me.safetensors")
+def test_the_second_writer_is_warned_and_saves_to_another_file(talk, working_folder):
+    one, two = talk(memory_file=working_folder / "me.safetensors"), talk(memory_file=working_folder / "me.safetensors")
     one(TOLD)
     answered, notice = two("By the way, my cat is Tom.")
     assert answered and "me.safetensors was changed by another program." in notice and "me-2.safetensors" in notice
@@ -201,14 +206,14 @@ def test_the_second_writer_is_warned_and_saves_to_another_file(talk, here):
         assert "changed" not in chat(ASKED)[1]
     assert same(read_memory("me.safetensors"), one.conversation.memory)
     assert same(read_memory("me-2.safetensors"), two.conversation.memory)
-    assert set(listing(here)) == {"me.safetensors", "me-2.safetensors"}
+    assert set(listing(working_folder)) == {"me.safetensors", "me-2.safetensors"}
 
 
 @pytest.mark.parametrize("line", ["/forget", "/undo", "/save me"])
-def test_no_command_overwrites_the_file_of_another_program(talk, here, line):
-    chat, other = talk(memory_file=here / "me"), talk(memory_file=here / "me")
+def test_no_command_overwrites_the_file_of_another_program(talk, working_folder, line):
+    chat, other = talk(memory_file=working_folder / "me"), talk(memory_file=working_folder / "me")
     chat("Hello.")
-    (here / "me").unlink()
+    (working_folder / "me").unlink()
     other(TOLD)
     notice = chat(line)[1]
     assert "me was changed by another program." in notice
@@ -216,8 +221,8 @@ def test_no_command_overwrites_the_file_of_another_program(talk, here, line):
     assert same(read_memory("me-2"), chat.conversation.memory)
 
 
-def test_a_loaded_file_is_saved_unless_another_program_changed_it(talk, here):
-    bob, chat = talk(memory_file=here / "bob"), talk()
+def test_a_loaded_file_is_saved_unless_another_program_changed_it(talk, working_folder):
+    bob, chat = talk(memory_file=working_folder / "bob"), talk()
     bob(TOLD)
     for line in ("/load bob", ASKED):
         chat(line)
@@ -227,54 +232,57 @@ def test_a_loaded_file_is_saved_unless_another_program_changed_it(talk, here):
     assert same(read_memory("bob"), bob.conversation.memory) and same(read_memory("bob-2"), chat.conversation.memory)
 
 
-def test_a_deleted_or_unchanged_file_is_not_a_conflict(talk, here):
-    chat = talk(memory_file=here / "me")
+def test_a_deleted_or_unchanged_file_is_not_a_conflict(talk, working_folder):
+    chat = talk(memory_file=working_folder / "me")
     chat(TOLD)
-    (here / "me").unlink()
+    (working_folder / "me").unlink()
     chat(ASKED)
     assert same(read_memory("me"), chat.conversation.memory)
     write_memory("me", chat.conversation.memory)  # perhaps other bytes, but the same memory
     chat("Thank you.")
-    assert same(read_memory("me"), chat.conversation.memory) and set(listing(here)) == {"me"}
+    assert same(read_memory("me"), chat.conversation.memory) and set(listing(working_folder)) == {"me"}
 
 
-def test_a_file_that_is_no_longer_a_memory_is_left_unchanged(talk, here):
-    chat = talk(memory_file=here / "me")
+def test_a_file_that_is_no_longer_a_memory_is_left_unchanged(talk, working_folder):
+    chat = talk(memory_file=working_folder / "me")
     chat(TOLD)
-    (here / "me").write_text("notes")
+    (working_folder / "me").write_text("notes")
     assert "changed by another program" in chat(ASKED)[1]
-    assert (here / "me").read_text() == "notes" and same(read_memory("me-2"), chat.conversation.memory)
+    assert (working_folder / "me").read_text() == "notes" and same(read_memory("me-2"), chat.conversation.memory)
 
 
-def test_concurrent_writers_lose_nothing(here, engine):
+def test_concurrent_writers_lose_nothing(working_folder, engine):
     """Of many writers that read the same file, one replaces it, and each of the others gets its own file."""
-    files = [SharedMemoryFile(here / "me") for _ in range(12)]
+    files = [SharedMemoryFile(working_folder / "me") for _ in range(12)]
     empty = empty_memory(engine).states
     memories = [StoredMemory({i: s + number for i, s in empty.items()}, {}, engine.adapter) for number in range(12)]
     with ThreadPoolExecutor(12) as pool:
         writes = [pool.submit(file.write, memory) for file, memory in zip(files, memories, strict=True)]
     conflicts = [conflict for conflict in (write.exception() for write in writes) if conflict is not None]
     assert len(conflicts) == 11
-    assert all(isinstance(error, MemoryConflict) and f"{here / 'me'} was changed" in str(error) for error in conflicts)
-    digests = {read_memory(path).digest() for path in here.iterdir()}
-    assert digests == {memory.digest() for memory in memories} and len(listing(here)) == 12
+    assert all(
+        isinstance(error, MemoryConflict) and f"{working_folder / 'me'} was changed" in str(error)
+        for error in conflicts
+    )
+    digests = {read_memory(path).digest() for path in working_folder.iterdir()}
+    assert digests == {memory.digest() for memory in memories} and len(listing(working_folder)) == 12
 
 
 # An answer that nobody reads
 
 
-def test_an_answer_that_cannot_be_shown_is_remembered(talk, here, monkeypatch):
-    shown = talk(memory_file=here / "shown")
+def test_an_answer_that_cannot_be_shown_is_remembered(talk, working_folder, monkeypatch):
+    shown = talk(memory_file=working_folder / "shown")
     shown(TOLD)
-    chat = talk(memory_file=here / "me")
+    chat = talk(memory_file=working_folder / "me")
     monkeypatch.setattr(chat.chat, "_write", _closed)
     with pytest.raises(BrokenPipeError):
         chat(TOLD)
     assert same(read_memory("me"), read_memory("shown"))
 
 
-def test_a_conflict_is_reported_even_if_the_answer_cannot_be_shown(talk, here, monkeypatch):
-    one, two = talk(memory_file=here / "me"), talk(memory_file=here / "me")
+def test_a_conflict_is_reported_even_if_the_answer_cannot_be_shown(talk, working_folder, monkeypatch):
+    one, two = talk(memory_file=working_folder / "me"), talk(memory_file=working_folder / "me")
     one(TOLD)
     monkeypatch.setattr(two.chat, "_write", _closed)
     with pytest.raises(BrokenPipeError):

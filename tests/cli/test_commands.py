@@ -29,9 +29,9 @@ def succeeded(result: Done) -> str:
     return result.out
 
 
-def test_patch_inspect_train_eval(here, deltamem, checkpoint):
+def test_patch_inspect_train_eval(working_folder, deltamem, checkpoint):
     patched = json.loads(succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--rank", 4, "--json")))
-    assert set(listing(here)) == {"adapter/", "adapter/deltamem_config.json", "adapter/deltamem.safetensors"}
+    assert set(listing(working_folder)) == {"adapter/", "adapter/deltamem_config.json", "adapter/deltamem.safetensors"}
     assert patched["base"]["name"] == str(checkpoint)
 
     report = json.loads(succeeded(deltamem("inspect", "adapter", "--json")))
@@ -40,7 +40,7 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
 
     recipe = {"base": str(checkpoint), "out": "trained", "adapter": "adapter", "data": {"facts_last": 2}}
     recipe["training"] = {"steps": 3, "batch_size": 2}
-    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (working_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     trained = json.loads(succeeded(deltamem("train", "recipe.yaml", "--set", "training.steps=2", "--json")))
     assert trained["steps"] == 2 and trained["adapter"] == "trained" and len(trained["losses"]) == 2
 
@@ -48,7 +48,7 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
     figures = json.loads(succeeded(deltamem("eval", "trained", *options)))
     assert figures["groups"] == ["1 fact", "2 facts"] and figures["questions"] == [4, 4]
     assert set(figures["scores"]) == {condition.name for condition in conditions_of(EvalProtocol.parse("memory"))}
-    assert (here / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (working_folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     cache = MemoryCache(model := load("trained"))
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
     )
 
 
-def test_the_output_for_people(here, deltamem, checkpoint):
+def test_the_output_for_people(working_folder, deltamem, checkpoint):
     output = succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--branches", "q,k,v,o", "--layers", "1"))
     assert "parameters in adapter" in output and "Next: deltamem inspect adapter" in output
     output = succeeded(deltamem("inspect", "adapter"))
@@ -73,7 +73,7 @@ def test_the_output_for_people(here, deltamem, checkpoint):
     assert all(condition in output for condition in conditions) and "3 histories are too few for a test" in output
 
 
-def test_the_model_is_evaluated_on_the_requested_device(here, deltamem, checkpoint, monkeypatch):
+def test_the_model_is_evaluated_on_the_requested_device(working_folder, deltamem, checkpoint, monkeypatch):
     succeeded(deltamem("patch", checkpoint, "--out", "adapter"))
     devices = []
 
@@ -87,7 +87,7 @@ def test_the_model_is_evaluated_on_the_requested_device(here, deltamem, checkpoi
     assert devices == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
 
 
-def test_export_uses_the_requested_target(here, deltamem, checkpoint, monkeypatch):
+def test_export_uses_the_requested_target(working_folder, deltamem, checkpoint, monkeypatch):
     from deltamem_tool.onnx.export import export
 
     def stub(*args, target, max_length, **options):
@@ -122,13 +122,13 @@ def test_defaults_match_the_library():
             assert Sampling(**{field.name: context.params[field.name] for field in fields(Sampling)}) == Sampling()
 
 
-def test_patching_depends_only_on_the_seed(here, deltamem, checkpoint):
+def test_patching_depends_only_on_the_seed(working_folder, deltamem, checkpoint):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         succeeded(deltamem("patch", checkpoint, "--out", name, "--seed", seed))
-    a, b, c = ((here / name / "deltamem.safetensors").read_bytes() for name in "abc")
+    a, b, c = ((working_folder / name / "deltamem.safetensors").read_bytes() for name in "abc")
     assert a == b != c
     succeeded(deltamem("patch", checkpoint, "--out", "c", "--seed", 1, "--overwrite"))
-    assert (here / "c" / "deltamem.safetensors").read_bytes() == a
+    assert (working_folder / "c" / "deltamem.safetensors").read_bytes() == a
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

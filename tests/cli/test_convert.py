@@ -19,7 +19,7 @@ CASE = FOLDER / "tsw_qo_qwen3"
 ADAPTER, BASE = CASE / "adapter", CASE / "base"
 
 
-def test_an_adapter_round_trips(here, deltamem):
+def test_an_adapter_round_trips(working_folder, deltamem):
     result = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours", "--json")
     assert result.code == 0 and result.err == "", result.err
     report = json.loads(result.out)
@@ -30,12 +30,12 @@ def test_an_adapter_round_trips(here, deltamem):
     result = deltamem("convert", "ours", "--out", "back", "--to", "reference", "--json")
     assert result.code == 0 and json.loads(result.out)["format"] == "reference", result.err
     for file in (reference.REFERENCE_CONFIG, "deltamem_config.json"):
-        assert (here / "back" / file).exists() == (file == reference.REFERENCE_CONFIG)
+        assert (working_folder / "back" / file).exists() == (file == reference.REFERENCE_CONFIG)
     config = reference.REFERENCE_CONFIG
-    assert (here / "back" / config).read_bytes() == (ADAPTER / config).read_bytes()
+    assert (working_folder / "back" / config).read_bytes() == (ADAPTER / config).read_bytes()
 
 
-def test_the_output_for_people(here, deltamem):
+def test_the_output_for_people(working_folder, deltamem):
     output = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").out
     assert "parameters" in output and "float32" in output and "Next: deltamem inspect ours" in output
     assert "for the reference implementation" in deltamem("convert", "ours", "--out", "back", "--to", "reference").out
@@ -54,12 +54,12 @@ class Hostile:
         return os.mkdir, ("trap",)
 
 
-def test_invalid_input_gives_a_short_error(here, deltamem):
-    source = here / "source"
+def test_invalid_input_gives_a_short_error(working_folder, deltamem):
+    source = working_folder / "source"
     source.mkdir()
     for file in ADAPTER.iterdir():
         (source / file.name).write_bytes(file.read_bytes())
-    before = listing(here)
+    before = listing(working_folder)
     deltamem("convert", source, "--out", "out").assert_short_error("base model", "--base", code=1)
     deltamem("convert", source).assert_short_error("--out", code=2)
     deltamem("convert", source, "--out", "out", "--to", "peft").assert_short_error("peft", code=2)
@@ -71,13 +71,13 @@ def test_invalid_input_gives_a_short_error(here, deltamem):
     deltamem("convert", source, "--base", BASE, "--out", "out").assert_short_error("was not loaded", "mkdir", code=1)
     weights.write_bytes(b"")
     deltamem("convert", source, "--base", BASE, "--out", "out").assert_short_error("damaged", code=1)
-    assert set(listing(here)) == set(before)
+    assert set(listing(working_folder)) == set(before)
 
 
-def test_a_full_disk_leaves_no_partial_folder(here, deltamem):
+def test_a_full_disk_leaves_no_partial_folder(working_folder, deltamem):
     assert deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").code == 0
-    before = listing(here)
+    before = listing(working_folder)
     with small_files(2000):
         result = deltamem("convert", "ours", "--to", "reference", "--out", "back")
     result.assert_short_error("disk is full", "half-written", code=1)
-    assert listing(here) == before
+    assert listing(working_folder) == before

@@ -21,7 +21,7 @@ ADAPTER = "0123456789abcdef" * 4
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     return tmp_path
@@ -72,7 +72,7 @@ def words(figure):
     return " ".join(text.get_text() for text in texts)
 
 
-def test_a_memory_is_printed_as_json(here, deltamem):
+def test_a_memory_is_printed_as_json(working_folder, deltamem):
     states = written("memory", open_tokens=[3, 0])
     report = json.loads(deltamem("inspect", "memory", "--json").out)
     numbers = {str(layer): norms(state).tolist() for layer, state in states.items()}
@@ -93,7 +93,7 @@ def test_a_memory_is_printed_as_json(here, deltamem):
     assert json.loads(deltamem("inspect", "token", "--json").out)["open_tokens"] is None
 
 
-def test_a_memory_is_printed_as_text(here, deltamem):
+def test_a_memory_is_printed_as_text(working_folder, deltamem):
     states = written("a [red] memory", open_tokens=[3, 0])
     for row in (0, 1):
         result = deltamem("inspect", "a [red] memory", "--row", row)
@@ -105,7 +105,7 @@ def test_a_memory_is_printed_as_text(here, deltamem):
     assert "open tokens" not in deltamem("inspect", "token").out
 
 
-def test_a_difference_is_printed_as_json(here, deltamem):
+def test_a_difference_is_printed_as_json(working_folder, deltamem):
     before, after = written("before", open_tokens=[3, 0]), written("after", seed=1, open_tokens=[0, 7])
     report = json.loads(deltamem("inspect", "before", "after", "--json").out)
     assert report["kind"] == "difference" and (report["before"], report["after"]) == ("before", "after")
@@ -120,7 +120,7 @@ def test_a_difference_is_printed_as_json(here, deltamem):
             np.testing.assert_allclose(report["changes"][str(layer)][name], value, rtol=1e-12, err_msg=name)
 
 
-def test_a_difference_is_printed_as_text(here, deltamem):
+def test_a_difference_is_printed_as_text(working_folder, deltamem):
     before, after = written("before", open_tokens=[3, 0]), written("after", seed=1, open_tokens=[0, 7])
     result = deltamem("inspect", "before", "after", "--row", 1)
     assert result.code == 0 and all(
@@ -131,7 +131,7 @@ def test_a_difference_is_printed_as_text(here, deltamem):
         assert all(f"{value:.1%}" in result.out for value in share)
 
 
-def test_there_is_no_relative_change_from_zero(here, deltamem):
+def test_there_is_no_relative_change_from_zero(working_folder, deltamem):
     shape = (1, 1, 2, 2)
     write_memory("zero", StoredMemory({0: np.zeros(shape, np.float32)}, {}, ADAPTER))
     write_memory("large", StoredMemory({0: np.full(shape, np.finfo(np.float32).max)}, {}, ADAPTER))
@@ -146,7 +146,7 @@ def test_there_is_no_relative_change_from_zero(here, deltamem):
 
 
 @pytest.mark.parametrize("row", [None, 1])
-def test_pictures_show_the_requested_conversation(here, deltamem, figures, row):
+def test_pictures_show_the_requested_conversation(working_folder, deltamem, figures, row):
     before, after = written("before"), written("after", seed=1)
     which = () if row is None else ("--row", row)
     result = deltamem("inspect", "before", "--plot", "memory.png", *which)
@@ -166,17 +166,17 @@ def test_pictures_show_the_requested_conversation(here, deltamem, figures, row):
             assert np.array_equal(difference["after − before"][name], change)
     assert "Memory: before" in words(one) and f"conversation {row or 0} of 2" in words(one)
     assert "Difference: from before to after" in words(two)
-    assert all((here / name).read_bytes().startswith(b"\x89PNG") for name in ("memory.png", "difference.png"))
-    assert set(listing(here)) == {"before", "after", "memory.png", "difference.png"}
+    assert all((working_folder / name).read_bytes().startswith(b"\x89PNG") for name in ("memory.png", "difference.png"))
+    assert set(listing(working_folder)) == {"before", "after", "memory.png", "difference.png"}
 
 
-def test_a_row_out_of_range_is_rejected(here, deltamem):
+def test_a_row_out_of_range_is_rejected(working_folder, deltamem):
     written("memory")
-    before = listing(here)
+    before = listing(working_folder)
     result = deltamem("inspect", "memory", "--row", 2, "--plot", "memory.png")
     result.assert_short_error("--row", "memory has conversations 0 to 1", code=2)
     deltamem("inspect", "memory", "--row", -1).assert_short_error("--row", code=2)
-    assert listing(here) == before
+    assert listing(working_folder) == before
 
 
 @pytest.mark.parametrize(
@@ -193,16 +193,16 @@ def test_a_row_out_of_range_is_rejected(here, deltamem):
         ({"batch": 3}, ["different batch sizes", "other has 3 conversations, memory 2"]),
     ],
 )
-def test_memories_that_cannot_be_compared_are_rejected(here, deltamem, change, says):
+def test_memories_that_cannot_be_compared_are_rejected(working_folder, deltamem, change, says):
     written("memory")
     written("other", **change)
-    before = listing(here)
+    before = listing(working_folder)
     result = deltamem("inspect", "memory", "other", "--plot", "difference.png")
     result.assert_short_error(*says, "Compare two memories", code=1)
-    assert listing(here) == before
+    assert listing(working_folder) == before
 
 
-def test_an_adapter_is_printed_as_text(here, deltamem):
+def test_an_adapter_is_printed_as_text(working_folder, deltamem):
     """Options have the names that `deltamem patch` gives them, and unknown values are left out."""
     shown = deltamem("inspect", "builtin:adapter").out
     assert "mechanism.branches" in shown and "q, o" in shown and "mechanism.heads" not in shown and "None" not in shown
@@ -212,13 +212,13 @@ def test_an_adapter_is_printed_as_text(here, deltamem):
     assert document["fingerprint"] == fingerprint and fingerprint[:32] in shown
 
 
-def test_an_onnx_folder_fits_a_narrow_terminal(here, deltamem, monkeypatch):
+def test_an_onnx_folder_fits_a_narrow_terminal(working_folder, deltamem, monkeypatch):
     """No name, size or word of the graph's tensors is cut or wrapped in its middle."""
     monkeypatch.setenv("COLUMNS", "80")
     interface = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 8, 8)),) * 36)
     manifest = Manifest(ADAPTER, {}, "base", "qwen3", "cpu", "none", None, interface, 1e-5, None, {})
     for name in REQUIRED_FILES:
-        (here / name).write_text(manifest.to_json() if name == MANIFEST_FILE else "")
+        (working_folder / name).write_text(manifest.to_json() if name == MANIFEST_FILE else "")
     shown = deltamem("inspect", ".").out
     words = {word for line in shown.splitlines() for word in line.replace("│", " ").split()}
     for row in rows(interface):
@@ -226,10 +226,10 @@ def test_an_onnx_folder_fits_a_narrow_terminal(here, deltamem, monkeypatch):
         assert {row.name, row.type, *shape.split(), *row.meaning.split()} <= words, row
 
 
-def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
+def test_an_adapter_has_no_rows_and_no_picture(working_folder, deltamem, checkpoint):
     assert deltamem("patch", checkpoint, "--out", "adapter").code == 0
     written("memory")
-    before = listing(here)
+    before = listing(working_folder)
     for name in ("adapter", "nowhere"):
         for options, says in (
             (("memory",), "OTHER"),
@@ -239,32 +239,32 @@ def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
         ):
             deltamem("inspect", name, *options).assert_short_error(f"{says}: only for", f"{name} is not a file", code=2)
     deltamem("inspect", "memory", "adapter").assert_short_error("adapter is not a memory file", code=1)
-    assert listing(here) == before
+    assert listing(working_folder) == before
 
 
-def test_an_unknown_picture_format_is_rejected_before_reading(here, deltamem):
+def test_an_unknown_picture_format_is_rejected_before_reading(working_folder, deltamem):
     for arguments in (("inspect", "missing"), ("eval", "missing", "--out", "a.json")):
-        (here / "missing").write_text("not what it should be")
+        (working_folder / "missing").write_text("not what it should be")
         deltamem(*arguments, "--plot", "a.xyz").assert_short_error(
             "a.xyz", "format .xyz is not supported", ".png, .svg", code=1
         )
-    assert listing(here).keys() == {"missing"}
+    assert listing(working_folder).keys() == {"missing"}
 
 
-def test_pictures_do_not_replace_the_memory(here, deltamem):
+def test_pictures_do_not_replace_the_memory(working_folder, deltamem):
     written("memory")
     written("other")
-    (here / "file").write_text("mine")
-    before = listing(here)
+    (working_folder / "file").write_text("mine")
+    before = listing(working_folder)
     for name in ("memory", "./other"):
         result = deltamem("inspect", "memory", "other", "--plot", name)
         result.assert_short_error("is the memory file itself", "another file", code=1)
     deltamem("inspect", "memory", "--plot", "file/a.png").assert_short_error("is not a folder", code=1)
-    assert listing(here) == before
+    assert listing(working_folder) == before
 
 
 @pytest.mark.parametrize("plot", [(), ("--plot", "a.png")])
-def test_memories_are_inspected_without_torch(here, plot):
+def test_memories_are_inspected_without_torch(working_folder, plot):
     written("memory")
     written("other", seed=1)
     code = (

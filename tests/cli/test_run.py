@@ -12,24 +12,24 @@ from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.memory.file import read_memory
 
 
-def test_a_memory_written_by_another_program_is_kept(here, deltamem, monkeypatch, quickstart_onnx):
+def test_a_memory_written_by_another_program_is_kept(working_folder, deltamem, monkeypatch, quickstart_onnx):
     assert deltamem("run", quickstart_onnx, "--prompt", TOLD, "--save-memory", "other").code == 0
     assert deltamem("run", quickstart_onnx, "--prompt", "Hello.", "--save-memory", "me").code == 0
     real = Conversation.generate
 
     def slow(conversation, *arguments):
-        (here / "other").replace(here / "me")
+        (working_folder / "other").replace(working_folder / "me")
         return real(conversation, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Conversation, "generate", slow)
         result = deltamem("run", quickstart_onnx, "--prompt", "Hi.", "--memory", "me", "--save-memory", "me")
     assert result.code == 1 and result.out.strip() and "me was changed by another program" in result.err
-    assert set(listing(here)) == {"me", "me-2"} and read_memory("me").digest() != read_memory("me-2").digest()
+    assert set(listing(working_folder)) == {"me", "me-2"} and read_memory("me").digest() != read_memory("me-2").digest()
     assert deltamem("run", quickstart_onnx, "--prompt", ASKED, "--memory", "me").out == f"{ANSWER}\n"
 
 
-def test_an_answer_to_a_closed_pipe_is_remembered(here, quickstart_onnx):
+def test_an_answer_to_a_closed_pipe_is_remembered(working_folder, quickstart_onnx):
     """`deltamem run … | head -c 1` closes the pipe early."""
     words = [*START, "run", quickstart_onnx, "--prompt", TOLD, "--save-memory"]
     subprocess.run([*words, "read"], check=True, capture_output=True)
