@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import contextmanager
 
 import anyio
 import httpx2
@@ -163,6 +164,79 @@ def test_a_file_that_is_not_a_memory_is_refused(user, server, tmp_path):
     user.page.locator("#file").set_input_files(tmp_path / "bad.safetensors")
     user.sees("is not a memory file")
     assert versions(server, "hugo") == 1
+
+
+# Several things at once
+
+
+@contextmanager
+def holding(user, url):
+    """Hold the requests to a URL; yields a list of them."""
+    held = []
+    user.page.route(url, lambda route: held.append(route))
+    yield held
+    user.page.unroute(url)
+
+
+def wait_for(user, held, number):
+    while len(held) < number:
+        user.page.wait_for_timeout(10)
+
+
+def test_a_message_that_is_sent_twice_while_the_memory_loads_is_sent_once(user):
+    sent = []
+    user.page.on("request", lambda request: sent.append(request.url) if "completions" in request.url else None)
+    user.open("quinn")
+    with holding(user, "**/v1/memories/rosa") as held:
+        user.page.goto(f"{user.page.url.partition('#')[0]}#memory=rosa")
+        wait_for(user, held, 1)
+        user.words.fill(TELL)
+        for number in (2, 3):
+            user.words.press("Enter")
+            wait_for(user, held, number)
+        for request in held:
+            request.continue_()
+    user.sees_version(1)
+    assert len(sent) == 1
+
+
+def test_a_message_does_not_go_to_a_memory_that_is_opened_meanwhile(user, server):
+    user.open("sam")
+    with holding(user, "**/v1/memories/tina") as held:
+        user.page.goto(f"{user.page.url.partition('#')[0]}#memory=tina")
+        wait_for(user, held, 1)
+        user.words.fill(TELL)
+        user.words.press("Enter")
+        wait_for(user, held, 2)
+        user.page.go_back()
+        user.wait("sam")
+        for request in held:
+            with user.page.expect_response("**/v1/memories/tina"):
+                request.continue_()
+    expect(user.words).to_have_value(TELL)
+    assert stored(server, "sam") is None and stored(server, "tina") is None
+
+
+def test_a_memory_that_is_restored_while_another_opens_does_not_end_its_conversation(user):
+    user.open("uma")
+    user.say(ASK)
+    user.open("vera")  # on the same page, whose conversations last
+    for text in (TELL, TELL_ANOTHER):
+        user.say(text)
+    user.page.get_by_text("Earlier versions").click()
+    with holding(user, "**/restore") as held:
+        user.press("Restore version 1")
+        wait_for(user, held, 1)
+        user.page.go_back()
+        user.wait("uma")
+        with user.page.expect_response("**/v1/memories/uma/versions"):
+            held.pop().continue_()
+    user.page.go_forward()
+    user.wait("vera")
+    expect(user.answers).to_have_count(0)
+    user.page.go_back()
+    user.wait("uma")
+    expect(user.answers).to_have_count(1)
 
 
 # Messages are text

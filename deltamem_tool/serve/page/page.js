@@ -91,19 +91,23 @@ function showConversation() {
   log.showConversation(currentTurns(), memory === null);
 }
 
-function beginConversation() {
-  conversations.delete(currentName());
+function beginConversation(name = currentName()) {
+  conversations.delete(name);
   showConversation();
 }
 
 // Turns -----------------------------------------------------------------------------------------------------------
 
 async function send() {
-  const user = messageInput.value.trim();
+  const [name, user] = [currentName(), messageInput.value.trim()];
   if (!user || answering || model === null) return;
-  if (memory === undefined) await refresh();
+  if (memory === undefined) {
+    await refresh();
+    // Meanwhile the message may have been sent already, or another memory opened.
+    if (memory === undefined || name !== currentName() || messageInput.value.trim() !== user) return;
+  }
   const turn = { user, answer: "", isFirst: memory === null };
-  const [name, digest, earlier] = [currentName(), memory?.digest, currentTurns()];
+  const [digest, earlier] = [memory?.digest, currentTurns()];
   const entry = log.addTurn(user);
   messageInput.value = "";
   answering = new AbortController();
@@ -163,9 +167,10 @@ async function undo() {
 }
 
 async function restore(version) {
-  await api.restoreMemory(currentName(), version, api.etagOf(memory));
+  const name = currentName();
+  await api.restoreMemory(name, version, api.etagOf(memory));
   await refresh();
-  beginConversation();
+  beginConversation(name);
 }
 
 async function fork() {
@@ -182,9 +187,10 @@ function save() {
 }
 
 async function load(file) {
-  await api.putMemory(currentName(), file, api.etagOf(memory));
+  const name = currentName();
+  await api.putMemory(name, file, api.etagOf(memory));
   await refresh();
-  beginConversation();
+  beginConversation(name);
 }
 
 async function forget() {
