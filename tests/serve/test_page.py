@@ -17,6 +17,7 @@ from serve.serving import serving
 from deltamem_tool.io import web_files
 from deltamem_tool.serve.batching.job import QueueFull
 from deltamem_tool.serve.keys import ApiKeys
+from deltamem_tool.serve.memories import PAGE
 from deltamem_tool.serve.web_page import FOLDER
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow, needs_chromium]
@@ -237,6 +238,37 @@ def test_a_memory_that_is_restored_while_another_opens_does_not_end_its_conversa
     user.page.go_back()
     user.wait("uma")
     expect(user.answers).to_have_count(1)
+
+
+def test_the_list_is_that_of_the_memory_that_was_opened_last(user):
+    """Neither of the two is stored, so each list shows only its own."""
+    user.open("willi")
+    address = user.page.url.partition("#")[0]
+    with holding(user, "**/v1/memories") as held:
+        for number, name in enumerate(("xaver", "yara"), start=1):
+            user.page.goto(f"{address}#memory={name}")
+            wait_for(user, held, number)
+        for request in reversed(held):
+            with user.page.expect_response("**/v1/memories"):
+                request.continue_()
+    user.wait("yara")
+    expect(user.page.locator("#memories [aria-current]")).to_have_text(re.compile("^yara"))
+    expect(user.page.get_by_role("link", name="xaver")).to_have_count(0)
+
+
+def test_more_memories_are_shown_once_however_often_the_button_is_pressed(browser, shipped, tmp_path):
+    with serving(shipped, tmp_path) as server, using(browser, server.url) as user:
+        for number in range(PAGE + 1):
+            server.store.put("default", f"memory {number:03}", b"")
+        user.open("a new one")
+        with holding(user, "**/v1/memories?after=*") as held:
+            for number in (1, 2):
+                user.press("More")
+                wait_for(user, held, number)
+            for request in held:
+                with user.page.expect_response("**/v1/memories?after=*"):
+                    request.continue_()
+        expect(user.page.locator("#memories li")).to_have_count(1 + PAGE + 1)
 
 
 # Messages are text

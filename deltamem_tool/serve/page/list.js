@@ -7,10 +7,11 @@ import { memoryEntry, showEntries } from "./memory_list.js";
 const [list, more] = [byId("memories"), byId("more")];
 let openName = null;
 
-// Reloads the list and marks the open memory, which may not be stored yet.
+// Reloads the list and marks the open memory, which may not be stored yet, unless another one is opened meanwhile.
 export async function showList(name) {
   openName = name;
   const page = await listMemories(null);
+  if (name !== openName) return;
   const entries = page.data.map(entry);
   if (!page.data.some(({ id }) => id === name)) entries.unshift(entry({ id: name }));
   showEntries(entries);
@@ -23,9 +24,11 @@ function updateMore({ has_more: hasMore, last_id: lastId }) {
   more.dataset.after = lastId;
 }
 
-// Appends the next page.
+// Appends the next page, once if the button is pressed twice.
 export async function showMore() {
-  const page = await listMemories(more.dataset.after);
+  const { after } = more.dataset;
+  const page = await listMemories(after);
+  if (more.dataset.after !== after) return;
   for (const memory of page.data) {
     if (memory.id === openName) list.firstChild.remove(); // until now it was shown above the others
     list.append(entry(memory));
