@@ -72,6 +72,8 @@ def test_a_streamed_answer_is_the_same(client):
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
+    assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in chunks[:-1])  # as OpenAI says
+    assert not any("usage" in chunk.model_fields_set for chunk in ask(client, user(TELL), stream=True))
     assert chunks[-2].deltamem["memory"] == "erin" and chunks[-2].deltamem["version"] == 1
 
 

@@ -87,8 +87,9 @@ async def _chunks(
 
     def chunk(delta: dict[str, Any], finish_reason: str | None = None, **others: Any) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**head, "object": "chat.completion.chunk", "choices": [choice], **others}
+        return {**head, "object": "chat.completion.chunk", "choices": [choice], **no_usage, **others}
 
+    no_usage = {"usage": None} if usage else {}  # if the last chunk has it, OpenAI's others have null
     of_piece = event_encoder(lambda piece: chunk({"content": piece}))
 
     try:
