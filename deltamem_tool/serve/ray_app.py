@@ -30,7 +30,7 @@ from deltamem_tool.serve.body import read_bytes
 from deltamem_tool.serve.errors import RETRY_SECONDS, RequestError, error_response
 from deltamem_tool.serve.events import cancel_on_disconnect
 from deltamem_tool.serve.logs import log_as_json
-from deltamem_tool.serve.request_memory import HEADER
+from deltamem_tool.serve.request_memory import named_in_header
 from deltamem_tool.serve.server import DRAIN_SECONDS
 from deltamem_tool.serve.settings import ServeSettings
 
@@ -213,7 +213,7 @@ def session_of(request: Request, body: bytes) -> str:
 
     It is a digest, so that names do not appear in logs, and equal names under two API keys differ.
     """
-    name = request.headers.get(HEADER)
+    name = named_in_header(request.headers)
     if name is None and request.url.path.startswith(MEMORIES):
         name = request.url.path.removeprefix(MEMORIES).partition("/")[0]
     if name is None:

@@ -27,6 +27,18 @@ class MemoryOptions(Body):
     expires_in: float | None = Field(default=None, gt=0, description="Seconds after which the memory is deleted.")
 
 
+def named_in_header(headers: Mapping[str, str]) -> str | None:
+    """Return the memory's name in the header, which may be invalid; None if there is no such header.
+
+    Most programs send it in UTF-8, browsers in Latin-1, as which every header was decoded.
+    """
+    name = headers.get(HEADER)
+    try:
+        return None if name is None else name.encode("latin-1").decode()
+    except UnicodeError:
+        return name
+
+
 def memory_of_request(
     tenant: str, headers: Mapping[str, str], user: str | None, options: MemoryOptions | None
 ) -> RequestMemory:
@@ -36,7 +48,7 @@ def memory_of_request(
         RequestError: the header is not a valid memory name.
     """
     options = options or MemoryOptions()
-    name = headers.get(HEADER)
+    name = named_in_header(headers)
     if name is not None:
         try:
             user = _NAME.validate_python(name)

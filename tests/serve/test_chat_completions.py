@@ -120,6 +120,16 @@ def test_the_header_names_the_memory(client, server):
     assert server.store.get("default", "kim") is None and server.store.get("default", "leo") is not None
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])  # of curl and Go, and of browsers
+def test_a_name_beyond_ascii_is_the_same_in_the_header(client, server, encoding):
+    body = {"model": MODEL, "messages": [user(TELL)], "max_tokens": 1}
+    before = {memory.id for memory in server.store.list("default")}
+    headers = {"X-Deltamem-Memory": f"Zoë {encoding}".encode(encoding)}
+    answer = httpx2.post(f"{server.api}/chat/completions", json=body, headers=headers, timeout=60)
+    assert answer.json()["deltamem"]["memory"] == f"Zoë {encoding}"
+    assert {memory.id for memory in server.store.list("default")} - before == {f"Zoë {encoding}"}
+
+
 def test_sampling_options_are_used(client):
     short = ask(client, user(TELL), max_tokens=1)
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 1

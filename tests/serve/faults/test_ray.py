@@ -128,6 +128,7 @@ def session(path="/v1/chat/completions", body=b"{}", **headers):
 def test_requests_are_routed_by_the_name_of_the_memory():
     anna = session(body=json.dumps({"user": "anna"}).encode())
     assert anna == session(x_deltamem_memory="anna") == session("/v1/memories/anna/fork")
+    assert session(x_deltamem_memory="Zoë") == session("/v1/memories/Zoë")
     assert anna == session(body=b'{"user": "ben"}', x_deltamem_memory="anna")  # the header takes precedence
     assert (
         len({anna, session(body=b'{"user": "ben"}'), session(x_deltamem_memory="anna", authorization="Bearer x")}) == 3
