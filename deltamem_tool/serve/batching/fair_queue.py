@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from deltamem_tool.serve.batching.job import QueueFull
 from deltamem_tool.serve.batching.ticket import Ticket
@@ -42,6 +43,12 @@ class FairQueue:
         if tickets:
             self._tenants[tenant] = tickets
         return ticket
+
+    def forget(self, tenant: str, name: str) -> None:
+        """Let the waiting jobs of a tenant that have this name share no computation: see `Job`."""
+        for ticket in self._tenants.get(tenant, ()):
+            if name in ticket.job.names:
+                ticket.job = replace(ticket.job, prefix_key=None)
 
     def sweep(self, now: float) -> list[Ticket]:
         """Remove and return the tickets that are cancelled or past their deadline; with `now` infinity, all of them."""

@@ -109,9 +109,11 @@ class Scheduler:
         return ticket
 
     def forget(self, tenant: str, names: Iterable[str]) -> None:
-        """Drop the cached prompts of jobs with these names, before the next step."""
+        """Drop the cached prompts of jobs with these names, before the next step, and cache none of those that wait."""
         with self._changed:
-            self._forgotten += [(tenant, name) for name in names]
+            for name in names:
+                self._forgotten.append((tenant, name))
+                self._waiting.forget(tenant, name)
             self._changed.notify()
 
     def close(self, drain: bool = False) -> None:

@@ -122,6 +122,18 @@ def test_deleted_entries_are_computed_again(engine):
         assert [scheduler.submit(each).result().cached_tokens for each in jobs] == [0, 24, 24]
 
 
+def test_deleting_while_a_job_waits_leaves_nothing_in_the_cache(engine):
+    job = prompt(engine, 30, names=frozenset({"anna"}))
+    other = prompt(engine, 30, memory=random_memory(engine, random.Random(1)), names=frozenset({"ben"}))
+    with Scheduler(engine, piece=PIECE) as scheduler:
+        with scheduler._changed:  # so that none of them has joined the batch
+            tickets = [scheduler.submit(each) for each in (job, other)]
+            scheduler.forget("a", ["anna"])
+        for ticket in tickets:
+            ticket.result()
+        assert [scheduler.submit(each).result().cached_tokens for each in (job, other)] == [0, 24]
+
+
 def test_deleting_during_a_prefill_leaves_nothing_in_the_cache(engine):
     job = prompt(engine, 60, names=frozenset({"anna"}))
     running = RunningJob(engine, Ticket(job, engine.text, Bell()), engine.text.ids, PIECE)
