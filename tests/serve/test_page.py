@@ -256,8 +256,8 @@ def test_the_list_is_that_of_the_memory_that_was_opened_last(user):
     expect(user.page.get_by_role("link", name="xaver")).to_have_count(0)
 
 
-def test_more_memories_are_shown_once_however_often_the_button_is_pressed(browser, shipped, tmp_path):
-    with serving(shipped, tmp_path) as server, using(browser, server.url) as user:
+def test_more_memories_are_shown_once_however_often_the_button_is_pressed(browser, shipped_engine, tmp_path):
+    with serving(shipped_engine, tmp_path) as server, using(browser, server.url) as user:
         for number in range(PAGE + 1):
             server.store.put("default", f"memory {number:03}", b"")
         user.open("a new one")
