@@ -269,7 +269,7 @@ def test_without_stack_traces():
     assert not getattr(config, "do_not_emit_stack_traces", False)
 
 
-def test_with_small_constants():
+def test_amended_rewrites_keep_small_constants():
     import onnx
     import onnx_ir
     import onnxscript.optimizer
@@ -280,12 +280,34 @@ def test_with_small_constants():
                                          a = Add(x, e) y = Add(a, z) }"""
     )
     sums = {}
-    for name, context in (("kept", _compat.with_small_constants()), ("dropped", nullcontext())):
+    for name, context in (("kept", _compat.amended_rewrites()), ("dropped", nullcontext())):
         model = onnx_ir.serde.deserialize_model(graph)
         with context:
             onnxscript.optimizer.optimize(model)
         sums[name] = [node.op_type for node in model.graph].count("Add")
     assert sums == {"kept": 1, "dropped": 0}
+
+
+def test_amended_rewrites_do_not_look_at_all_nodes_from_each(monkeypatch):
+    import onnxscript.optimizer
+
+    nodes, looks = 100, 0
+    own = onnx_ir.Node.op_identifier
+
+    def counted(node):
+        nonlocal looks
+        looks += 1
+        return own(node)
+
+    monkeypatch.setattr(onnx_ir.Node, "op_identifier", counted)
+    found, chain = [], " ".join(f"x{i + 1} = Sin(x{i})" for i in range(nodes))
+    for context in (_compat.amended_rewrites(), nullcontext()):
+        text = f'<ir_version: 10, opset_import: ["": 20]> g (float[2] x0) => (float[2] x{nodes}) {{ {chain} }}'
+        model, looks = onnx_ir.from_onnx_text(text), 0
+        with context:
+            onnxscript.optimizer.optimize(model)
+        found.append(looks)
+    assert found[0] < nodes**2 <= found[1]
 
 
 def test_quiet_exporters(capsys, caplog):

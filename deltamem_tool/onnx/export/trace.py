@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 from deltamem_tool._compat import (
     OnnxConfig,
     OnnxExporter,
+    amended_rewrites,
     fuse_for_onnxruntime,
     quiet_exporters,
-    with_small_constants,
     without_stack_traces,
 )
 from deltamem_tool.errors import ExportError
@@ -99,7 +99,7 @@ def _graph_of(step: Step, interface: Interface, target: Target) -> onnx_ir.Model
     with (
         quiet_exporters(),
         without_stack_traces(),
-        with_small_constants(),
+        amended_rewrites(),
         _without_collection(),
         step.layers.without_copies(),
     ):
