@@ -42,7 +42,8 @@ class CallOptions:
 
     def __init__(self, model: PreTrainedModel, logits: str, padded_right: bool = False) -> None:
         self._last = logits == "last" and not padded_right
-        forward = hf_model(model).forward  # a wrapper's signature, PEFT's or torch.compile's, names nothing
+        inside = hf_model(model)  # a wrapper's signature, PEFT's or torch.compile's, names nothing
+        forward = inside.forward
         parameters = inspect.signature(forward).parameters
         self._cache = cache_argument(forward)  # also of a model that has no memory
         self._cuts = "logits_to_keep" in parameters
@@ -56,7 +57,7 @@ class CallOptions:
             )
         self.takes_positions = "position_ids" in parameters  # if not, the model itself counts, with or without padding
         self._starts_over = _starts_over(model)
-        self._first_position = _first_position(model) if self.takes_positions else None
+        self._first_position = _first_position(inside) if self.takes_positions else None  # without compiling for it
         positions = Limits.from_config(model.config).positions
         self.positions = None if positions is None else positions - (self._first_position or 0)  # tokens of a context
 

@@ -33,6 +33,15 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
+def test_the_options_of_a_compiled_model_compile_nothing():
+    """They call the model to see where it begins to count."""
+    graphs = []
+    base = gpt2()
+    attach(base, DeltaMemConfig(rank=4))
+    options = CallOptions(torch.compile(base, backend=lambda graph, inputs: graphs.append(graph) or graph), "last")
+    assert options.counts_positions and graphs == []
+
+
 SLOW = partial(pytest.param, marks=pytest.mark.slow)  # it compiles
 
 
