@@ -33,8 +33,8 @@ def config(name: str, kind: str = "lora"):
     return peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
 
 
-def tuned(name: str, kind: str = "lora"):
-    base = MODELS[name]()
+def tuned(name: str, kind: str = "lora", **changes):
+    base = MODELS[name](**changes)
     torch.manual_seed(1)
     return peft_model(base, config(name, kind)).eval()
 
@@ -160,12 +160,13 @@ def test_removed_layers_are_named_in_the_error():
 
 @pytest.mark.slow
 def test_a_compiled_model_follows_replaced_modules():
-    model, ids = with_memory(tuned("qwen3")), tokens(1, 6)
+    one_layer = {"num_hidden_layers": 1}  # what is compiled once a call
+    model, ids = with_memory(tuned("qwen3", **one_layer)), tokens(1, 6)
     base = model.get_base_model()
     compiled = torch.compile(base, backend="eager")
     close(run(compiled, ids)[0], run(model, ids)[0], TOLERANCE)
     model.merge_and_unload()
-    truth = with_memory(merged(tuned("qwen3")))
+    truth = with_memory(merged(tuned("qwen3", **one_layer)))
     close(run(compiled, ids)[0], run(truth, ids)[0], TOLERANCE)
     torch._dynamo.reset()
     assert adapter_of(compiled) is adapter_of(base)
