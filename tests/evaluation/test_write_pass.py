@@ -62,7 +62,7 @@ def test_each_memory_holds_its_own_history(model, tokenizer, batch_size, chunk, 
 
 
 def test_each_session_starts_with_an_empty_context(model, tokenizer):
-    """As one session, the second half would see the first one, and would write something else."""
+    """In one session, the second half would see the first one, and would write something else."""
     two = HISTORIES[2]
     subject = Subject.from_model(model, tokenizer)
     apart = memorise(subject, [two])

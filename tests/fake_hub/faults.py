@@ -14,7 +14,7 @@ SOMEWHERE = -1  # a byte chosen at random
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a request, one field per fault. The functions below create them."""
+    """The faults of a request, one per field. The functions below create them."""
 
     reply: Reply | None = None  # instead of handling the request
     delay: float = 0.0  # seconds before the request is handled

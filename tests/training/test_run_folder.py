@@ -1,4 +1,4 @@
-"""What a run records of its start, and what its adapter's summary says of it."""
+"""The record of a run's start, and its entries in the adapter's summary."""
 
 from __future__ import annotations
 
