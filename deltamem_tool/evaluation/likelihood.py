@@ -115,6 +115,18 @@ def _check_length(scored: ScoredAnswer, positions: int | None) -> None:
         )
 
 
+def check_logits(subject: Subject) -> None:
+    """Check with one token that the model gives the logits of every position, before histories are written for hours.
+
+    Raises:
+        ExportError: the graph has the logits of the last position only.
+    """
+    engine, ids = subject.engine, np.zeros((1, 1), np.int64)
+    writes = np.zeros_like(ids, dtype=bool)
+    ends = writes if engine.memory_shape.segment_width else None
+    engine.step(engine.start(subject.memory_for(None, 1)), ids, np.ones_like(ids), writes, ends, all_positions=True)
+
+
 def log_probs(
     subject: Subject, rows: Sequence[ScoredAnswer], memory: StoredMemory | None, condition: Condition
 ) -> list[list[float]]:

@@ -28,7 +28,7 @@ from deltamem_tool.evaluation.conditions import (
     conditions_of,
     select,
 )
-from deltamem_tool.evaluation.likelihood import ScoredAnswer, log_probs, mean_log_prob, scored_answers
+from deltamem_tool.evaluation.likelihood import ScoredAnswer, check_logits, log_probs, mean_log_prob, scored_answers
 from deltamem_tool.evaluation.memories import has_layers_to_permute, join_rows, mean_rows, permute_layers
 from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.prompts import Views
@@ -121,6 +121,8 @@ def evaluate(
     baselines: dict[str, Any] = {"retrieved": retrieved, "truncate": truncate, "lora": lora, "static": static}
     possible = partial(conditions_of, protocol, **baselines, runtime=subject.runtime, can_permute=can_permute)
     select(possible(), only, subject.runtime)  # before anything is read
+    if is_by_likelihood(task) and subject.runtime == ONNX:
+        check_logits(subject)
     if lora is not None and subject.model is not None:
         lora.check_base(subject.model)
     if static is not None and subject.model is not None:

@@ -58,11 +58,13 @@ def test_likelihoods_match_the_adapter(pair, tokenizer):
         assert theirs.scores[LOG_PROB] == pytest.approx(ours.scores[LOG_PROB], abs=TOLERANCE)
 
 
-def test_a_graph_with_only_the_last_logits_raises_for_likelihoods(pair, tokenizer, tmp_path):
+def test_a_graph_with_only_the_last_logits_raises_before_histories_are_written(pair, tokenizer, tmp_path):
     model, _ = pair
     export_onnx(model, tokenizer, tmp_path / "last")
+    stages = []
     with pytest.raises(ExportError, match="no logits of every position"):
-        evaluate(OnnxModel(tmp_path / "last"), None, Likely(), MEMORY)
+        evaluate(OnnxModel(tmp_path / "last"), None, Likely(), MEMORY, report=lambda *stage: stages.append(stage))
+    assert stages == []
 
 
 @pytest.mark.parametrize("name", ["scale_zero", "no_adapter", "lora"])
