@@ -48,8 +48,8 @@ export function createSampling(options) {
     [repetitionPenalty > 0 && repetitionPenalty < Infinity, `repetitionPenalty must be above 0, not ${repetitionPenalty}`],
     [seed === null || (Number.isSafeInteger(seed) && seed >= 0), `seed must be 0 or more, not ${seed}`],
     [
-      Array.isArray(stop) && stop.every((text) => typeof text === "string" && text),
-      "stop must be a list of texts, none of them empty",
+      Array.isArray(stop) && stop.every((text) => typeof text === "string" && text && text.isWellFormed()),
+      "stop must be a list of texts, none of them empty or with half of a surrogate pair",
     ],
   ]) {
     if (!isValid) throw new ConfigError("Invalid sampling options.", `${why}.`, "Correct the option and try again.");

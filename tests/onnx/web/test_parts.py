@@ -141,7 +141,15 @@ def test_tokens_are_drawn_as_in_python(part):
 
 
 def test_impossible_samplings_are_refused(part):
-    impossible = ({"temperature": -1}, {"topP": 0}, {"seed": 0.5}, {"top_k": 3}, {"stop": [""]}, {"maxNewTokens": 0})
+    impossible = (
+        {"temperature": -1},
+        {"topP": 0},
+        {"seed": 0.5},
+        {"top_k": 3},
+        {"stop": [""]},
+        {"stop": ["\ud83d"]},
+        {"maxNewTokens": 0},
+    )
     results = part(
         "sampling", [{"logits": [0], "context": [], "ids": [0], "count": 1, "options": each} for each in impossible]
     )
