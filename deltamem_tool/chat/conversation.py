@@ -217,7 +217,8 @@ class Conversation:
             ConfigError: the prompt is longer than the window.
             ExportError: the chat template rejects the messages or does not render them after the last answer, or there
                 is nothing to answer.
-            DataError: a message has no role, its content is not text, or the chat template leaves it out.
+            DataError: a message has no role, its content is not text or contains U+E000, or the chat template leaves it
+                out.
 
         Whatever is raised, nothing has changed.
         """

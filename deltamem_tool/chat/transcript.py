@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from deltamem_tool.chat.text import ChatText
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import DataError, ExportError
 from deltamem_tool.segments.boundaries import Span, Split, english, owners_of, spans_of, tags_of
 from deltamem_tool.segments.messages import Message, check_messages, text_of
 
@@ -90,7 +90,7 @@ class Transcript:
         Raises:
             ExportError: the chat template rejects the messages or does not write the last answer, or the messages are
                 empty.
-            DataError: as in `ChatText.render`.
+            DataError: a message contains the placeholder for answers, or as in `ChatText.render`.
         """
         if not content:
             raise _empty_prompt_error("The prompt is empty.")
@@ -98,7 +98,7 @@ class Transcript:
             check_messages(content)
         new = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
         if any(_MARK in text_of(message) for message in new):
-            raise ExportError(
+            raise DataError(
                 "The prompt contains the character U+E000.",
                 "It is the placeholder for answers when a conversation is rendered, and has no meaning in any text.",
                 "Leave it out.",

@@ -30,7 +30,7 @@ from deltamem_tool import MemoryState
 from deltamem_tool.chat.conversation import Context, Conversation, Sampling
 from deltamem_tool.chat.generation import AnswerStream
 from deltamem_tool.chat.torch_engine import TorchModel
-from deltamem_tool.errors import DataError, DeltaMemError, ExportError, MemoryStateError
+from deltamem_tool.errors import DataError, DeltaMemError, MemoryStateError
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.memory.shared_file import MemoryConflict
 
@@ -204,7 +204,7 @@ def test_a_conversation_continues_after_ctrl_c_between_tokens(call, after):
 def test_placeholders_of_answers_are_rejected_in_a_prompt(engine):
     conversation = Conversation(engine)
     before = state_of(conversation)
-    with pytest.raises(ExportError, match=r"U\+E000"):
+    with pytest.raises(DataError, match=r"U\+E000"):
         conversation.generate("a \ue0000\ue000 b", Sampling(1))
     assert_unchanged(conversation, before)
 
