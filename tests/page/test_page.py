@@ -195,6 +195,14 @@ def test_two_tabs_on_one_memory(user, browser, host):
     user.sees_version(5)
 
 
+def test_undo_that_is_pressed_twice_has_nothing_more_to_undo(user):
+    user.open("rita")
+    user.say(TELL)
+    user.page.evaluate("() => { const undo = document.getElementById('undo'); undo.click(); undo.click(); }")
+    expect(user.summary).to_have_text("Nothing is stored yet.")
+    assert NAME not in user.say(ASK)
+
+
 def test_a_full_storage_loses_no_memory(user):
     user.open("gina")
     session = user.page.context.new_cdp_session(user.page)

@@ -85,16 +85,16 @@ export class MemoryStore {
   }
 
   /**
-   * Undo the last change. If there is no earlier version, the memory is deleted.
+   * Undo the last change. If there is no earlier version, the memory is deleted. If there is no memory, nothing happens.
    *
    * @param {string} name
    * @param {number} expectedVersion version that the caller has read
-   * @returns {Promise<MemoryRecord | null>} the restored version; null if the memory was deleted
+   * @returns {Promise<MemoryRecord | null>} the restored version; null if there is no memory any more
    * @throws {MemoryConflict} another tab or window has changed it
    * @throws {MemoryStateError} the browser's storage is full
    */
   back(name, expectedVersion) {
-    return this._change(name, expectedVersion, ({ former }) =>
+    return this._change(name, expectedVersion, ({ former = [] } = {}) =>
       former.length ? { bytes: former.at(-1), former: former.slice(0, -1) } : null,
     );
   }
