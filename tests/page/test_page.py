@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 
 import numpy as np
@@ -33,6 +34,12 @@ SWIFTSHADER = (
     "--use-webgpu-adapter=swiftshader",
     "--enable-unsafe-swiftshader",
 )
+HOLD_LOCK = """name => new Promise((held) => {
+  navigator.locks.request(name, () => new Promise((release) => {
+    window.releaseLock = release;
+    held();
+  }));
+})"""
 STORED = """async name => {
   const request = indexedDB.open("deltamem", 1);
   const database = await new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
@@ -195,12 +202,91 @@ def test_two_tabs_on_one_memory(user, browser, host):
     user.sees_version(5)
 
 
+@pytest.fixture
+def lock(web_folder):
+    """A function that takes the lock of a memory in a tab, as if it were answering there; returns what releases it."""
+    adapter = json.loads((web_folder / MANIFEST_FILE).read_text("utf-8"))["adapter"]
+
+    def take(tab, memory):
+        tab.page.evaluate(HOLD_LOCK, f"deltamem {adapter} {memory}")
+        return lambda: tab.page.evaluate("window.releaseLock()")
+
+    return take
+
+
+def wait_until(tab, expression):
+    """Wait until an expression is true. Playwright's `wait_for_function` would break the page's policy against eval."""
+    while not tab.page.evaluate(expression):
+        tab.page.wait_for_timeout(10)
+
+
+def wait_for_waiting(tab, number):
+    """Wait until so many tabs wait for a lock."""
+    wait_until(tab, f"navigator.locks.query().then(({{ pending }}) => pending.length === {number})")
+
+
+def test_a_message_that_waits_for_another_tab_is_kept_whatever_is_opened_meanwhile(user, lock):
+    user.open("otto")
+    second = user.beside()
+    second.open("otto")
+    free = lock(user, "otto")
+    for number, (tab, words) in enumerate(((second, TELL), (user, "My cat is Bella.")), start=1):
+        tab.words.fill(words)
+        tab.words.press("Enter")
+        wait_for_waiting(user, number)
+    user.page.goto(user.page.url.replace("otto", "paula"))
+    user.wait("paula")
+    free()
+    second.sees_version(2)
+    user.page.go_back()
+    user.sees_version(2)
+    expect(user.notice).to_be_empty()
+    assert stored(user, "otto")[0] == 2
+
+
+def test_a_message_that_waits_for_another_tab_can_be_stopped(user, lock):
+    user.open("quirin")
+    second = user.beside()
+    second.open("quirin")
+    free = lock(second, "quirin")
+    user.words.fill(TELL)
+    user.words.press("Enter")
+    wait_for_waiting(user, 1)
+    user.press("Stop")
+    user.sees("Stopped. The memory has not changed.")
+    free()
+    wait_for_waiting(user, 0)
+    expect(user.words).to_have_value(TELL)
+    assert stored(user, "quirin") is None
+    user.say(TELL)
+    assert stored(user, "quirin")[0] == 1
+
+
 def test_undo_that_is_pressed_twice_has_nothing_more_to_undo(user):
     user.open("rita")
     user.say(TELL)
     user.page.evaluate("() => { const undo = document.getElementById('undo'); undo.click(); undo.click(); }")
     expect(user.summary).to_have_text("Nothing is stored yet.")
     assert NAME not in user.say(ASK)
+
+
+def test_another_memory_is_opened_before_the_first_one_is(user):
+    user.open("silke")
+    user.page.evaluate("""() => {
+      const post = Worker.prototype.postMessage;
+      window.held = [];
+      Worker.prototype.postMessage = function (message) {
+        if (message.call === "begin") window.held.push(() => post.call(this, message));
+        else post.call(this, message);
+      };
+    }""")
+    for number, name in enumerate(("tamara", "ulla"), start=1):
+        user.page.evaluate("name => (location.hash = `memory=${name}`)", name)
+        wait_until(user, f"window.held.length === {number}")
+    user.page.evaluate("window.held[0]()")
+    expect(user.page.locator("#memories [aria-current]")).to_have_text(re.compile("^ulla"))
+    user.page.evaluate("window.held[1]()")
+    expect(user.page.get_by_text(EMPTY)).to_be_visible()
 
 
 def test_a_full_storage_loses_no_memory(user):

@@ -16,7 +16,7 @@ const channel = new BroadcastChannel("deltamem"); // tells the other tabs which 
 
 let store;
 let adapter;
-let answering = false;
+let answering = null; // the AbortController of the turn that is being answered
 // The conversation with each memory: { record, unstoredBytes, turns: [{ user, answer, remark }] }. `record` is that of
 // the store as this tab knows it, and `unstoredBytes` the memory file that could not be stored, or null.
 const conversations = new Map();
@@ -35,15 +35,16 @@ function showError(error) {
 const guard = createGuard(showError);
 
 // Tabs take turns: each continues from what the previous one wrote.
-const withLock = (name, action) =>
-  navigator.locks ? navigator.locks.request(`deltamem ${adapter} ${name}`, action) : action();
+const withLock = (name, action, options = {}) =>
+  navigator.locks ? navigator.locks.request(`deltamem ${adapter} ${name}`, options, action) : action();
 
 // Display ---------------------------------------------------------------------------------------------------------
 
 // Shows the memory, and enables the buttons that can be used now.
 function showMemory() {
   const isOpen = currentConversation() !== undefined; // if not, it is still being opened
-  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering || !isOpen;
+  const isAnswering = answering !== null;
+  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = isAnswering || !isOpen;
   if (!isOpen) return;
   const { record, unstoredBytes } = currentConversation();
   const bytes = unstoredBytes ?? record?.bytes;
@@ -54,18 +55,18 @@ function showMemory() {
   byId("save").disabled = !bytes;
   byId("undo").disabled ||= !bytes;
   byId("forget").disabled ||= !bytes;
-  byId("send").hidden = answering;
-  byId("stop").hidden = !answering;
+  byId("send").hidden = isAnswering;
+  byId("stop").hidden = !isAnswering;
 }
 
 function showConversation() {
+  if (currentConversation() === undefined) return; // another memory was opened meanwhile
   const { record, turns } = currentConversation();
   log.showConversation(turns, !record);
 }
 
-// Reloads the open memory and the list. If another tab has changed the memory, the conversation continues from that.
-async function refresh() {
-  const name = currentName();
+// Reloads a memory, and the list. If another tab has changed the memory, the conversation continues from that.
+async function refresh(name = currentName()) {
   const record = await store.get(name);
   const conversation = conversations.get(name);
   if (conversation === undefined) {
@@ -75,7 +76,7 @@ async function refresh() {
     await callWorker("put", { name, bytes: record?.bytes ?? null });
     Object.assign(conversation, { record, unstoredBytes: null });
   }
-  await showList(store, name);
+  await showList(store, currentName());
   if (name === currentName()) showMemory();
 }
 
@@ -104,20 +105,23 @@ async function send() {
   const name = currentName();
   const entry = log.addTurn(user);
   messageInput.value = "";
-  answering = true;
+  answering = new AbortController();
+  const { signal } = answering;
   showMemory();
+  const answer = async () => {
+    await refresh(name);
+    signal.throwIfAborted();
+    conversations.get(name).turns.push(await generateAnswer(name, user, entry));
+  };
   try {
-    await withLock(name, async () => {
-      await refresh();
-      conversations.get(name).turns.push(await generateAnswer(name, user, entry));
-    });
+    await withLock(name, answer, { signal });
   } catch (error) {
     entry.remove();
     if (name === currentName()) messageInput.value = user;
     if (error.name !== "AbortError") throw error;
     showNotice("Stopped. The memory has not changed.");
   } finally {
-    answering = false;
+    answering = null;
     showMemory();
     messageInput.focus();
   }
@@ -228,7 +232,10 @@ async function start() {
 }
 
 connectControls(guard, { send, load, undo, save, forget, begin: beginConversation });
-byId("stop").onclick = () => callWorker("stop");
+byId("stop").onclick = () => {
+  answering?.abort(); // while it waits for another tab
+  callWorker("stop");
+};
 window.onhashchange = guard(open);
 channel.onmessage = guard(async () => {
   if (!answering && store) await refresh();
