@@ -32,6 +32,7 @@ ON_THE_BACKBONE = (
 ON_SMOLLM2 = (
     *(f"smollm2-135m-msw{stage}" for stage in ("", "-chats", "-more", "-keep", "-talk")),
     *(f"smollm2-135m-tsw{stage}" for stage in ("", "-talk", "-replies", "-answers")),
+    "smollm2-135m-ssw",
 )
 BASES = {
     "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
