@@ -31,7 +31,7 @@ from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training import train
-from deltamem_tool.training.run_folder import data_digest, flat_options
+from deltamem_tool.training.run_folder import file_digest, flat_options
 
 ADAPTERS = "adapters"  # subfolder of the kept adapters
 
@@ -139,7 +139,7 @@ def plan_jobs(
 def _key(recipe: Recipe, questions: Questions) -> str:
     """Return a hash of everything that the results of a run depend on."""
     parts: list[object] = [flat_options(recipe), questions.facts, questions.episodes]
-    digest = data_digest(recipe)
+    digest = file_digest(recipe.data.path)
     if digest is not None:
         parts.append(digest)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
