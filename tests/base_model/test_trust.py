@@ -48,7 +48,7 @@ def memory(tmp_path):
 def load_calls(monkeypatch):
     """The names of the functions that have loaded weights of adapters or memories, or base models."""
     calls = []
-    for owner, name in ((adapter_folder, "deserialize"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
+    for owner, name in ((adapter_folder, "deserialize"), (memory_file, "load"), (BaseCheckpoint, "load")):
         real = getattr(owner, name)
         monkeypatch.setattr(
             owner, name, lambda *args, name=name, real=real, **kw: (calls.append(name), real(*args, **kw))[1]
@@ -86,7 +86,7 @@ def join(file, header, data):
 def test_valid_folders_load(folder, memory, load_calls):
     load_it(folder)
     MemoryState.load(memory)
-    assert load_calls == ["deserialize", "load", "load_file"]  # the adapter, its base, the memory
+    assert load_calls == ["deserialize", "load", "load"]  # the adapter, its base, the memory
 
 
 # Configs
