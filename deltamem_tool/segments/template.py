@@ -23,6 +23,7 @@ __all__ = ["ChatTemplate", "Content", "Message", "Refusal", "render"]
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning
 _TEMPLATES = 64  # templates with the arguments of rows that are kept at once
+_SHAPES = 256  # shapes of conversations that a template remembers as complete
 _PROBES = (("user",), ("user", "assistant"), ("system",))  # roles before a message whose header is learned
 
 
@@ -213,6 +214,8 @@ class ChatTemplate:
                         "The rendered text is the same without them.",
                         "Leave them out, or use a model whose template writes tools.",
                     )
+        if len(self._complete) == _SHAPES:
+            self._complete.clear()
         self._complete.add(shape)
 
     def continues(self, messages: Sequence[Message], index: int) -> bool:

@@ -20,8 +20,10 @@ from segments.templates import (
 
 from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.errors import DataError
+from deltamem_tool.segments import template as template_module
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
+from deltamem_tool.segments.template import ChatTemplate
 
 CONVERSATIONS = {
     "question": TALK[:1],
@@ -147,3 +149,12 @@ def test_contents_that_are_lists_of_parts_are_tagged(special_tokenizer):
         called = '<|im_start|>assistant\n<tool_call>[{"name": "look"}]</tool_call><|im_end|>\n'
         ends = [("<|im_start|>user\nLook.<|im_end|>\n", SEGMENT), ("<|im_start|>user\nAnd?<|im_end|>\n", SEGMENT)]
         assert tagged == expected(tokenizer, [ends[0], (called, SEGMENT), ends[1]])
+
+
+def test_a_template_remembers_a_bounded_number_of_shapes(special_tokenizer, monkeypatch):
+    """A conversation has another shape after each turn, and a server renders conversations for months."""
+    monkeypatch.setattr(template_module, "_SHAPES", 4)
+    template = ChatTemplate.from_tokenizer(with_template(special_tokenizer, CHATML))
+    for length in range(1, 12):
+        template.render([user("Hello.")] * length)
+        assert len(template._complete) <= 4

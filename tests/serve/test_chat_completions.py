@@ -97,6 +97,11 @@ def test_an_idempotency_key_identifies_retries(client):
     assert [written(key) for key in ("one", "one", "two", "one")] == [(1, 1), (0, 1), (1, 2), (0, 2)]
 
 
+def test_an_empty_idempotency_key_identifies_nothing(client):
+    answers = [ask(client, user(text), user="hilda", extra_headers={"Idempotency-Key": ""}) for text in (TELL, ASK)]
+    assert [answer.deltamem["messages_written"] for answer in answers] == [1, 1]
+
+
 def test_a_read_only_request_does_not_write(client, server):
     ask(client, user(TELL), user="hugo")
     before = server.store.get("default", "hugo")

@@ -18,7 +18,6 @@ from deltamem_tool.serve.body import read_object, validate
 from deltamem_tool.serve.errors import failure_of
 from deltamem_tool.serve.events import EventStream, encode_event, event_encoder
 from deltamem_tool.serve.openai.parameters import (
-    KEY_HEADER,
     MAX_MESSAGES,
     MAX_STOP,
     AnswerRequest,
@@ -26,6 +25,7 @@ from deltamem_tool.serve.openai.parameters import (
     MaxTokens,
     check_last_message,
     effective_parameters,
+    idempotency_key,
 )
 from deltamem_tool.serve.request_memory import memory_of_request
 from deltamem_tool.serve.service import disconnected_response, service_of
@@ -55,7 +55,7 @@ async def complete(http: HttpRequest) -> Response:
         memory_of_request(tenant, http.headers, body.user, body.memory),
         messages,
         body.sampling(body.max_completion_tokens or body.max_tokens, body.stop),
-        key=http.headers.get(KEY_HEADER),
+        key=idempotency_key(http.headers),
     )
     head = {"id": f"chatcmpl-{secrets.token_hex(16)}", "created": int(time.time()), "model": service.model}
     if not body.stream:

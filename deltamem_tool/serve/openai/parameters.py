@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -55,6 +56,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Hints for OpenAI's servers about prompt caching and safety. They do not change the answer.
 HINTS = ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier")
+
+
+def idempotency_key(headers: Mapping[str, str]) -> str | None:
+    """Return the idempotency key of a request. An empty one, which any number of requests may have, counts as none."""
+    return headers.get(KEY_HEADER) or None
 
 
 class TextPart(Body):

@@ -20,13 +20,13 @@ from deltamem_tool.serve.body import read_object, validate
 from deltamem_tool.serve.errors import RequestError, failure_of
 from deltamem_tool.serve.events import EventStream, encode_event
 from deltamem_tool.serve.openai.parameters import (
-    KEY_HEADER,
     MAX_MESSAGES,
     AnswerRequest,
     ChatMessage,
     MaxTokens,
     check_last_message,
     effective_parameters,
+    idempotency_key,
 )
 from deltamem_tool.serve.request_memory import memory_of_request
 from deltamem_tool.serve.service import disconnected_response, service_of
@@ -82,7 +82,7 @@ async def create(http: HttpRequest) -> Response:
         previous=body.previous_response_id,
         keep=KeptResponse(draft["id"], partial(_finished_response, draft)) if body.store else None,
         instructions=body.instructions,
-        key=http.headers.get(KEY_HEADER),
+        key=idempotency_key(http.headers),
     )
     if not body.stream:
         outcome = await service.complete(http, request)
