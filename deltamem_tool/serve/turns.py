@@ -21,7 +21,7 @@ from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.message_history import MessageHistory
 from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.prompt import Prompt, PromptRequest, build_prompt
-from deltamem_tool.serve.store import MemoryStore
+from deltamem_tool.serve.store import MemoryStore, StoredResponse
 
 RESPONSE_PREFIX = "resp_"
 RESPONSE_SECONDS = 30 * 24 * 3600.0  # how long a response can be continued from
@@ -123,6 +123,8 @@ class _Start:
         version: version of the stored memory; None if there is none.
         expires_at: expiry of the stored memory.
         earlier: messages before those of the request.
+        origin: id and version of the stored memory that a turn without a stored memory of its own starts from, perhaps
+            by way of other responses; None if there is none.
     """
 
     memory: StoredMemory
@@ -130,6 +132,7 @@ class _Start:
     version: int | None = None
     expires_at: float | None = None
     earlier: tuple[Message, ...] = ()
+    origin: tuple[str, int] | None = None
 
 
 class Turns:
@@ -207,34 +210,37 @@ class Turns:
             memory, history = self._read(stored.data, request_memory.id), MessageHistory.from_json(stored.turn)
             return _Start(memory, history, stored.version, stored.expires_at, earlier)
         if snapshot is not None:
-            history = MessageHistory.from_json(snapshot.transcript["fed"])
-            return _Start(self._read(snapshot.data, request.previous), history, earlier=earlier)
+            return replace(self._from_response(request_memory.tenant, snapshot), earlier=earlier)
         if request_memory.source is not None:
             return self._seed(request_memory.tenant, request_memory.source)
         return _Start(empty_memory(self.engine), MessageHistory.empty())
 
     def _seed(self, tenant: str, source: str) -> _Start:
         if source.startswith(RESPONSE_PREFIX):
-            snapshot = self._response(tenant, source)
-            return _Start(self._read(snapshot.data, source), MessageHistory.from_json(snapshot.transcript["fed"]))
+            return self._from_response(tenant, self._response(tenant, source))
         stored = self._store.get(tenant, source)
         if stored is None:
             raise RequestError(
                 f"There is no memory {source!r}.", "", "Correct memory.from.", status=404, code="memory_not_found",
                 param="memory.from",
             )  # fmt: skip
-        return _Start(self._read(stored.data, source), MessageHistory.from_json(stored.turn))
+        history = MessageHistory.from_json(stored.turn)
+        return _Start(self._read(stored.data, source), history, origin=(source, stored.version))
 
-    def _response(self, tenant: str, id: str) -> Any:
+    def _from_response(self, tenant: str, snapshot: StoredResponse) -> _Start:
+        origin = None
+        if snapshot.memory is not None:
+            stored = self._store.get(tenant, snapshot.memory)
+            if stored is None:  # it was just deleted, and the response with it
+                raise _missing_response_error(snapshot.id)
+            origin = (snapshot.memory, stored.version)
+        history = MessageHistory.from_json(snapshot.transcript["fed"])
+        return _Start(self._read(snapshot.data, snapshot.id), history, origin=origin)
+
+    def _response(self, tenant: str, id: str) -> StoredResponse:
         snapshot = self._store.get_response(tenant, id)
         if snapshot is None:
-            raise RequestError(
-                f"Previous response with id {id!r} not found.",
-                "It was not stored, was deleted, or has expired.",
-                "Send the whole conversation.",
-                code="previous_response_not_found",
-                param="previous_response_id",
-            )
+            raise _missing_response_error(id)
         return snapshot
 
     def _read(self, data: bytes, name: str | None) -> StoredMemory:
@@ -283,11 +289,21 @@ class Turns:
             answer = {"role": "assistant", "content": completion.answer.text}
             messages = [*start.earlier, *request.messages, answer]
             transcript = {"messages": messages, "fed": history.as_json(), "response": response}
-            origin = None if request_memory.id is None or version is None else (request_memory.id, version)
+            origin = start.origin if request_memory.id is None or version is None else (request_memory.id, version)
             expires_at = time.time() + RESPONSE_SECONDS
             self._store.put_response(request_memory.tenant, request.keep.id, data, transcript, origin, expires_at)
         self._metrics.count_completion(completion)
         return outcome
+
+
+def _missing_response_error(id: str) -> RequestError:
+    return RequestError(
+        f"Previous response with id {id!r} not found.",
+        "It was not stored, was deleted, or has expired.",
+        "Send the whole conversation.",
+        code="previous_response_not_found",
+        param="previous_response_id",
+    )
 
 
 def _limit_length(sampling: Sampling, room: int | None) -> Sampling:

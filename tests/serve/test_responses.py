@@ -106,6 +106,23 @@ def test_a_response_can_be_deleted(client, server):
             again(first.id)
 
 
+def test_deleting_a_memory_deletes_all_responses_that_came_from_it(client, server):
+    """Also those that continue from such a response, or start from the memory, without naming it as theirs."""
+    first = ask(client, TELL, user="sven")
+    second = ask(client, ASK, previous_response_id=first.id)
+    third = ask(client, ASK, previous_response_id=second.id)
+    fourth = ask(client, ASK, extra_body={"memory": {"from": "sven"}})
+    fifth = ask(client, ASK, extra_body={"memory": {"from": first.id}})
+    apart = ask(client, TELL)
+    own = ask(client, ASK, user="tove", previous_response_id=first.id)
+    responses = (first, second, third, fourth, fifth)
+    assert all("Rex" in response.output_text for response in (*responses[1:], own))
+    receipt = server.store.delete("default", "sven")
+    assert receipt.responses == tuple(sorted(response.id for response in responses))
+    assert all(snapshot(server, response) is None for response in responses)
+    assert snapshot(server, apart) is not None and snapshot(server, own).memory == "tove"
+
+
 def test_the_output_may_be_sent_back_as_input(client):
     first = ask(client, TELL, store=False)
     history = [{"role": "user", "content": TELL}, *(item.model_dump() for item in first.output)]
