@@ -50,3 +50,12 @@ def postgres():
     server = PostgresServer()
     yield server
     server.remove()
+
+
+@pytest.fixture
+def user(browser, server):
+    """A user of the page of `server`."""
+    from helpers.page_user import using
+
+    with using(browser, server.url) as user:
+        yield user
