@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.layer import DeltaMemLayer
 from deltamem_tool.ops.gates import normalise, per_head
+from deltamem_tool.ops.segment_sums import segment_means, segment_sums, segment_terms
 from deltamem_tool.segments.tags import SegmentTag
 
 TEMPERATURE = 0.1  # of cosines
@@ -30,58 +31,43 @@ TEMPERATURE = 0.1  # of cosines
 
 @dataclass(frozen=True)
 class WrittenSegments:
-    """The segments of B histories that are written, at most S in one of them.
+    """The segments of B histories of W tokens that are written, each at the place of its last token.
 
     Args:
-        places: `[B, W]`, the segment of each token; S where the token belongs to none.
-        count: S.
+        inside: bool `[B, W]`, the tokens of segments.
+        last: bool `[B, W]`, their last tokens. What follows the last one is not written.
     """
 
-    places: Tensor
-    count: int
+    inside: Tensor
+    last: Tensor
 
     @classmethod
     def from_tags(cls, tags: Tensor) -> WrittenSegments:
-        """Return the segments of histories with segment tags `[B, W]`. One without its last token is not written."""
-        last = tags == SegmentTag.LAST
-        ends = last.cumsum(1)
-        places = ends - last.long()
-        count = int(ends[:, -1].max())
-        written = (tags != SegmentTag.OUTSIDE) & (places < ends[:, -1:])
-        return cls(places.masked_fill(~written, count), count)
+        """Return the segments of histories with segment tags `[B, W]`."""
+        return cls(tags != SegmentTag.OUTSIDE, tags == SegmentTag.LAST)
 
-    @property
-    def mask(self) -> Tensor:
-        """Bool `[B, S]`: whether a history has a segment of that number."""
-        return self._sums(torch.ones_like(self.places)) > 0
+    def means(self, x: Tensor) -> Tensor:
+        """Return the means of `x` `[B, W, N]` over each segment, at its last token; the others have no meaning."""
+        terms = segment_terms((x,)).masked_fill(~self.inside[..., None], 0.0)
+        sums, _ = segment_sums(terms, self.last, torch.zeros_like(terms[:, 0]))
+        return segment_means(sums)[0]
 
     def contain(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Return bool `[N, S]`, which segments hold any of the tokens, bool `[N, W]`, of the histories `rows` `[N]`."""
-        sums = torch.zeros(len(rows), self.count + 1, dtype=torch.long, device=tokens.device)
-        return sums.scatter_add(1, self.places[rows], tokens.long())[:, : self.count] > 0
-
-    def means(self, hidden: Tensor) -> Tensor:
-        """Return the means `[B, S, D]` of the hidden states `[B, W, D]` of each segment, in float32."""
-        hidden = hidden.float()  # first: a sum in bfloat16 stops growing after a few hundred tokens
-        counts = self._sums(torch.ones_like(self.places)).clamp_min(1)
-        sums = hidden.new_zeros(len(hidden), self.count + 1, hidden.shape[-1])
-        return (
-            sums.scatter_add(1, self.places[..., None].expand_as(hidden), hidden)[:, : self.count] / counts[..., None]
-        )
-
-    def _sums(self, values: Tensor) -> Tensor:
-        """The sums `[B, S]` of values `[B, W]` over the tokens of each segment."""
-        return values.new_zeros(len(values), self.count + 1).scatter_add(1, self.places, values)[:, : self.count]
+        """Return the segments, bool `[N, W]`, with any of the tokens, bool `[N, W]`, of the histories `rows` `[N]`."""
+        last, counted = self.last[rows], (tokens & self.inside[rows]).float()[..., None]
+        sums, _ = segment_sums(counted, last, torch.zeros_like(counted[:, 0]))
+        return last & (sums[..., 0] > 0)
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """The keys that N of a batch's scored tokens should find, among K of each history: of its W tokens, or S segments.
+    """The keys that N of a batch's scored tokens should find, among those of the W tokens, or segments, of a history.
 
     Args:
         query_places: `[N]`, flat positions in the exchanges `[Q, T]` of the tokens before the scored ones.
         rows: `[N]`, the conversation of each scored token.
-        positives: bool `[N, K]`, the keys in the history of its conversation that were written for the same token.
+        positives: bool `[N, W]`, the keys in the history of its conversation that were written for the same token; that
+            of a segment is at its last token.
         weights: `[N]`, one over the number of these keys.
         key_places: `[P]` and `[P]`, rows and positions in the histories of all positives, each of them once.
         segments: the written segments; None if every token writes.
@@ -124,7 +110,7 @@ class Addresses:
         times = positives.sum(1)
         kept = ~shown & (times > 0)
         row, positives = row[kept], positives[kept]
-        counts = torch.zeros(len(write_ids), positives.shape[1], dtype=torch.int32, device=positives.device)
+        counts = torch.zeros(write_ids.shape, dtype=torch.int32, device=positives.device)
         counts = counts.index_add(0, row, positives.int())
         key_rows, places = counts.nonzero(as_tuple=True)
         return cls(scored[kept], row, positives, 1.0 / times[kept], (key_rows, places), segments)
@@ -200,10 +186,6 @@ def addressing_loss(
         write_mask: `[B, W]`.
         addresses: the keys to find.
     """
-    segments = addresses.segments
-    if segments is not None:  # the key of a segment is that of its mean
-        written = {layer: segments.means(hidden) for layer, hidden in written.items()}
-        write_mask = segments.mask
     layers = [
         _layer_loss(adapter.layer(layer), written[layer].float(), read[layer].float(), write_mask, addresses)
         for layer in written
@@ -220,7 +202,10 @@ def _layer_loss(
     """The mean over heads, `[N]`."""
     rows, positives = addresses.rows, addresses.positives
     queries = normalise(per_head(layer.query(read.flatten(0, 1)[addresses.query_places, None]), layer.config))[:, 0]
-    keys = normalise(per_head(layer.key(written), layer.config))  # [B, W, H, R]
+    raw_keys = layer.key(written)  # [B, W, H·R]
+    if addresses.segments is not None:
+        raw_keys, write_mask = addresses.segments.means(raw_keys), addresses.segments.last
+    keys = normalise(per_head(raw_keys, layer.config))  # [B, W, H, R]
     logits = torch.einsum("nhr,nwhr->nhw", queries, keys[rows]) / TEMPERATURE
     if write_mask is not None:
         logits = logits.masked_fill(~write_mask.bool()[rows, None], -torch.inf)

@@ -14,7 +14,7 @@ from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.recipe.load import ObjectiveOptions, Recipe
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.addressing import TEMPERATURE, Addresses, WrittenSegments, hidden_states_of
+from deltamem_tool.training.addressing import TEMPERATURE, Addresses, addressing_loss, hidden_states_of
 from deltamem_tool.training.loss import EpisodeModel
 
 TOLERANCE = 1e-5  # float32 against float64; the loss is about 3
@@ -110,13 +110,28 @@ def test_the_addressing_loss_matches_its_definition(granularity, keys):
     torch.testing.assert_close(parts["loss"], plain + 2.0 * parts["addressing"])
 
 
-def test_means_of_long_segments_in_bfloat16_are_those_in_float32():
-    tags = torch.full((1, 2000), SegmentTag.INSIDE, dtype=torch.int8)
-    tags[0, -1] = SegmentTag.LAST
-    hidden = torch.rand(1, 2000, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    segments = WrittenSegments.from_tags(tags)
-    means, expected = segments.means(hidden), segments.means(hidden.float())
-    torch.testing.assert_close(means, expected, atol=TOLERANCE, rtol=0, check_dtype=False)
+@torch.no_grad()
+def test_long_segments_of_a_bfloat16_base_have_their_exact_means():
+    """A sum in bfloat16 stops growing after a few hundred tokens."""
+    generator, length = torch.Generator().manual_seed(0), 2000
+    adapter = adapter_of(patched_model(granularity="message"))
+    width = adapter.layer(adapter.layer_indices[0]).key.in_features
+    ids, tags = torch.zeros(1, length, dtype=torch.long), torch.full((1, length), SegmentTag.INSIDE, dtype=torch.int8)
+    ids[0, 7], tags[0, 9], tags[0, -1] = 1, SegmentTag.LAST, SegmentTag.LAST
+    hidden = 1 + torch.rand(1, length, width, generator=generator).bfloat16()
+    read = torch.rand(1, 2, width, generator=generator).bfloat16()
+    exchange = {"read_ids": torch.zeros(1, 2, dtype=torch.long), "rows": torch.zeros(1, dtype=torch.long)}
+    scored = {"scored": torch.zeros(1, dtype=torch.long), "targets": torch.ones(1, dtype=torch.long)}
+
+    def loss(ids, tags, written):
+        addresses = Addresses.from_batch(ids, None, **exchange, **scored, write_segment_tags=tags)
+        layers = adapter.layer_indices
+        return addressing_loss(adapter, dict.fromkeys(layers, written), dict.fromkeys(layers, read), None, addresses)
+
+    segments = hidden.double().split([10, length - 10], dim=1)
+    means = torch.cat([segment.mean(1, keepdim=True) for segment in segments], dim=1).float()
+    expected = loss(torch.tensor([[1, 0]]), torch.full((1, 2), SegmentTag.LAST, dtype=torch.int8), means)
+    torch.testing.assert_close(loss(ids, tags, hidden), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_tokens_visible_in_the_exchange_are_not_scored():
