@@ -210,14 +210,14 @@ class Turns:
             memory, history = self._read(stored.data, request_memory.id), MessageHistory.from_json(stored.turn)
             return _Start(memory, history, stored.version, stored.expires_at, earlier)
         if snapshot is not None:
-            return replace(self._from_response(request_memory.tenant, snapshot), earlier=earlier)
+            return replace(self._from_response(snapshot), earlier=earlier)
         if request_memory.source is not None:
             return self._seed(request_memory.tenant, request_memory.source)
         return _Start(empty_memory(self.engine), MessageHistory.empty())
 
     def _seed(self, tenant: str, source: str) -> _Start:
         if source.startswith(RESPONSE_PREFIX):
-            return self._from_response(tenant, self._response(tenant, source))
+            return self._from_response(self._response(tenant, source))
         stored = self._store.get(tenant, source)
         if stored is None:
             raise RequestError(
@@ -227,20 +227,21 @@ class Turns:
         history = MessageHistory.from_json(stored.turn)
         return _Start(self._read(stored.data, source), history, origin=(source, stored.version))
 
-    def _from_response(self, tenant: str, snapshot: StoredResponse) -> _Start:
-        origin = None
-        if snapshot.memory is not None:
-            stored = self._store.get(tenant, snapshot.memory)
-            if stored is None:  # it was just deleted, and the response with it
-                raise _missing_response_error(snapshot.id)
-            origin = (snapshot.memory, stored.version)
+    def _from_response(self, snapshot: StoredResponse) -> _Start:
+        origin = None if snapshot.memory is None else (snapshot.memory, snapshot.transcript["version"])
         history = MessageHistory.from_json(snapshot.transcript["fed"])
         return _Start(self._read(snapshot.data, snapshot.id), history, origin=origin)
 
     def _response(self, tenant: str, id: str) -> StoredResponse:
         snapshot = self._store.get_response(tenant, id)
         if snapshot is None:
-            raise _missing_response_error(id)
+            raise RequestError(
+                f"Previous response with id {id!r} not found.",
+                "It was not stored, was deleted, or has expired.",
+                "Send the whole conversation.",
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
         return snapshot
 
     def _read(self, data: bytes, name: str | None) -> StoredMemory:
@@ -288,22 +289,13 @@ class Turns:
             response = request.keep.response(outcome)
             answer = {"role": "assistant", "content": completion.answer.text}
             messages = [*start.earlier, *request.messages, answer]
-            transcript = {"messages": messages, "fed": history.as_json(), "response": response}
             origin = start.origin if request_memory.id is None or version is None else (request_memory.id, version)
+            version = None if origin is None else origin[1]
+            transcript = {"messages": messages, "fed": history.as_json(), "response": response, "version": version}
             expires_at = time.time() + RESPONSE_SECONDS
             self._store.put_response(request_memory.tenant, request.keep.id, data, transcript, origin, expires_at)
         self._metrics.count_completion(completion)
         return outcome
-
-
-def _missing_response_error(id: str) -> RequestError:
-    return RequestError(
-        f"Previous response with id {id!r} not found.",
-        "It was not stored, was deleted, or has expired.",
-        "Send the whole conversation.",
-        code="previous_response_not_found",
-        param="previous_response_id",
-    )
 
 
 def _limit_length(sampling: Sampling, room: int | None) -> Sampling:

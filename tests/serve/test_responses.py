@@ -123,6 +123,21 @@ def test_deleting_a_memory_deletes_all_responses_that_came_from_it(client, serve
     assert snapshot(server, apart) is not None and snapshot(server, own).memory == "tove"
 
 
+def test_a_response_from_a_memory_that_is_deleted_and_made_anew_meanwhile_is_not_stored(client, server, monkeypatch):
+    first = ask(client, TELL, user="ulf")
+    read = server.store.get_response
+
+    def read_then_replace(tenant, id):
+        response = read(tenant, id)
+        server.store.delete(tenant, "ulf")
+        server.store.put(tenant, "ulf", response.data)
+        return response
+
+    monkeypatch.setattr(server.store, "get_response", read_then_replace)
+    with pytest.raises(openai.ConflictError, match="deleted in the meantime"):
+        ask(client.with_options(max_retries=0), ASK, previous_response_id=first.id)
+
+
 def test_the_output_may_be_sent_back_as_input(client):
     first = ask(client, TELL, store=False)
     history = [{"role": "user", "content": TELL}, *(item.model_dump() for item in first.output)]
