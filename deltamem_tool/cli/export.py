@@ -14,10 +14,13 @@ from deltamem_tool.onnx.export.targets import (
     GROUP_SIZES,
     NO_QUANTIZATION,
     QUANTIZATIONS,
+    SYMMETRIC,
     TARGETS,
     target_of,
 )
 from deltamem_tool.onnx.manifest import Manifest
+
+_SYMMETRY = ", ".join(f"{'symmetric' if value else 'asymmetric'} for {name}" for name, value in SYMMETRIC.items())
 
 
 @click.command("export")
@@ -69,8 +72,7 @@ from deltamem_tool.onnx.manifest import Manifest
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
-    help="With --quantize: centre the range of each group on zero, or store an offset.  [default: symmetric for int8, "
-    "asymmetric for int4]",
+    help=f"With --quantize: centre the range of each group on zero, or store an offset.  [default: {_SYMMETRY}]",
 )
 @click.option(
     "--memory",

@@ -109,7 +109,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def _write_beside(path: Path, content: bytes, former: os.stat_result | None) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path.name))
     staged = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -222,7 +222,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 def _staging(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path`, locked if the file system has locks. It is removed if the block fails."""
     with ExitStack() as stack:
-        staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path.name)))
         try:
             with suppress(OSError, ImportError):
                 stack.callback(os.close, _try_lock(staged))
@@ -235,7 +235,7 @@ def _staging(path: Path) -> Iterator[Path]:
 
 def _remove_unfinished(path: Path) -> None:
     """Remove staging folders of `path` whose programs were killed: they are no longer locked."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
+    for left in path.parent.glob(f"{glob.escape(_prefix(path.name))}*{UNFINISHED}"):
         with suppress(OSError, ImportError):
             descriptor = _try_lock(left)
             shutil.rmtree(left, ignore_errors=True)
@@ -244,7 +244,12 @@ def _remove_unfinished(path: Path) -> None:
 
 def is_unfinished(name: str, of: Collection[str]) -> bool:
     """Return whether a killed program left a file or folder `name` when it wrote one of the names `of` beside it."""
-    return name.startswith(tuple(f".{each}." for each in of))
+    return name.startswith(tuple(map(_prefix, of)))
+
+
+def _prefix(name: str) -> str:
+    """The beginning of the name of all that is written before it gets its own `name`."""
+    return f".{name}."
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -257,7 +262,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _swap(staged: Path, path: Path) -> None:
     """Replace `path` by `staged`. The old folder is renamed first and restored on failure: not all systems can swap."""
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path.name)))
     try:
         os.rename(path, aside / "old")
         try:

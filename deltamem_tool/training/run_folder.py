@@ -19,6 +19,7 @@ from deltamem_tool.recipe.load import Recipe, TrainingOptions
 RECIPE_FILE = "recipe.json"  # what the run was started with
 BEST_FILE = "best.safetensors"  # the weights of the best evaluation so far
 DATA_FILES = ("data.path", "data.eval_path", "data.unrelated")  # keys of a recipe that may name a file
+_DIGEST = "sha256 of "  # before a key of these, that of the digest of its file
 _DEFAULTS = Recipe(base="-", out="-", training=TrainingOptions(steps=1))  # but for what every run has said
 
 
@@ -95,7 +96,7 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
     if not complete or not (run / RECIPE_FILE).is_file():
         raise DeltaMemError(f"There is nothing to resume in {run}.", "It has no checkpoint.", "Start without --resume.")
     # An option that is newer than the run had its default in it, and a file that it did not record may be any.
-    digests = {key: value for key, value in start.items() if key.startswith("sha256 of ")}
+    digests = {key: value for key, value in start.items() if key.startswith(_DIGEST)}
     before = flat_options(_DEFAULTS) | digests | json.loads((run / RECIPE_FILE).read_text())
     free = {"training.shard"} | (_BATCH if _batches(before) == _batches(start) else set())
     changed = [
@@ -134,7 +135,7 @@ def _batches(start: Mapping[str, Any]) -> str:
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:
     """Return everything that determines a run: recipe, number of processes, and content of the data files."""
     options = flat_options(recipe)
-    digests = {f"sha256 of {key}": file_digest(options[key]) for key in DATA_FILES}
+    digests = {f"{_DIGEST}{key}": file_digest(options[key]) for key in DATA_FILES}
     return {**options, "processes": processes, **digests}
 
 

@@ -37,7 +37,7 @@ logging.getLogger().removeHandler(_handler)
 # integers: for one token, two to ten times as fast as float32. Other providers compute in the type of the activations.
 ACCURACY_LEVEL = 4
 
-# Bits of the embedding and the LM head at least. They suffer most: see the table in docs/export.md.
+# Bits of the embedding and the LM head. With 4 they lose most: see docs/export.md.
 VOCABULARY_BITS = 8
 
 
@@ -63,8 +63,7 @@ class QuantizedMatrices:
     Args:
         graph: the graph, to which their constants are added.
         quantization: bits, groups, and whether there are offsets.
-        vocabulary: shapes `[in, out]` of the embeddings. Matrices of these shapes have no offsets, and at least
-            `VOCABULARY_BITS`.
+        vocabulary: shapes `[in, out]` of the embeddings. Their matrices have `VOCABULARY_BITS`, and no offsets.
     """
 
     def __init__(
@@ -110,10 +109,9 @@ class QuantizedMatrices:
         return [rows, onnx_ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=MICROSOFT)]
 
     def _method_of(self, matrix: NDArray[Any]) -> Quantization:
-        method = self._quantization
         if matrix.shape not in self._vocabulary:
-            return method
-        return Quantization(max(method.bits, VOCABULARY_BITS), method.group_size, symmetric=True)
+            return self._quantization
+        return Quantization(VOCABULARY_BITS, self._quantization.group_size, symmetric=True)
 
     def _blocks_of(self, name: str, matrix: NDArray[Any]) -> _Blocks:
         if name not in self._blocks:
