@@ -20,6 +20,7 @@ from deltamem_tool.serve import health, memories, openapi
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError, error_response
 from deltamem_tool.serve.expiry import expire_regularly
+from deltamem_tool.serve.header_limit import HeaderLimit
 from deltamem_tool.serve.keys import ApiKeys
 from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.logs import RequestLog
@@ -76,7 +77,7 @@ def build_app(
     guard = [Middleware(SameOriginOnly)] if own_pages_only else []
     app = Starlette(
         routes=[*_routes(), *page_routes()],
-        middleware=[Middleware(RequestLog, metrics=metrics), *guard],
+        middleware=[Middleware(RequestLog, metrics=metrics), Middleware(HeaderLimit), *guard],
         lifespan=lifespan,
         exception_handlers=_HANDLERS,
     )

@@ -143,7 +143,7 @@ def _describe(operation: _Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     }
     of_key = () if operation.open else (400, 401)
     of_body = () if operation.body is None else (408, 413)
-    for status in sorted({403, *of_key, *of_body, *operation.errors}):
+    for status in sorted({403, 431, *of_key, *of_body, *operation.errors}):
         described["responses"][str(status)] = _answer(status, operation.content)
     if not operation.open:
         described["security"] = [{"key": []}, {}]

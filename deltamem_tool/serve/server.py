@@ -11,8 +11,8 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deltamem_tool.errors import ConfigError, first_line
+from deltamem_tool.serve.header_limit import MAX_HEADER_BYTES
 
-MAX_HEADER_BYTES = 32 * 2**10
 DRAIN_SECONDS = 60  # for requests in progress when the server shuts down
 HEAD_SECONDS = 30.0  # time limit for receiving the request line and the headers
 DEAF_SECONDS = 60.0  # a client that receives nothing of an answer for so long is disconnected

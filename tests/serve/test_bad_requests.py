@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import socket
 
+import anyio
 import httpx2
 import pytest
 from serve.serving import MODEL
+from starlette.responses import PlainTextResponse
 
 from deltamem_tool.serve.body import MAX_BODY_BYTES
+from deltamem_tool.serve.header_limit import MAX_HEADER_BYTES, HeaderLimit
 from deltamem_tool.serve.openai.parameters import MAX_MESSAGES
-from deltamem_tool.serve.server import MAX_HEADER_BYTES
 
 pytestmark = pytest.mark.server
 
@@ -167,6 +169,20 @@ def test_a_conversation_longer_than_the_window_is_rejected(http, server):
 def test_invalid_headers_are_rejected(http):
     for name in ("", "a/b", "x" * 201):
         assert_refused(http.post("/chat/completions", json=GOOD, headers={"X-Deltamem-Memory": name}), 400)
+    assert http.get("/models", headers={"X-Long": "x" * (2 * MAX_HEADER_BYTES)}).status_code in (400, 431)
+
+
+@pytest.mark.parametrize(("length", "status"), [(MAX_HEADER_BYTES, 200), (MAX_HEADER_BYTES + 1, 431)])
+def test_headers_that_arrive_at_once_are_bounded(length, status):
+    """The connection only bounds headers that are incomplete."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "headers": [(b"x-long", b"x" * (length - len("x-long")))]}
+    anyio.run(HeaderLimit(PlainTextResponse("Ok.")), scope, None, send)
+    assert sent[0]["status"] == status
 
 
 @pytest.mark.parametrize(
