@@ -108,11 +108,9 @@ def _remarks(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 def question_exchange(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
     """Draw a question about a fact that was told, and its answer."""
-    phrases = FORMS[form]
-    return [user(fact.question(rng, phrases, held_out)), assistant(fact.answer(rng, phrases, held_out))]
+    return [user(fact.question(rng, FORMS[form], held_out)), assistant(fact.answer)]
 
 
 def unanswerable_exchange(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
     """Draw a question about a fact that was never told, and the answer that says so."""
-    phrases = FORMS[form]
-    return [user(fact.question(rng, phrases, held_out)), assistant(fact.unknown_answer(rng, phrases, held_out))]
+    return [user(fact.question(rng, FORMS[form], held_out)), assistant(fact.unknown_answer)]

@@ -83,15 +83,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class Phrases:
-    """Sentences of one form of conversation; a slot such as {fact} is filled with a clause.
-
-    The first of `answers`, and of `unknown`, is the usual one.
-    """
+    """Sentences of one form of conversation; a slot such as {fact} is filled with a clause."""
 
     statements: Split
     questions: Split
-    answers: tuple[str, ...]
-    unknown: tuple[str, ...]
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -122,14 +117,13 @@ def _kind(kind: Mapping[str, Any]) -> Kind:
 
 
 def _phrases(section: Mapping[str, Any]) -> Phrases:
-    statements, questions = Split(section["statements"]), Split(section["questions"])
-    return Phrases(statements, questions, tuple(section["answers"]), tuple(section["unknown"]))
+    return Phrases(Split(section["statements"]), Split(section["questions"]))
 
 
 def _bare_words() -> list[str]:
     """The word list, without words that sentences are made of: an answer could not be told from them."""
     lines = (_FOLDER / "words.txt").read_text(encoding="utf-8").splitlines()
-    spoken = set(re.findall(r"\w+", str([_SENTENCES[form] for form in ("clauses", "plain", "chat")]).lower()))
+    spoken = set(re.findall(r"\w+", str(_SENTENCES).lower()))
     return [line for line in lines if not line.startswith("#") and line not in spoken]
 
 
@@ -138,6 +132,7 @@ KINDS = tuple(_kind(kind) for kind in _read("kinds.toml")["kinds"])
 NAMES = Split(PARTS["first"])  # of the people whose facts are told
 _SENTENCES = _read("sentences.toml")
 CLAUSES: dict[str, dict[str, list[str]]] = _SENTENCES["clauses"]
+UNTOLD_VALUE: str = _SENTENCES["unknown"]  # in place of a value that was not told
 PLAIN, CHAT = _phrases(_SENTENCES["plain"]), _phrases(_SENTENCES["chat"])
 CORRECTIONS = Split(_SENTENCES["chat"]["corrections"])
 ACKNOWLEDGEMENTS: tuple[str, ...] = tuple(_SENTENCES["chat"]["acknowledgements"])

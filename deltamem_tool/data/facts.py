@@ -10,7 +10,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from deltamem_tool.data.fact_words import ATTRIBUTES, CLAUSES, CORRECTIONS, NAMES, WORDS, HeldOut, Kind, Phrases
+from deltamem_tool.data.fact_words import (
+    ATTRIBUTES,
+    CLAUSES,
+    CORRECTIONS,
+    NAMES,
+    UNTOLD_VALUE,
+    WORDS,
+    HeldOut,
+    Kind,
+    Phrases,
+)
 
 SAME_ATTRIBUTE = 0.1  # probability that a fact is about an attribute of which another person's value is told too
 _TRIES = 20  # to draw a value that can be told from all others, before another attribute is taken
@@ -43,13 +53,15 @@ class Fact:
         """Draw a sentence in which the user asks for the value."""
         return self._said(rng, rng.choice(phrases.questions[held_out.phrasings]))
 
-    def answer(self, rng: random.Random, phrases: Phrases, held_out: HeldOut) -> str:
-        """Draw the assistant's answer where the fact was stated; the usual one, where phrasings are held out."""
-        return self._said(None, phrases.answers[0] if held_out.phrasings else rng.choice(phrases.answers))
+    @property
+    def answer(self) -> str:
+        """The assistant's answer where the fact was stated."""
+        return self._said(None, "{Answer}.")
 
-    def unknown_answer(self, rng: random.Random, phrases: Phrases, held_out: HeldOut) -> str:
-        """Draw the assistant's answer where the fact was never stated; likewise."""
-        return self._said(None, phrases.unknown[0] if held_out.phrasings else rng.choice(phrases.unknown))
+    @property
+    def unknown_answer(self) -> str:
+        """The assistant's answer where the fact was never stated."""
+        return replace(self, kind=replace(self.kind, is_="is"), value=UNTOLD_VALUE).answer
 
     @property
     def topic(self) -> str:

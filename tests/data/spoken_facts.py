@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from deltamem_tool.data.fact_words import CHAT, CORRECTIONS, KINDS, PLAIN
+from deltamem_tool.data.fact_words import CHAT, CORRECTIONS, KINDS, PLAIN, UNTOLD_VALUE
 
 IS = {text: kind for kind in KINDS if kind.clause == "is" for held in (False, True) for text in kind.attributes[held]}
 PREFERRED = {
@@ -34,8 +34,7 @@ def _frames(texts):
 
 STATEMENTS = _frames([*both(PLAIN.statements), *both(CHAT.statements), *both(CORRECTIONS)])
 QUESTIONS = _frames([*both(PLAIN.questions), *both(CHAT.questions)])
-ANSWERS = _frames([*PLAIN.answers, *CHAT.answers])
-UNKNOWN = _frames([*PLAIN.unknown, *CHAT.unknown])
+ANSWERS = _frames(["{Answer}."])
 
 
 def statements_in(text):
@@ -54,7 +53,7 @@ def question_in(text):
 
 def answer_in(text):
     """The fact that an answer states, or that it does not know."""
-    return next(_read(text, UNKNOWN, _open), None) or next(_read(text, ANSWERS, _fact), None)
+    return next(_read(text, ANSWERS, lambda words: _unknown(words) or _fact(words)), None)
 
 
 def _read(text, frames, meaning):
@@ -96,8 +95,16 @@ def _fact(words):
     return None
 
 
+def _unknown(words):
+    for form in (rf"(?P<s>\S+) (?P<a>.+) is {UNTOLD_VALUE}", rf"for (?P<a>[^,]+), (?P<s>\w+) prefers? {UNTOLD_VALUE}"):
+        match = re.fullmatch(form, words)
+        if match and match["a"] in {**IS, **PREFERRED}:
+            return _owner(match["s"]), match["a"], None
+    return None
+
+
 def _open(words):
-    """A question, direct or indirect, or something unknown."""
+    """A question, direct or indirect."""
     question_word = r"(?:who|what time|what|when|where|how much)"
     for form in (rf"{question_word} is (\S+) (.+)", rf"{question_word} (\S+) (.+) is"):
         match = re.fullmatch(form, words)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from deltamem_tool.data import fact_conversations, facts
 from deltamem_tool.data.dialogues import Message
 from deltamem_tool.data.fact_conversations import FORMS
-from deltamem_tool.data.fact_words import EVERYTHING, SYSTEMS, HeldOut
+from deltamem_tool.data.fact_words import SYSTEMS, HeldOut
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
 from deltamem_tool.evaluation.scoring.metrics import declines, mentions_only
@@ -183,10 +183,6 @@ class NaturalRecall(Recall):
     def _answer(self, fact: Any) -> str:
         value: str = fact.value
         return value
-
-    def _unknown_answer(self, fact: Any) -> str:
-        unknown: str = fact.unknown_answer(random.Random(0), FORMS[self._form], EVERYTHING)  # the usual words
-        return unknown
 
 
 def _number(name: str, value: float) -> float:
