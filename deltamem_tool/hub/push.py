@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deltamem_tool.adapter.config_file import CONFIG_FILE
-from deltamem_tool.errors import DeltaMemError, HubError
+from deltamem_tool.errors import ConfigError, DeltaMemError, HubError
 from deltamem_tool.hub.card import has_license, write_card
 from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Contents, read_contents
 from deltamem_tool.hub.public_base import Base, with_public_base
@@ -93,7 +93,8 @@ def push(
         AdapterError: the adapter is damaged; nothing was sent.
         ExportError: the ONNX folder is damaged; nothing was sent.
         DataError: the evaluation is damaged; nothing was sent.
-        ConfigError: `space` is combined with a branch or a pull request; nothing was sent.
+        ConfigError: `space` is combined with a branch or a pull request, or `runtime` is given without it; nothing was
+            sent.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -106,6 +107,8 @@ def push(
     """
     if space:
         check_space(branch, create_pr)
+    elif runtime is not None:
+        raise ConfigError("--runtime applies to the page of a Space.", "", "Add --space, or leave out --runtime.")
     repository = Repository(hub_id(repo_id), branch or MAIN, create_pr)
     paths = [None if path is None else expand_user(path) for path in (onnx, evaluation)]
     contents, base = with_public_base(read_contents(_local_folder(folder), *paths), base_model)

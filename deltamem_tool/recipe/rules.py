@@ -118,10 +118,19 @@ RULES: tuple[Rule, ...] = (
     *(
         Rule(
             (key, "data.path"),
-            lambda value, path: path is not None or value in (None, False, 0, "last"),
+            lambda value, path, usual=usual: path is not None or value == usual,
             f"{key} applies to your own conversations: give data.path, or leave out {key}",
         )
-        for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
+        for key, usual in (
+            ("data.split", "train"),
+            ("data.revision", None),
+            ("data.eval_path", None),
+            ("data.eval_split", None),
+            ("data.supervise", "last"),
+            ("data.recent_turns", 0),
+            ("data.skip_bad_rows", False),
+            ("data.group_by_length", False),
+        )
     ),
     Rule(
         ("data.mix", "data.path"),

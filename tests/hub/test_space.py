@@ -78,6 +78,8 @@ def test_invalid_options_raise_before_anything_is_sent(writable_hub, adapter, on
     for options in ({"branch": "other"}, {"create_pr": True}):
         with pytest.raises(ConfigError, match="only to its main branch"):
             push(adapter, REPO, onnx=onnx, space=True, **options)
+    with pytest.raises(ConfigError, match="Add --space"):
+        push(adapter, REPO, onnx=onnx, runtime=onnx)
     with pytest.raises(HubError, match="has no ONNX folder"):
         push(adapter, REPO, space=True)
     writable_hub.add_repo(REPO, {"README.md": b"mine"}, repo_type="space")

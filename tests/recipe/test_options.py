@@ -108,6 +108,14 @@ def test_invalid_options_are_named(recipe, change, says):
         load_recipe(recipe, [change])
 
 
+@pytest.mark.parametrize("option", ["split=dev", "revision=main", "skip_bad_rows=true", "supervise=all"])
+def test_options_of_own_conversations_need_a_path(recipe, option):
+    assert load_recipe(recipe, [f"data.{option}"])
+    generated = ["data.path=null", "training.steps=1", "training.epochs=null"]
+    with pytest.raises(ConfigError, match=rf"data\.{option.partition('=')[0]} applies to your own conversations"):
+        load_recipe(recipe, [*generated, f"data.{option}"])
+
+
 def test_there_are_at_most_as_many_facts_as_attributes(recipe):
     most = len(dialogues.KIND_OF)
     assert load_recipe(recipe, [f"data.facts_last={most}"]).data.facts_last == most
