@@ -163,10 +163,11 @@ export class Conversation {
    *   thrown, nothing has changed
    */
   generate(content, sampling = {}, { onText = () => {}, signal } = {}) {
-    return this._runExclusive(async () => {
+    return this._runExclusive(async (pasts) => {
       const { model } = this;
       const options = createSampling(sampling);
       const start = await this._makeRoom(content, options);
+      pasts.push(start.past);
       const { transcript, tokens } = start.transcript.begin(model.text, content);
       const { past, prompt } = await this._markTokens(start, transcript, tokens);
       const length = start.tokens.length;
@@ -188,11 +189,15 @@ export class Conversation {
     });
   }
 
+  // The pasts of all places that are kept.
+  get _pasts() {
+    return [this._place, ...this._before].map(({ past }) => past).filter((past) => past !== null);
+  }
+
   // Continues at `place`, which follows a turn that began at `start`. The place before the turn is kept for `undo`.
   async _commit(start, place) {
     if (start === this._place) {
       this._before = [...this._before, await this._earlier(start)];
-      if (this.model.takesBack) this.model.release(start.past, place.past);
     } else {
       // Turns have left the context: keep the place before with its whole context. These are large, so keep only one.
       const whole = this._before.findLastIndex(({ memory }) => memory === null);
@@ -263,7 +268,9 @@ export class Conversation {
     if (place.foreign && this.write && model.memoryShape.width) past = await this._closeSegment(past);
     // Without this, the pending tokens would never reach the memory.
     if (place.pending.length) past = (await model.step(past, place.tokens.length, place.pending)).past;
-    past = model.start(await model.memory(past));
+    const memory = await model.memory(past);
+    model.release([past], this._pasts);
+    past = model.start(memory);
     const readOnly = tokens.map((id) => ({ id, writes: false, ends: false }));
     if (readOnly.length) past = (await model.step(past, 0, readOnly)).past;
     // If no turn stays, none of the tokens fed later can end the last turn's segment.
@@ -275,15 +282,18 @@ export class Conversation {
     return this.model.withMemory(past, endSegment(await this.model.memory(past), this.model.mechanism));
   }
 
-  // Runs `action`, unless another call is still running.
+  // Runs `action`, unless another call is still running. Afterwards, releases the pasts that are no longer kept: those
+  // before, and those that `action` adds to the list that it is called with.
   async _runExclusive(action) {
     if (this._busy) {
       throw new ConfigError("This conversation is busy.", "Another call has not finished.", "Await that call first.");
     }
     this._busy = true;
+    const pasts = this._pasts;
     try {
-      return await action();
+      return await action(pasts);
     } finally {
+      this.model.release(pasts, this._pasts);
       this._busy = false;
     }
   }

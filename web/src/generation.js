@@ -97,7 +97,7 @@ export async function answerPrompt(model, { past, length, prompt, answerWrites, 
     while (why === INTERRUPTED) {
       if (fedCount === 0) signal?.throwIfAborted();
       const output = await model.step(past, length + fedCount, tokens.slice(fedCount));
-      if (past !== start) model.release(past);
+      if (past !== start) model.release([past]);
       [past, fedCount] = [output.past, tokens.length];
       const id = sampler.pick(output.logits);
       if (model.stopTokens.has(id)) {
@@ -119,7 +119,7 @@ export async function answerPrompt(model, { past, length, prompt, answerWrites, 
       }
     }
   } catch (error) {
-    if (past !== start) model.release(past);
+    if (past !== start) model.release([past]);
     throw error;
   }
   const answerTokens = tokens.slice(prompt.length).map(({ id }) => id);

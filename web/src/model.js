@@ -185,14 +185,15 @@ export class WebModel {
   }
 
   /**
-   * Release the GPU memory of `past`, except for tensors that are also in `other`.
+   * Release the GPU memory of `pasts`, except for tensors that `kept` has too.
    *
-   * @param {Past} past
-   * @param {Past} [other]
+   * @param {Past[]} pasts
+   * @param {Past[]} [kept]
    */
-  release(past, other = {}) {
-    const shared = new Set(Object.values(other));
-    for (const tensor of Object.values(past)) if (!shared.has(tensor)) tensor.dispose();
+  release(pasts, kept = []) {
+    const tensors = new Set(pasts.flatMap(Object.values));
+    for (const tensor of kept.flatMap(Object.values)) tensors.delete(tensor);
+    for (const tensor of tensors) tensor.dispose();
   }
 
   _tensor(type, values, dims) {

@@ -10,6 +10,7 @@ const [folder] = process.argv.slice(2);
 const { options, actions } = JSON.parse(await text(process.stdin));
 const read = (name) => readFile(path.resolve(folder, name)).then((bytes) => new Uint8Array(bytes), nullIfMissing);
 const results = [];
+const unreleased = new Set(); // tensors that a call of the model has returned
 let logits = [];
 try {
   const { graph, ...rest } = options;
@@ -19,6 +20,7 @@ try {
   model.step = async (...call) => {
     const result = await step(...call);
     logits.push(Buffer.from(Float32Array.from(result.logits).buffer));
+    for (const tensor of Object.values(result.past)) watch(tensor);
     return result;
   };
   const memory = rest.memory && readMemory(fromBase64(rest.memory));
@@ -36,6 +38,7 @@ try {
       pieces,
       context: conversation.context,
       messages: conversation.messages,
+      unreleased: [...unreleased].filter((tensor) => !isKept(conversation, tensor)).length,
       logits: Buffer.concat(logits).toString("base64"),
       memory: Buffer.from(await conversation.memoryBytes()).toString("base64"),
     });
@@ -45,6 +48,16 @@ try {
   results.push({ error: error.name, what: error.what, why: error.why });
 }
 console.log(JSON.stringify(results));
+
+function watch(tensor) {
+  const dispose = tensor.dispose.bind(tensor);
+  tensor.dispose = () => unreleased.delete(tensor) && dispose();
+  unreleased.add(tensor);
+}
+
+function isKept({ _place, _before }, tensor) {
+  return [_place, ..._before].some(({ past }) => past !== null && Object.values(past).includes(tensor));
+}
 
 function nullIfMissing(error) {
   if (error.code === "ENOENT") return null;

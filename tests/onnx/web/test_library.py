@@ -126,6 +126,7 @@ def test_a_hybrids_conversations_are_pytorchs(scripts, tmp_path):
     conversation = Conversation(engine)
     steps = [("my cat is Bella", {}), ("no", {}), "undo", ("what is the name of my cat?", {})]
     for step, result in zip(steps, talk(scripts, tmp_path / "onnx", list(map(action_of, steps))), strict=True):
+        assert result["unreleased"] == 0, "tensors that nothing needs any more"
         if step == "undo":
             assert conversation.undo() and result["undone"]
             assert_same_memory(result["memory"], conversation.memory, TOLERANCE)
@@ -155,6 +156,7 @@ def test_a_window_undo_and_sampling_are_pytorchs(exported_with, scripts):
         else:
             words, options = step
             assert_same_turn(result, conversation.generate(words, Sampling(8, **options)), engine, conversation)
+        assert result["unreleased"] == 0, "tensors that nothing needs any more"
         dropped.append(conversation.context.dropped)
     assert max(dropped) > 0 == min(dropped)
 
