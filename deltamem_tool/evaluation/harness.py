@@ -105,7 +105,21 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
             f"{task!r} does not name a task.", "", f"Write {HARNESS}ifeval,gpqa_diamond_zeroshot, for example."
         )
     harness: Harness = create_task(partial(Harness, names), task, options, None)
+    _check_types(harness)
     return harness
+
+
+def _check_types(harness: Harness) -> None:
+    """Check the values of options, since `--set` accepts any YAML value."""
+    shots = harness.num_fewshot
+    texts = {"include_path": harness.include_path, "system": harness.system}
+    wanted = {name: "text" for name, value in texts.items() if not isinstance(value, str | None)}
+    if shots is not None and (type(shots) is not int or shots < 0):
+        wanted["num_fewshot"] = "a number, 0 or more"
+    if not isinstance(harness.chat, bool):
+        wanted["chat"] = "true or false"
+    for name, what in wanted.items():
+        raise ConfigError(f"{name} must be {what}.", f"It is {getattr(harness, name)!r}.", "Correct this option.")
 
 
 def check_options(protocol: str, baselines: bool, write: bool, runtime: str) -> None:
@@ -145,13 +159,27 @@ def prepare(harness: Harness, limit: int | None = None) -> HarnessTasks:
 
     Raises:
         ConfigError: the harness, or a package that a task needs, is not installed; there is no such task, or it runs
-            code.
+            code, or two names contain it.
         DataError: a task's documents cannot be loaded.
     """
     manager = _manager(harness)
     tasks = {name: _load_task(manager, name) for name in harness.names}
+    _check_distinct(tasks)
     documents = {name: _documents(loaded["tasks"], limit) for name, loaded in tasks.items()}
     return HarnessTasks(harness, tasks, documents, limit)
+
+
+def _check_distinct(tasks: Mapping[str, Any]) -> None:
+    """Check that no task is in two of the requested names, such as a group and one of its tasks."""
+    owners: dict[str, str] = {}
+    for name, loaded in tasks.items():
+        for task_name in loaded["tasks"]:
+            if (owner := owners.setdefault(task_name, name)) != name:
+                raise ConfigError(
+                    f"The task {task_name} is named twice, by {owner} and by {name}.",
+                    "Its documents would count twice.",
+                    "Leave out one of the names.",
+                )
 
 
 def _manager(harness: Harness) -> Any:

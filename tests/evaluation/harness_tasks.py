@@ -10,6 +10,7 @@ from deltamem_tool.data import dialogues
 
 CHOICE, ANSWER, STORY = "told_choice", "told_answer", "told_story"
 ELSEWHERE = "told_elsewhere"  # its data are on the Hub
+BOTH = "told_both"  # a group of the first two
 
 _HEAD = """\
 task: {name}
@@ -58,4 +59,5 @@ def write_tasks(folder: Path, count: int = 7) -> Path:
         (folder / f"{name}.yaml").write_text(_HEAD.format(name=name, file=file, kind=kind) + rest)
     elsewhere = f"task: {ELSEWHERE}\ndataset_path: nobody/nothing\ntest_split: test\noutput_type: generate_until\n"
     (folder / f"{ELSEWHERE}.yaml").write_text(elsewhere)
+    (folder / f"{BOTH}.yaml").write_text(f"group: {BOTH}\ntask: [{CHOICE}, {ANSWER}]\n")
     return folder

@@ -12,7 +12,7 @@ import torch
 from baselines.loras import make_lora
 from baselines.statics import make_static
 from click.testing import CliRunner
-from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
+from evaluation.harness_tasks import ANSWER, BOTH, CHOICE, ELSEWHERE, STORY, write_tasks
 from helpers.model_runs import cache_of
 from helpers.tiny import randomise, tiny_model
 from transformers import AutoModelForCausalLM
@@ -206,9 +206,16 @@ def test_invalid_harness_tasks_raise(folder, tokenizer):
         ("lm_eval:", {}, "does not name a task"),
         (f"lm_eval:{CHOICE}", {"fewshot": 3}, "does not take these options"),
         (f"lm_eval:{CHOICE}", {"include_path": str(folder / "nowhere")}, "no folder"),
+        (f"lm_eval:{CHOICE}", {"include_path": 5}, "include_path must be text.\nIt is 5"),
+        (f"lm_eval:{CHOICE}", {**path, "system": 5}, "system must be text"),
+        (f"lm_eval:{CHOICE}", {**path, "num_fewshot": "two"}, "num_fewshot must be a number, 0 or more.\nIt is 'two'"),
+        (f"lm_eval:{CHOICE}", {**path, "num_fewshot": -1}, "num_fewshot must be a number, 0 or more"),
+        (f"lm_eval:{CHOICE}", {**path, "chat": "no"}, "chat must be true or false"),
+        (f"lm_eval:{BOTH},{CHOICE}", path, f"{CHOICE} is named twice, by {BOTH} and by {CHOICE}"),
     ):
         with pytest.raises(ConfigError, match=says):
             prepare(find_harness(task, options))
+    prepare(find_harness(f"lm_eval:{STORY},{BOTH}", path))
     with pytest.raises(DataError, match=r"data of the task told_elsewhere cannot be loaded.\n.*\nTry again with a net"):
         prepare(find_harness(f"lm_eval:{ELSEWHERE}", path))
     for protocol, retrieved in (("full", False), ("memory", True)):
