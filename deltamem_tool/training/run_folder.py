@@ -99,10 +99,12 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
     digests = {key: value for key, value in start.items() if key.startswith(_DIGEST)}
     before = flat_options(_DEFAULTS) | digests | json.loads((run / RECIPE_FILE).read_text())
     free = {"training.shard"} | (_BATCH if _batches(before) == _batches(start) else set())
+    # The options of a section that is left out now, such as `lora`, are no keys of `start`.
+    left_out = [key for key in before if key not in start and start.get(key.partition(".")[0], "") is None]
     changed = [
-        f"{key} was {before.get(key)}, is {start[key]}"
-        for key in start
-        if before.get(key) != start[key] and key not in free
+        f"{key} was {before.get(key)}, is {start.get(key)}"
+        for key in (*start, *left_out)
+        if before.get(key) != start.get(key) and key not in free
     ]
     if changed:
         raise DeltaMemError(

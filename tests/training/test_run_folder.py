@@ -8,7 +8,7 @@ import json
 import pytest
 
 from deltamem_tool import DeltaMemError
-from deltamem_tool.recipe.load import DataOptions, ObjectiveOptions, Recipe, TrainingOptions
+from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
 from deltamem_tool.training.run_folder import RECIPE_FILE, checkpoint_to_resume, start_of
 from deltamem_tool.training.summary import named_recipe
 
@@ -45,6 +45,14 @@ def test_a_run_resumes_only_with_the_files_it_began_with(name, recipe, tmp_path)
     (tmp_path / f"{name}.jsonl").write_text("{}\n{}\n")
     with pytest.raises(DeltaMemError, match=f"sha256 of data.{name} was"):
         checkpoint_to_resume(tmp_path / "adapter.run", start_of(recipe, 1))
+
+
+def test_the_run_of_a_lora_does_not_resume_as_that_of_a_memory(tmp_path):
+    lora = Recipe(base="some/model", out="adapter", lora=LoraOptions(rank=4), training=TrainingOptions(steps=5))
+    begun_run(tmp_path / "adapter.run", start_of(lora, 1))
+    memory = dataclasses.replace(lora, lora=None)
+    with pytest.raises(DeltaMemError, match=r"lora\.rank was 4, is None"):
+        checkpoint_to_resume(tmp_path / "adapter.run", start_of(memory, 1))
 
 
 def test_a_run_that_did_not_record_a_file_resumes(recipe, tmp_path):
