@@ -61,11 +61,9 @@ class RecordFolder:
         file = self.folder / RECORDS_FILE
         if not file.is_file():
             return []
-        with file_lock(file):
-            whole, _, cut = file.read_bytes().rpartition(b"\n")
-            if cut:
-                os.truncate(file, len(whole) + 1 if whole else 0)
-        return read_records(file)
+        with file_lock(file):  # else another program may be in the middle of a line
+            _remove_incomplete_line(file)
+            return read_records(file)
 
     def add(self, records: Iterable[Record]) -> None:
         """Append records, and write the settings with the first of them.
@@ -78,6 +76,7 @@ class RecordFolder:
             self._check_settings()
             if not place.exists():
                 write_atomically(place, (json.dumps(self._settings, indent=1) + "\n").encode())
+            _remove_incomplete_line(self.folder / RECORDS_FILE)  # of another program that was killed
             with (self.folder / RECORDS_FILE).open("ab") as file:
                 file.write(_lines(records))
                 file.flush()
@@ -87,6 +86,7 @@ class RecordFolder:
         """Write these records first, in their order. All others follow, by condition and item."""
         file = self.folder / RECORDS_FILE
         with file_lock(self.folder / SETTINGS_FILE):
+            _remove_incomplete_line(file)
             asked = {_key(record) for record in records}
             others = [record for record in read_records(file) if _key(record) not in asked]
             content = _lines([*records, *sorted(others, key=_key)])
@@ -163,6 +163,17 @@ class Records:
 
     def _remember(self, records: Iterable[Record]) -> None:
         self._records |= {_key(record): record for record in records}
+
+
+def _remove_incomplete_line(file: Path) -> None:
+    """Cut what follows the last line feed of a file, which the caller has locked."""
+    if not file.exists() or file.stat().st_size == 0:
+        return
+    with file.open("rb") as content:
+        content.seek(-1, os.SEEK_END)
+        if content.read() == b"\n":  # as nearly always: what comes before need not be read
+            return
+    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def _key(record: Record) -> tuple[str, str]:

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation.records import RECORDS_FILE, Record, RecordFolder
+from deltamem_tool.errors import DataError, DeltaMemError
+from deltamem_tool.evaluation import records
+from deltamem_tool.evaluation.records import RECORDS_FILE, Record, RecordFolder, read_records
+from deltamem_tool.io.atomic import exclusive_lock
 
 RECORD = Record("one", "history", "", "state", "Who?", "Ann", ["Ann"], {"exact": 1.0}, 7)
 
@@ -26,6 +28,30 @@ def test_a_question_asked_by_two_programs_counts_once(tmp_path):
     for folder, item in ((first, "one"), (second, "one"), (second, "two")):
         folder.add([replace(RECORD, item=item)])
     assert [record.item for record in first.read()] == ["one", "two"]
+
+
+def test_a_program_that_was_killed_while_it_wrote_does_not_spoil_the_records_of_another(tmp_path):
+    folder, file = RecordFolder(tmp_path / "records", {"seed": 1}), tmp_path / "records" / RECORDS_FILE
+    one, three = (replace(RECORD, item=item) for item in ("one", "three"))
+    folder.add([one])
+    file.write_bytes(file.read_bytes() + b'{"item": "tw')
+    folder.add([three])
+    file.write_bytes(file.read_bytes() + b'{"item": "tw')
+    folder.sort([three, one])
+    assert folder.read() == [three, one]
+
+
+def test_records_are_read_while_no_other_program_writes(tmp_path, monkeypatch):
+    folder = RecordFolder(tmp_path / "records", {"seed": 1})
+    folder.add([RECORD])
+
+    def read_and_try(file):
+        with pytest.raises(DeltaMemError, match="Another program is writing"), exclusive_lock(file.parent):
+            pass
+        return read_records(file)
+
+    monkeypatch.setattr(records, "read_records", read_and_try)
+    assert folder.read() == [RECORD]
 
 
 def test_records_are_sorted_at_the_end(tmp_path):
