@@ -62,7 +62,7 @@ def test_the_paired_test_matches_enumeration():
 def test_paired_differences_have_narrower_intervals():
     rng = np.random.default_rng(0)
     hard = rng.random(200)
-    ours, theirs = np.clip(hard + 0.05, 0, 1.1), hard
+    ours, theirs = np.clip(hard + 0.05 + rng.normal(0, 0.01, 200), 0, 1.1), hard
     paired = difference(list(ours), list(theirs), ALONE[:200])
     assert paired.is_clear and paired.low > 0.04
     assert not difference(list(ours), list(rng.permutation(theirs)), ALONE[:200]).is_clear
@@ -124,3 +124,11 @@ def test_identical_scores_still_have_an_interval():
     assert (always.mean, always.low, always.high) == (1.0, pytest.approx(0.9), 1.0)
     apart = difference([1.0] * 30, [0.0] * 30, ALONE[:30])
     assert (apart.low, apart.high) == (pytest.approx(0.9), 1.0) and apart.is_clear
+
+
+def test_scores_that_differ_by_rounding_are_identical():
+    """Three times 0.1 is not 0.3 in floating point, and neither are 0.9 - 0.8 and 0.3 - 0.2 the same."""
+    sizes = estimate([0.1] * 4, ["three", "three", "three", "one"])
+    assert (sizes.low, sizes.high) == (0.0, 1.0)
+    apart = difference([0.9, 0.3, 0.5] * 10, [0.8, 0.2, 0.4] * 10, ALONE[:30])
+    assert (apart.low, apart.high) == (pytest.approx(0.0), pytest.approx(0.2))

@@ -25,6 +25,7 @@ LEVEL = 0.95
 FEWEST = 6  # minimum number of histories for a test: with five, all signs agree by chance in 1 of 16 cases
 ALPHA = 0.05  # above this p-value, a difference is called not distinguishable from 0
 SMALLEST_P = 0.001  # smallest p-value that is shown as a number
+ROUNDING = 1e-9  # smaller differences between scores, or between their sums, are those of floating-point sums
 BEYOND, WITHIN, UNDECIDED = "beyond", "within", "undecided"  # where the interval of a difference is beside a margin
 
 Interval = Sequence[float]  # mean, low, high
@@ -176,7 +177,7 @@ def p_value_text(value: float | None, histories: int | None) -> str:
 def _interval(sums: NDArray[Any], counts: NDArray[Any], seed: int, scale: Scale) -> tuple[float, float, float]:
     """Return the mean and the ends of its interval."""
     mean, of_clusters = float(sums.sum() / counts.sum()), sums / counts
-    if np.ptp(of_clusters) == 0:
+    if np.ptp(of_clusters) < ROUNDING:
         margin = 3 / len(sums) if scale.is_bounded else 0.0
         return mean, mean - margin, mean + margin
     low, high = np.quantile(_resample(sums, counts, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -210,7 +211,7 @@ def _draws(clusters: int, seed: int) -> NDArray[Any]:
 
 def _sign_flip(sums: NDArray[Any], seed: int) -> float:
     """Return the share of sign patterns, including the observed one, whose sum is at least as far from 0."""
-    as_far = np.abs(_signs(len(sums), seed) @ sums) >= abs(sums.sum()) - 1e-9
+    as_far = np.abs(_signs(len(sums), seed) @ sums) >= abs(sums.sum()) - ROUNDING
     return float((as_far.sum() + 1) / (FLIPS + 1))
 
 
