@@ -350,9 +350,11 @@ def _arguments(
     task: str, protocol: str, seed: int, data: str | None, changes: Sequence[str], limit: int | None
 ) -> list[str]:
     """Return the arguments that ask the same questions, with the last part of each path."""
+    from deltamem_tool.evaluation.run_info import without_folders
+
     arguments = ["--task", task, "--protocol", protocol, "--seed", str(seed)]
     if data is not None:
-        arguments += ["--data", Path(data).name if Path(data).exists() else data]
+        arguments += ["--data", without_folders(data)]
     for change in changes:
-        arguments += ["--set", change]
+        arguments += ["--set", without_folders(change)]
     return arguments if limit is None else [*arguments, "--limit", str(limit)]

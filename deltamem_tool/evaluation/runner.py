@@ -38,7 +38,7 @@ from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB
 from deltamem_tool.evaluation.scoring.statistics import check_margin
 from deltamem_tool.evaluation.subject import Subject
-from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood, reference_of
+from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood, reference_of, scores_of
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.messages import text_of
@@ -94,7 +94,7 @@ def evaluate(
         AdapterError: `lora` or `static` is damaged or belongs to another base model, or `static` does not match the
             memory.
         ConfigError: a condition needs PyTorch but `model` is an ONNX folder; `seed` or `margin` is invalid; or `write`
-            is set for a memory that writes by segments.
+            is set for a memory that writes by segments; or a score of the task is no number from 0 to 1.
         DataError: a question cannot be asked, there are too few histories, or `folder` belongs to another run.
         ExportError: the task needs the log-probability of answers, but the graph has only the logits of the last
             position.
@@ -234,7 +234,7 @@ class _Run:
             limit = items[0].new_tokens or _new_tokens(self.task)  # the same for all rows of a batch
             answers = self.subject.ask(texts, memory, condition, limit)
             task = cast(Task, self.task)
-            scores = [dict(task.score(item, answer)) for item, answer in zip(items, answers, strict=True)]
+            scores = [scores_of(task, item, answer) for item, answer in zip(items, answers, strict=True)]
         lengths = map(len, self.subject.tokens(texts))
         return [
             Record(

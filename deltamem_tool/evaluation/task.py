@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from numbers import Real
 from typing import Any, Protocol, cast
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import RECALL
+from deltamem_tool.evaluation.scoring.statistics import ROUNDING
 from deltamem_tool.segments.messages import Message
 
 ENTRY_POINTS = "deltamem.tasks"  # the group in which another package names its tasks
@@ -136,7 +138,11 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
             "Choose one of these, or name your own as package.module:Class.",
         )
     try:
+        if not module or module.startswith("."):
+            raise ImportError(f"{module!r} is not the full name of a module")
         kind = getattr(importlib.import_module(module), attribute)
+        if not callable(kind):
+            raise ImportError(f"{attribute} is not a class")
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The task {name!r} cannot be imported.", f"{error}.", "Correct its name.") from error
     return cast(Task | LikelihoodTask, create_task(kind, name, options, offered))
@@ -160,6 +166,25 @@ def create_task(
             f"The task {name!r} does not take these options.", f"{str(error).capitalize()}. {takes}.", "Correct them."
         ) from error
     return kind(**arguments)
+
+
+def scores_of(task: Task, item: Item, answer: str) -> dict[str, float]:
+    """Return the scores of an answer, and check those that `task.metrics` names.
+
+    Raises:
+        ConfigError: `task.score` does not return one of them, or not as a number from 0 to 1.
+    """
+    scores = dict(task.score(item, answer))
+    for metric in task.metrics:
+        value = scores.get(metric)
+        if not isinstance(value, Real) or not -ROUNDING <= value <= 1 + ROUNDING:
+            raise ConfigError(
+                f"The task {task.name} scores the answer to {item.where} with {metric} = {value!r}.",
+                "Each of its metrics is a number from 0 to 1.",
+                "Correct the method `score` of the task.",
+            )
+        scores[metric] = float(value)
+    return scores
 
 
 def require_data(task: str, data: str | None, example: str, **others: str | None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from evaluation.asked import Asked, item
@@ -21,7 +23,7 @@ from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, rea
 from deltamem_tool.evaluation.report.tables import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.metrics import best_score, contains, exact_match, normalise, token_f1
-from deltamem_tool.evaluation.task import find_task
+from deltamem_tool.evaluation.task import find_task, scores_of
 from deltamem_tool.evaluation.tasks.recall import Recall
 
 
@@ -46,6 +48,9 @@ def test_tasks_are_found_by_name():
         ("recal", {}, "no task 'recal'"),
         ("nowhere.tasks:Mine", {}, "cannot be imported"),
         ("evaluation.asked:Nothing", {}, "cannot be imported"),
+        (":Asked", {}, "cannot be imported.\n'' is not the full name of a module"),
+        (".asked:Asked", {}, "cannot be imported.\n'.asked' is not the full name of a module"),
+        ("evaluation.asked:dialogues", {}, "cannot be imported.\ndialogues is not a class"),
         ("recall", {"data": "talks.jsonl"}, "does not take these options"),
         ("evaluation.asked:Asked", {"items": 3, "more": 1}, "does not take these options"),
     ):
@@ -72,6 +77,21 @@ def test_the_documented_task_runs(tmp_path, monkeypatch, checkpoint):
     assert json.loads(Path("answers/settings.json").read_text())["options"] == {"data": "pets.jsonl"}
     other = CliRunner().invoke(command, [*options, "--protocol", "full"])
     assert isinstance(other.exception, DataError) and "protocol" in str(other.exception)
+    elsewhere = ["adapter", "--task", "pets:Pets", "--set", f"data={tmp_path}/pets.jsonl", "--json"]
+    printed = CliRunner().invoke(command, elsewhere).stdout  # a model card shows the arguments
+    assert json.loads(printed)["arguments"][-2:] == ["--set", "data=pets.jsonl"] and str(tmp_path) not in printed
+
+
+@pytest.mark.parametrize(
+    "scores", [{"f1": 1.0}, {"exact": math.nan, "f1": 1.0}, {"exact": 1.0, "f1": 5}, {"exact": "1"}]
+)
+def test_scores_of_a_task_are_numbers_from_0_to_1(scores):
+    wrong = Asked()
+    wrong.score = lambda item, answer: scores
+    with pytest.raises(ConfigError, match=r"The task asked scores the answer to talks:1 with (exact|f1) = "):
+        scores_of(wrong, item(1), "1")
+    wrong.score = lambda item, answer: {"exact": np.float32(0.5), "f1": True, "words": 3}
+    assert json.dumps(scores_of(wrong, item(1), "1")) == '{"exact": 0.5, "f1": 1.0, "words": 3}'
 
 
 @pytest.mark.parametrize(
