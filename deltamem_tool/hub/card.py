@@ -81,7 +81,7 @@ def write_card(
             f"The marks {BEGIN.split(':')[0]} … --> and {END} must each occur once, in this order, or not at all.",
             "Correct them, or remove both marks.",
         )
-    _describe(card.data, contents, repo_id, base.name, license)
+    _describe(card.data, contents, repo_id, base.name, license, text)
     return str(card.content).encode()
 
 
@@ -101,8 +101,10 @@ def _parse(card: bytes) -> ModelCard:
         ) from error
 
 
-def _describe(data: Any, contents: Contents, repo_id: str, base: str | None, license: str | None) -> None:
-    """Update a card's metadata."""
+def _describe(
+    data: Any, contents: Contents, repo_id: str, base: str | None, license: str | None, old_text: str
+) -> None:
+    """Update the metadata of a card that had `old_text`."""
     if base is not None and base != BACKBONE:  # which is not on the Hub
         data.base_model = _hub_id(base)
         data.base_model_relation = "adapter"
@@ -113,7 +115,10 @@ def _describe(data: Any, contents: Contents, repo_id: str, base: str | None, lic
         data.license = license
     path = (contents.training or {}).get("recipe", {}).get("data.path")
     if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/")):  # a data set of the Hub
-        data.datasets = path
+        given = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+        users = [name for name in given if f"| data | {name} |" not in old_text]  # not from an earlier push
+        names = list(dict.fromkeys([*users, path]))
+        data.datasets = names if users else path
     others = [result for result in data.eval_results or [] if not result.dataset_type.startswith(DATASET)]
     data.eval_results = [*others, *_results(contents.evaluation)] or None
     if data.eval_results:

@@ -71,6 +71,19 @@ def test_the_card_says_what_was_trained_on(options, data, tmp_path):
     assert f"| data | {data} |" in card(read_contents(folder))
 
 
+def test_data_sets_that_the_user_names_are_kept(contents):
+    """The one that the block names is from an earlier push, and is replaced."""
+    for given, wanted in (
+        ("[me/more, me/others]", ["me/more", "me/others", "someone/talks"]),
+        ("me/more", ["me/more", "someone/talks"]),
+        ("[me/more, someone/talks]", ["me/more", "someone/talks"]),
+        ("[me/more, me/former]", ["me/more", "someone/talks"]),
+        ("me/former", "someone/talks"),
+    ):
+        old = f"---\ndatasets: {given}\n---\n# Mine\n\n{BEGIN}\n\n| data | me/former |\n\n{END}\n"
+        assert ModelCard(card(contents, old)).data.datasets == wanted
+
+
 def test_metadata_is_readable_by_the_hub(contents, tmp_path):
     """`huggingface_hub` reads the metadata back, with separate results for every number of facts."""
     (tmp_path / "README.md").write_text(card(contents, license="mit"))
