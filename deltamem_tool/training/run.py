@@ -39,6 +39,7 @@ from deltamem_tool.training.estimate import step_seconds
 from deltamem_tool.training.launch import Launch, join_launch
 from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run_folder import (
+    check_run_folder,
     checkpoint_to_resume,
     checkpoints,
     open_run_folder,
@@ -120,6 +121,7 @@ def train(
             "Nothing was changed.",
             "Pass --resume to continue that run, or --overwrite to start again.",
         )
+    check_run_folder(run)
     started = time.monotonic()
     set_seed(recipe.training.seed)
     step, model, tokenizer = step_model(recipe, launch)

@@ -13,7 +13,7 @@ from typing import Any
 
 from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, SAFE_WEIGHTS_NAME, TRAINER_STATE_NAME
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import exclusive_lock, write_atomically
+from deltamem_tool.io.atomic import exclusive_lock, is_unfinished, write_atomically
 from deltamem_tool.recipe.load import Recipe, TrainingOptions
 
 RECIPE_FILE = "recipe.json"  # what the run was started with
@@ -26,6 +26,25 @@ _DEFAULTS = Recipe(base="-", out="-", training=TrainingOptions(steps=1))  # but 
 def run_folder(out: str | Path) -> Path:
     """Return the folder of a run, which is next to its adapter folder."""
     return Path(f"{Path(out)}.run")
+
+
+def check_run_folder(run: Path) -> None:
+    """Raise if the folder is not that of a run: its files would be removed.
+
+    Raises:
+        DeltaMemError: the folder has files, and none of them is the recipe of a run.
+    """
+    if not run.exists() or (run / RECIPE_FILE).is_file():
+        return
+    if not run.is_dir():
+        raise DeltaMemError(f"{run} is a file.", "A run keeps its checkpoints there.", "Choose another --out.")
+    others = [entry.name for entry in run.iterdir() if not is_unfinished(entry.name, [RECIPE_FILE])]
+    if others:
+        raise DeltaMemError(
+            f"{run} is not the folder of a run.",
+            f"It has {min(others)} and no {RECIPE_FILE}, and a run would remove what is in it.",
+            "Move the folder, or choose another --out.",
+        )
 
 
 @contextmanager

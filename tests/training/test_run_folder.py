@@ -9,7 +9,8 @@ import pytest
 
 from deltamem_tool import DeltaMemError
 from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
-from deltamem_tool.training.run_folder import RECIPE_FILE, checkpoint_to_resume, start_of
+from deltamem_tool.training import train
+from deltamem_tool.training.run_folder import RECIPE_FILE, check_run_folder, checkpoint_to_resume, start_of
 from deltamem_tool.training.summary import named_recipe
 
 FILES = ("path", "eval_path", "unrelated")
@@ -53,6 +54,25 @@ def test_the_run_of_a_lora_does_not_resume_as_that_of_a_memory(tmp_path):
     memory = dataclasses.replace(lora, lora=None)
     with pytest.raises(DeltaMemError, match=r"lora\.rank was 4, is None"):
         checkpoint_to_resume(tmp_path / "adapter.run", start_of(memory, 1))
+
+
+def test_a_folder_that_is_not_of_a_run_is_left_alone(recipe, tmp_path):
+    """Its name is that of the adapter folder with .run, and all that a run finds there is removed."""
+    folder = tmp_path / "adapter.run"
+    folder.mkdir()
+    check_run_folder(folder)
+    (folder / ".recipe.json.x1").touch()  # of a run that was killed in its first moment
+    check_run_folder(folder)
+    (folder / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(DeltaMemError, match=r"is not the folder of a run.\nIt has thesis.tex and no recipe.json"):
+            train(recipe, overwrite=overwrite)
+    assert (folder / "thesis.tex").read_text() == "years of work"
+    (folder / RECIPE_FILE).touch()
+    check_run_folder(folder)
+    (tmp_path / "other.run").touch()
+    with pytest.raises(DeltaMemError, match=r"other.run is a file"):
+        check_run_folder(tmp_path / "other.run")
 
 
 def test_a_run_that_did_not_record_a_file_resumes(recipe, tmp_path):
