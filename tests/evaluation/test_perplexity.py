@@ -83,6 +83,9 @@ def test_sessions_of_locomo_are_kept(tmp_path):
     assert item.history_id == "talk-7" and len(item.history) == 2  # the third is scored
     assert item.question[-1]["content"].endswith("Ann: Hi!") and item.answers[0].endswith("Ben: Hello.")
     assert item.where.endswith("locomo.json conversation 1, message 2")
+    for option in ({"split": "test"}, {"revision": "v1"}):
+        with pytest.raises(DataError, match=r"locomo\.json has no split and no revision"):
+            find_task("perplexity", {"data": str(tmp_path / "locomo.json"), **option}).items()
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,11 @@ def test_invalid_options_raise(files, tmp_path):
     for facts in (-1, 1.5):
         with pytest.raises(ConfigError, match="facts of a conversation"):
             unrelated_conversations(3, facts, 0)
+    both = {**files, "facts": 0}  # which would be ignored
+    for name, options in (("agreement", {}), ("text", {"words": 2}), ("perplexity", {"data": files["history"]})):
+        task = find_task(name, {**both, **options})
+        with pytest.raises(ConfigError, match="facts and history cannot be combined"):
+            task.items()
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     for name in ("bytes.txt", "nowhere.txt"):
         with pytest.raises(DataError, match=f"{name} cannot be read"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.scoring.metrics import exact
 from deltamem_tool.evaluation.task import Item, require_data
-from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated_conversations
+from deltamem_tool.evaluation.tasks.unrelated import read_text, unrelated_conversations
 
 QUESTIONS = Path(__file__).parents[2] / "assets" / "questions.txt"
 SAME, SAME_START = "same", "same_start"  # metrics
@@ -23,7 +23,7 @@ class Agreement:
         data: text file with one question per line; by default 200 questions of this package.
         history: conversations in a format of `deltamem train`, from which the memories are written; by default they are
             generated, one per question.
-        facts: number of facts in each generated conversation; with 0 the memory is empty.
+        facts: number of facts in each generated conversation, 6 by default; with 0 the memory is empty.
         start: number of words that `same_start` compares.
         new_tokens: maximum length of an answer, in tokens.
         seed: random seed for the generated conversations.
@@ -40,7 +40,7 @@ class Agreement:
         self,
         data: str | None = None,
         history: str | None = None,
-        facts: int = FACTS,
+        facts: int | None = None,
         start: int = 8,
         new_tokens: int = 64,
         seed: int = 0,

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, require_data
-from deltamem_tool.evaluation.tasks.unrelated import FACTS, unrelated_conversations
+from deltamem_tool.evaluation.tasks.unrelated import unrelated_conversations
 from deltamem_tool.segments.messages import Message
 
 
@@ -69,9 +69,7 @@ class Perplexity:
         talks = list(self._talks())
         if self._facts is None and self._history is None:
             return [item for talk in talks for item in self._question_items(talk)]
-        others = unrelated_conversations(
-            len(talks), FACTS if self._facts is None else self._facts, self._seed, self._history
-        )
+        others = unrelated_conversations(len(talks), self._facts, self._seed, self._history)
         return [
             replace(item, history=history)
             for talk, (_, history) in zip(talks, others, strict=True)
@@ -80,6 +78,8 @@ class Perplexity:
 
     def _talks(self) -> Iterator[_Talk]:
         if Path(self._data).suffix.lower() == ".json":
+            if self._split != "train" or self._revision is not None:
+                raise DataError(f"{self._data} has no split and no revision.", "It is a file.", "Leave them out.")
             return _locomo(self._data)
         return _conversations(self._data, self._split, self._revision)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, require_data
-from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated_conversations
+from deltamem_tool.evaluation.tasks.unrelated import read_text, unrelated_conversations
 
 _ASK = "Go on with this text:\n\n"
 
@@ -19,7 +19,7 @@ class Text:
         words: number of words per passage; a shorter rest at the end is left out.
         history: conversations in a format of `deltamem train`, from which the memories are written; by default they are
             generated, one per passage.
-        facts: number of facts in each generated conversation; with 0 the memory is empty.
+        facts: number of facts in each generated conversation, 6 by default; with 0 the memory is empty.
         seed: random seed for the generated conversations.
 
     Raises:
@@ -30,7 +30,12 @@ class Text:
     by_likelihood: Literal[True] = True
 
     def __init__(
-        self, data: str | None = None, words: int = 200, history: str | None = None, facts: int = FACTS, seed: int = 0
+        self,
+        data: str | None = None,
+        words: int = 200,
+        history: str | None = None,
+        facts: int | None = None,
+        seed: int = 0,
     ) -> None:
         if type(words) is not int or words < 2:
             raise ConfigError("The number of words of a passage must be 2 or more.", f"It is {words!r}.", "Correct it.")

@@ -14,19 +14,27 @@ FACTS = 6  # number of facts in a generated conversation
 Talk = tuple[str, Sequence[Sequence[Message]]]  # name and sessions (one or none)
 
 
-def unrelated_conversations(count: int, facts: int, seed: int, data: str | None = None) -> list[Talk]:
+def unrelated_conversations(count: int, facts: int | None, seed: int, data: str | None = None) -> list[Talk]:
     """Return one conversation per question: generated ones, or those of a file in turn.
 
     Args:
         count: number of questions.
-        facts: number of facts in each generated chat; with 0 there is no history, and the memory is empty.
+        facts: number of facts in each generated chat, `FACTS` by default; with 0 there is no history, and the memory is
+            empty.
         seed: random seed for the generated conversations.
         data: conversations in a format of `deltamem train`.
 
     Raises:
-        ConfigError: the number of facts is not valid.
+        ConfigError: the number of facts is not valid, or is given besides `data`.
         DataError: `data` cannot be read.
     """
+    if facts is not None and data is not None:
+        raise ConfigError(
+            "facts and history cannot be combined.",
+            "The number of facts is that of generated conversations, and those of a file are used instead.",
+            "Leave out one of them.",
+        )
+    facts = FACTS if facts is None else facts
     if type(facts) is not int or facts < 0:
         raise ConfigError(
             "The number of facts of a conversation must be 0 or more.", f"It is {facts!r}.", "Correct it."
