@@ -63,8 +63,9 @@ async function readChecked(read, name, limit, isOptional = false) {
  *
  * @param {string | URL} base the address, with a trailing slash
  * @param {object} [options]
- * @param {string | null} [options.cache] name of the cache (Cache API) that keeps complete files; null keeps none
- * @param {Record<string, ExpectedFile>} [options.expected] by file name; a file with another content is rejected
+ * @param {string | null} [options.cache] name of the cache (Cache API) that keeps expected files; null keeps none
+ * @param {Record<string, ExpectedFile>} [options.expected] by file name; a file with another content is rejected. Files
+ *   that are not in it are requested each time, so that those of two exports are never mixed
  * @param {(progress: Progress) => void} [options.onProgress]
  * @param {AbortSignal} [options.signal]
  * @returns {ReadFile} throws FetchError if a file cannot be fetched or is not the expected one, and ExportError if it is
@@ -74,7 +75,8 @@ export function fetchedFrom(base, { cache = "deltamem", expected = {}, onProgres
   return async (name, limit) => {
     const expectedFile = expected[name];
     const url = new URL(expectedFile?.url ?? name, new URL(base, globalThis.location?.href)).href;
-    const storage = cache === null ? null : await globalThis.caches?.open(cache).catch(() => null);
+    const isKept = cache !== null && expectedFile !== undefined;
+    const storage = isKept ? await globalThis.caches?.open(cache).catch(() => null) : null;
     const cachedResponse = await storage?.match(url);
     if (cachedResponse) {
       const content = await readBody(cachedResponse, name, limit, onProgress);
@@ -141,7 +143,7 @@ async function readBody(response, name, limit, onProgress) {
   return content;
 }
 
-// Returns whether a content is that of `expectedFile`, if that is known.
+// Returns whether a content is that of `expectedFile`, if there is one.
 async function isIntact(content, expectedFile) {
   if (expectedFile === undefined) return true;
   if (content.length !== expectedFile.bytes) return false;

@@ -53,6 +53,19 @@ const parts = {
     const content = await fetchedFrom(base, { cache: null, expected: expected ? { [name]: expected } : {} })(name, limit);
     return content && content.length;
   },
+  // Fetches a file twice into a cache, with another content at the host the second time, and returns both contents.
+  fetchAgain: async ({ contents, expected }) => {
+    const kept = new Map();
+    const storage = { match: async (url) => kept.get(url)?.clone(), put: async (url, response) => kept.set(url, response) };
+    globalThis.caches = { open: async () => storage };
+    const read = fetchedFrom("http://host/", expected ? { expected: { file: expected } } : {});
+    const fetched = [];
+    for (const content of contents) {
+      globalThis.fetch = async () => new Response(content);
+      fetched.push(new TextDecoder().decode(await read("file", 1000)));
+    }
+    return fetched;
+  },
 };
 
 const [part] = process.argv.slice(2);

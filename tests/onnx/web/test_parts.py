@@ -265,3 +265,11 @@ def test_files_are_fetched_within_limits_and_only_as_expected(part, tmp_path):
     assert cut["error"] == "FetchError" and "1000 of 1001 bytes" in cut["message"]
     assert other["error"] == "FetchError" and "content has changed" in other["message"]
     assert unreachable["error"] == "FetchError" and "cannot be reached" in unreachable["message"]
+
+
+def test_only_a_file_that_is_expected_is_kept(part):
+    """Otherwise the graph of one export would run with the weights of another."""
+    contents = ["first", "second"]
+    expected = {"bytes": 5, "sha256": hashlib.sha256(b"first").hexdigest()}
+    kept, requested = part("fetchAgain", [{"contents": contents, "expected": expected}, {"contents": contents}])
+    assert (kept, requested) == (["first", "first"], ["first", "second"])
