@@ -31,7 +31,7 @@ ON_THE_BACKBONE = (
 )
 ON_SMOLLM2 = (
     *(f"smollm2-135m-msw{stage}" for stage in ("", "-chats", "-more", "-keep", "-talk")),
-    *(f"smollm2-135m-tsw{stage}" for stage in ("", "-talk", "-replies", "-answers")),
+    *(f"smollm2-135m-tsw{stage}" for stage in ("", "-talk", "-replies", "-answers", "-untold")),
     "smollm2-135m-ssw",
 )
 BASES = {
