@@ -94,13 +94,13 @@ def held_out_scores(
     x: NDArray[np.float32], labels: NDArray[np.bool_], conversations: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return the scores `[N]` of a ridge regression on readings `[N, F]`, each from the other folds' conversations."""
-    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
     y, scores = np.where(labels, 1.0, -1.0), np.zeros(len(x))
     for fold in range(FOLDS):
         held_out = conversations % FOLDS == fold
-        seen = x[~held_out].astype(np.float64)
+        mean, spread = x[~held_out].mean(0), x[~held_out].std(0) + 1e-6
+        seen, asked = ((part - mean) / spread for part in (x[~held_out], x[held_out]))
         weights = np.linalg.solve(seen @ seen.T + RIDGE * np.eye(len(seen)), y[~held_out])
-        scores[held_out] = x[held_out] @ (seen.T @ weights)
+        scores[held_out] = asked @ (seen.T @ weights)
     return scores
 
 

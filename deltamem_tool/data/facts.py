@@ -61,6 +61,7 @@ class Fact:
     @property
     def unknown_answer(self) -> str:
         """The assistant's answer where the fact was never stated."""
+        # "is", where others are "at" or "on": what is unknown has no preposition.
         return replace(self, kind=replace(self.kind, is_="is"), value=UNTOLD_VALUE).answer
 
     @property

@@ -176,11 +176,20 @@ def _conversations(path: str | Path, split: str, revision: str | None) -> Iterat
             f"Supported are {' and '.join(_READERS)} files, and ids of datasets on the Hub.",
             "Save the conversations as JSON lines, and name the file .jsonl.",
         )
+    check_file_options(path, split, revision)
+    return reader(file)
+
+
+def check_file_options(path: str | Path, split: str, revision: str | None) -> None:
+    """Check that options of a dataset on the Hub are not given for a file.
+
+    Raises:
+        DataError: they are.
+    """
     if revision is not None or split != "train":
         raise DataError(
             f"{path} has no split and no revision.", "It is a file.", "Leave them out, or use a dataset on the Hub."
         )
-    return reader(file)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

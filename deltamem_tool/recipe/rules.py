@@ -23,6 +23,18 @@ FACT_OPTIONS: dict[str, Any] = {
     "system": None,
 }
 
+# Options that apply only to conversations of `data.path`, with their defaults.
+PATH_OPTIONS: dict[str, Any] = {
+    "split": "train",
+    "revision": None,
+    "eval_path": None,
+    "eval_split": None,
+    "supervise": "last",
+    "recent_turns": 0,
+    "skip_bad_rows": False,
+    "group_by_length": False,
+}
+
 # Rules about combinations of options: their keys, the condition, and the message if it is violated. An error is
 # reported at the first of the keys that the recipe gives.
 RULES: tuple[Rule, ...] = (
@@ -117,20 +129,11 @@ RULES: tuple[Rule, ...] = (
     ),
     *(
         Rule(
-            (key, "data.path"),
+            (f"data.{name}", "data.path"),
             lambda value, path, usual=usual: path is not None or value == usual,
-            f"{key} applies to your own conversations: give data.path, or leave out {key}",
+            f"data.{name} applies to your own conversations: give data.path, or leave out data.{name}",
         )
-        for key, usual in (
-            ("data.split", "train"),
-            ("data.revision", None),
-            ("data.eval_path", None),
-            ("data.eval_split", None),
-            ("data.supervise", "last"),
-            ("data.recent_turns", 0),
-            ("data.skip_bad_rows", False),
-            ("data.group_by_length", False),
-        )
+        for name, usual in PATH_OPTIONS.items()
     ),
     Rule(
         ("data.mix", "data.path"),

@@ -15,7 +15,7 @@ from deltamem_tool.config import MAX_NUMBER, OPTIONS, CheckedOptions, DeltaMemCo
 from deltamem_tool.data.dialogues import KIND_OF
 from deltamem_tool.errors import ConfigError, Key, Known, short_value
 from deltamem_tool.io.names import expand_name
-from deltamem_tool.recipe.rules import FACT_OPTIONS, violations
+from deltamem_tool.recipe.rules import FACT_OPTIONS, PATH_OPTIONS, violations
 
 MAX_LORA_RANK = 65_536  # the widest models have 16,384 numbers a token
 
@@ -133,14 +133,14 @@ class DataOptions(_Options):
     SECTION: ClassVar[Key] = ("data",)
 
     path: Name | None = None  # JSONL or parquet file of conversations, or id of a dataset on the Hub
-    split: Text = "train"  # split of a dataset on the Hub
-    revision: Text | None = None  # revision of a dataset on the Hub
-    eval_path: Name | None = None  # conversations for training.eval_every, other than those of `path`
-    eval_split: Text | None = None  # split of eval_path, or else of `path`; by default train
-    supervise: Literal["last", "all"] = "last"  # assistant turns to train: the last one, or all
-    recent_turns: Whole = 0  # turns before the question that the read pass sees too
-    skip_bad_rows: StrictBool = False  # skip rows that are not conversations, and count them
-    group_by_length: StrictBool = False  # batch histories of similar length
+    split: Text = PATH_OPTIONS["split"]  # split of a dataset on the Hub
+    revision: Text | None = PATH_OPTIONS["revision"]  # revision of a dataset on the Hub
+    eval_path: Name | None = PATH_OPTIONS["eval_path"]  # other conversations than `path`, for training.eval_every
+    eval_split: Text | None = PATH_OPTIONS["eval_split"]  # split of eval_path, or else of `path`; by default train
+    supervise: Literal["last", "all"] = PATH_OPTIONS["supervise"]  # assistant turns to train: the last one, or all
+    recent_turns: Whole = PATH_OPTIONS["recent_turns"]  # turns before the question that the read pass sees too
+    skip_bad_rows: StrictBool = PATH_OPTIONS["skip_bad_rows"]  # skip rows that are not conversations, and count them
+    group_by_length: StrictBool = PATH_OPTIONS["group_by_length"]  # batch histories of similar length
     max_write_tokens: Count = 8192  # longer histories lose their beginning
     max_read_tokens: Count = 512  # longer exchanges are an error
     facts_first: Facts = 2  # generated: largest number of facts in an episode at the start of training

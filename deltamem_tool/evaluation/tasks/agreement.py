@@ -23,7 +23,7 @@ class Agreement:
         data: text file with one question per line; by default 200 questions of this package.
         history: conversations in a format of `deltamem train`, from which the memories are written; by default they are
             generated, one per question.
-        facts: number of facts in each generated conversation, 6 by default; with 0 the memory is empty.
+        facts: number of facts in each generated conversation, `unrelated.FACTS` by default; with 0 the memory is empty.
         start: number of words that `same_start` compares.
         new_tokens: maximum length of an answer, in tokens.
         seed: random seed for the generated conversations.

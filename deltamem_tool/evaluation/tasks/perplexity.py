@@ -78,8 +78,9 @@ class Perplexity:
 
     def _talks(self) -> Iterator[_Talk]:
         if Path(self._data).suffix.lower() == ".json":
-            if self._split != "train" or self._revision is not None:
-                raise DataError(f"{self._data} has no split and no revision.", "It is a file.", "Leave them out.")
+            from deltamem_tool.data.sources import check_file_options
+
+            check_file_options(self._data, self._split, self._revision)
             return _locomo(self._data)
         return _conversations(self._data, self._split, self._revision)
 

@@ -19,7 +19,7 @@ class Text:
         words: number of words per passage; a shorter rest at the end is left out.
         history: conversations in a format of `deltamem train`, from which the memories are written; by default they are
             generated, one per passage.
-        facts: number of facts in each generated conversation, 6 by default; with 0 the memory is empty.
+        facts: number of facts in each generated conversation, `unrelated.FACTS` by default; with 0 the memory is empty.
         seed: random seed for the generated conversations.
 
     Raises:

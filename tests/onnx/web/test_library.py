@@ -161,6 +161,14 @@ def test_a_window_undo_and_sampling_are_pytorchs(exported_with, scripts):
     assert max(dropped) > 0 == min(dropped)
 
 
+def test_a_replaced_memory_leaves_no_tensors(exported_with, scripts):
+    exported = exported_with("web", {}, target="web")
+    conversation = Conversation(TorchModel(exported.model, exported.tokenizer))
+    actions = [action_of((TURNS[0], {})), {"load": text_of(memory_bytes(conversation.memory))}]
+    actions += [action_of((TURNS[1], {})), {"undo": True}, {"undo": True}]
+    assert [result["unreleased"] for result in talk(scripts, exported.folder, actions)] == [0] * len(actions)
+
+
 def action_of(step):
     if isinstance(step, str):
         return {step: True}
